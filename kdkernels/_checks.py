@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Argument checks shared by the public functions. Each names the argument, what was expected and what was given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for everything narrower; also the dtype of a loss."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def features(name: str, x: Any, min_dim: int = 2) -> None:
+    """A real floating-point tensor with at least `min_dim` dimensions."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.dim() < min_dim:
+        raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {list(x.shape)}")
+
+
+def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
+
+
+def same_leading(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """All dimensions but the last agree."""
+    if x.dim() != other.dim():
+        raise ValueError(
+            f"{name} must have {other.dim()} dimensions like {other_name}, got {x.dim()}: shape {list(x.shape)}"
+        )
+    if x.shape[-2] != other.shape[-2]:
+        raise ValueError(f"{name} must have {other.shape[-2]} rows like {other_name}, got {x.shape[-2]}")
+    if x.shape[:-2] != other.shape[:-2]:
+        raise ValueError(
+            f"{name} must have the leading dimensions {list(other.shape[:-2])} like {other_name}, "
+            f"got {list(x.shape[:-2])}"
+        )
+
+
+def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in one dtype: as they are, or under autocast in the wider of the two."""
+    if x.dtype == other.dtype:
+        return x, other
+    if torch.is_autocast_enabled(x.device.type):
+        wide = torch.promote_types(x.dtype, other.dtype)
+        return x.to(wide), other.to(wide)
+    raise TypeError(f"{name} must be {other.dtype} like {other_name}, got {x.dtype}")
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def positive(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive finite number, got {value}")
+    return float(value)
+
+
+def count(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
+    return value

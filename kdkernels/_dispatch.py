@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs an operator, and why.
+
+A backend is a package `kdkernels.<backend>` with `unavailable()`, and one module per op,
+`kdkernels.<backend>.<op>`, that holds the launchers `<op>_fwd` and `<op>_bwd`. The package says what it can run at all
+(`unavailable()`, `rejects(tensors)`), the module, if the op has limits of its own there, `supports(*operator_args)`:
+None for yes, or a sentence saying why not. Nothing is registered: a file in the right place is the registration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
+BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
+
+# What `auto` tries, best first. Changing an order is a performance claim: bring the benchmark.
+ORDER: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("triton", "reference"),
+}
+_OTHER_DEVICES = ("reference",)
+
+
+class BackendUnavailableError(RuntimeError, ValueError):
+    """An explicitly requested backend cannot run this call.
+
+    A `ValueError`, because an argument asked for it, and a `RuntimeError`, because the same call may work on
+    another machine.
+    """
+
+
+class _Requested(threading.local):
+    """The innermost `use_backend` of this thread (threading.local, because Dynamo cannot trace ContextVar.get)."""
+
+    backend: str | None = None
+
+
+_requested = _Requested()
+_default = os.environ.get("KDKERNELS_BACKEND", "auto")
+
+
+def _check_name(backend: str, origin: str) -> str:
+    if backend != "auto" and backend not in BACKENDS:
+        expected = ", ".join(repr(name) for name in get_args(Backend))
+        raise ValueError(f"{origin} must be one of {expected}, got {backend!r}")
+    return backend
+
+
+_check_name(_default, "KDKERNELS_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Make `backend` the choice of every call in this thread that does not name one itself.
+
+    Precedence: the call's own `backend=` argument, then the innermost `use_backend`, then the environment variable
+    `KDKERNELS_BACKEND` (read when the package is imported), then the measured order of the device.
+
+    Raises:
+        ValueError: unknown name. Whether the backend can run a given call is decided at that call.
+    """
+    _check_name(backend, "backend")
+    outer, _requested.backend = _requested.backend, backend
+    try:
+        yield
+    finally:
+        _requested.backend = outer
+
+
+def requested_backend(backend: str) -> str:
+    """The name that a call with this `backend=` argument asks for: a backend, or "auto"."""
+    if backend == "auto":
+        return _requested.backend or _default
+    return _check_name(backend, "backend")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """The launchers of an op on a backend, and what they accept."""
+
+    launchers: ModuleType
+    rejects: Callable[[list[Tensor]], str | None]
+    supports: Callable[..., str | None] | None
+
+
+@cache
+def implementation(op: str, backend: str) -> Implementation | str:
+    """An op on a backend, or why this installation has none. Imports the backend on first use."""
+    package_name = f"kdkernels.{backend}"
+    if importlib.util.find_spec(package_name) is None:
+        return f"this version has no {backend} kernels"
+    package = importlib.import_module(package_name)
+    reason = package.unavailable()
+    if reason is not None:
+        return reason
+    if importlib.util.find_spec(f"{package_name}.{op}") is None:
+        return f"{op} has no {backend} kernel"
+    launchers = importlib.import_module(f"{package_name}.{op}")
+    return Implementation(launchers, package.rejects, getattr(launchers, "supports", None))
+
+
+def why_not(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
+    """Why a backend cannot run an operator on these arguments; None if it can."""
+    found = implementation(op, backend)
+    if isinstance(found, str):
+        return found
+    reason = found.rejects([arg for arg in args if isinstance(arg, Tensor)])
+    return found.supports(*args) if reason is None and found.supports is not None else reason
+
+
+def device_order(device: torch.device) -> tuple[str, ...]:
+    """The backends that `auto` considers on a device, best first."""
+    return ORDER.get(device.type, _OTHER_DEVICES)
+
+
+def select_name(op: str, backend: str, args: tuple[Any, ...]) -> str:
+    """The backend that runs an operator on these arguments.
+
+    Raises:
+        BackendUnavailableError: an explicit request that cannot be met, with the reason.
+    """
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if backend != "auto":
+        reason = why_not(op, backend, args)
+        if reason is not None:
+            raise BackendUnavailableError(
+                f"backend must be one that can run {op} on {device}, got {backend!r}: {reason}"
+            )
+        return backend
+    for name in device_order(device):
+        if why_not(op, name, args) is None:
+            return name
+    raise BackendUnavailableError(f"no backend can run {op} on {device}")  # the reference runs everywhere
+
+
+def select(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
+    """The launchers that run an operator on these arguments; raises like `select_name`."""
+    found = implementation(op, select_name(op, backend, args))
+    assert isinstance(found, Implementation)
+    return found.launchers
+
+
+@dataclass(frozen=True)
+class _Planner:
+    op: str
+    operator_args: Callable[..., tuple[Any, ...]]
+    choices: Callable[..., dict[str, str]]
+
+
+_planners: dict[str, _Planner] = {}
+
+
+def explained_by(
+    operator_args: Callable[..., tuple[Any, ...]], choices: Callable[..., dict[str, str]]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate a public function with what `explain` asks, both with its own signature less `backend`.
+
+    Args:
+        operator_args: Checks the arguments and returns those of the forward operator, without the backend.
+        choices: Names each choice made on the way and the reason, e.g. `{"algorithm": "factored (asked for)"}`.
+    """
+
+    def register(public: Callable[..., Any]) -> Callable[..., Any]:
+        op = public.__module__.rpartition(".")[2]
+        _planners[public.__name__] = _Planner(op, operator_args, choices)
+        return public
+
+    return register
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer of `kd.explain`; its text is meant to be read, its fields to be tested."""
+
+    function: str
+    device: str
+    backend: str
+    choices: dict[str, str]
+    rejected: dict[str, str]  # backend -> why it does not run this call
+
+    def __str__(self) -> str:
+        lines = [f"{self.function} on {self.device}", f"  backend    {self.backend}"]
+        lines += [f"  {name:<10} {choice}" for name, choice in self.choices.items()]
+        lines += [f"  not {name:<9} {reason}" for name, reason in self.rejected.items()]
+        return "\n".join(lines)
+
+
+def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> Explanation:
+    """Say which backend and algorithm a call would use, and why not the others. Nothing is computed.
+
+    Args:
+        function: Name of a public function, e.g. `"gram_mse"`.
+        *args, **kwargs: The arguments of that call.
+        backend: As in that call.
+
+    Raises:
+        ValueError: unknown function, or arguments that the function itself would refuse.
+        BackendUnavailableError: `backend` names one that cannot run the call.
+
+    Example:
+        >>> print(kd.explain("gram_mse", student, teacher))
+    """
+    if function not in _planners:
+        raise ValueError(f"function must be one of {', '.join(map(repr, sorted(_planners)))}, got {function!r}")
+    planner = _planners[function]
+    operator_args = planner.operator_args(*args, **kwargs)
+    chosen = select_name(planner.op, requested_backend(backend), operator_args)
+    device = next(arg.device for arg in operator_args if isinstance(arg, Tensor))
+    order = device_order(device)
+    rejected = {}
+    for name in (*order, *(name for name in BACKENDS if name not in order)):
+        if name != chosen:
+            reason = why_not(planner.op, name, operator_args)
+            rejected[name] = reason or (
+                f"{chosen} comes before it on {device.type}" if name in order else f"not chosen by auto on {device.type}"
+            )
+    return Explanation(function, str(device), chosen, planner.choices(*args, **kwargs), rejected)

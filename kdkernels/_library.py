@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator pairs `kdkernels::<op>_fwd` and `kdkernels::<op>_bwd`.
+
+One schema and one fake per operator, whatever the number of backends: the backend is an argument, resolved inside on
+real tensors, so a trace never specialises on it. Autograd is attached outside, in `kdkernels/ops/<op>.py`; this
+boundary (`Library.define` and `impl`) costs a third of `torch.library.custom_op`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import _dispatch
+
+_library = torch.library.Library("kdkernels", "DEF")
+
+
+def define_operator(op: str, direction: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define `kdkernels::<op>_<direction>` and return the callable overload.
+
+    Args:
+        op: Base name of the op, the same in every layer.
+        direction: "fwd" or "bwd".
+        schema: Arguments and results, e.g. `"(Tensor x, str backend) -> Tensor"`. The last argument is
+            `str backend`; a backend's launcher receives the others.
+        fake: Shapes and dtypes of the results, from the same arguments.
+    """
+    name = f"{op}_{direction}"
+
+    def run(*args: Any) -> Any:
+        *inputs, backend = args
+        launch = getattr(_dispatch.select(op, backend, tuple(inputs)), name)
+        with _autocast_off(inputs):
+            return launch(*inputs)
+
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kdkernels::{name}", fake, lib=_library)
+    return getattr(getattr(torch.ops.kdkernels, name), "default")
+
+
+def _autocast_off(inputs: list[Any]) -> contextlib.AbstractContextManager[Any]:
+    """Inside an operator the dtypes are decided: a product there must not be cast down."""
+    device_type = next(arg.device.type for arg in inputs if isinstance(arg, Tensor))
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            "kdkernels losses are differentiable once: the gradient of a gradient (create_graph=True) is not "
+            "implemented. Use the function of the same name in kdkernels.reference, which torch differentiates twice"
+        )
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a backward without recording it, and refuse to differentiate what it returns.
+
+    `torch.autograd.function.once_differentiable` refuses only if the incoming gradient requires grad (torch 2.13);
+    with create_graph=True it lets the dependence on the saved inputs vanish silently.
+    """
+
+    def wrapper(ctx: Any, *douts: Tensor) -> Any:
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, *douts)
+        sources = [tensor for tensor in (*ctx.saved_tensors, *douts) if tensor.requires_grad]
+        with torch.no_grad():
+            grads = backward(ctx, *douts)
+        if not sources:
+            return grads
+        return tuple(grad if grad is None else _Refusal.apply(grad, *sources) for grad in grads)
+
+    return wrapper

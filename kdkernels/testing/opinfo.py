@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One `OpInfo` per public function drives the generic tests, `kdkernels check` and the benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call. `name` is a word of the shape vocabulary, e.g. "ragged_all"."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    # The result is a difference of nearly equal numbers, judged against their size (`OpInfo.magnitude`).
+    cancels: bool = False
+
+
+@dataclass(frozen=True)
+class BadInput:
+    """A call that must raise before any work, and what the message must contain."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    error: type[Exception]
+    message: str  # a substring: the argument, the expectation and the value
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of the best known algorithm, forward and backward together."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class BenchShape:
+    """A named workload."""
+
+    name: str
+    sizes: dict[str, int]
+    workload: str  # where these sizes come from
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OpInfo:
+    name: str  # of the public function
+    op: str  # basename of the operator pair
+    function: Callable[..., Any]  # public; takes backend=
+    definition: Callable[..., Any]  # literal mathematics in torch with the same arguments, less backend and algorithm
+    diff_args: tuple[str, ...]  # the leading positional arguments that can require a gradient
+    samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
+    bad_inputs: Callable[[torch.device], Iterable[BadInput]]
+    bench: tuple[BenchShape, ...]
+    bench_sample: Callable[[BenchShape, torch.device, torch.dtype], Sample]
+    cost: Callable[[BenchShape, torch.dtype], Cost]
+    # Size of the numbers whose difference a cancelling sample returns: (of the loss, of each gradient in diff_args).
+    magnitude: Callable[[Sample], tuple[float, tuple[float, ...]]] | None = None
+    # Options that choose an algorithm, not a meaning: the definition does not take them.
+    algorithm_options: tuple[str, ...] = ("algorithm",)
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+    def define(self, sample: Sample, args: tuple[Any, ...] | None = None) -> Any:
+        """The definition's value of a sample, on other arguments if given."""
+        kwargs = {name: value for name, value in sample.kwargs.items() if name not in self.algorithm_options}
+        return self.definition(*(sample.args if args is None else args), **kwargs)
+
+
+def rng(seed: int) -> torch.Generator:
+    """A CPU generator: samples are drawn on the CPU in fp64 and moved, so every backend sees the same numbers."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Standard normal numbers, the same on every device and, up to rounding, in every dtype."""
+    return torch.randn(*shape, generator=rng(seed), dtype=torch.float64).to(device, dtype)
+
+
+@cache
+def opinfos() -> tuple[OpInfo, ...]:
+    """Every OpInfo of the package, found in `kdkernels/testing/opinfos/`."""
+    package = importlib.import_module("kdkernels.testing.opinfos")
+    found: list[OpInfo] = []
+    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+        found += importlib.import_module(f"{package.__name__}.{module}").OPINFOS
+    return tuple(found)
