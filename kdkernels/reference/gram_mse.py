@@ -68,10 +68,9 @@ def gram_mse_fwd(
         loss, coef = _row_normalised(*(term.sum(-1) for term in terms), normalize)
     else:
         loss, coef = (gram_s - gram_t).square().sum((1, 2)), _uniform_coef(s)
-    nothing = s.new_empty(len(s), 0, 0)
-    if algorithm == "streamed":
-        gram_s = gram_t = nothing
-    return loss.to(s.dtype), coef.to(s.dtype), gram_s, gram_t, nothing
+    if algorithm == "streamed":  # two tensors, since an operator's results may not alias
+        gram_s, gram_t = s.new_empty(len(s), 0, 0), s.new_empty(len(s), 0, 0)
+    return loss.to(s.dtype), coef.to(s.dtype), gram_s, gram_t, s.new_empty(len(s), 0, 0)
 
 
 def gram_mse_bwd(

@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+// The three algorithms of gram_mse on one group of rows, in fp32 or fp64. Residuals:
+// kdkernels/ops/gram_mse.py.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/matrix.h"
+#include "../common/stable.h"
+#include "gram_mse_math.h"
+
+namespace kdk::gram_mse {
+
+enum class Algorithm { kResident, kStreamed, kFactored };
+
+struct Options {
+  Normalize normalize;
+  bool taylor;
+  double gamma;
+  int order;
+  Algorithm algorithm;
+};
+
+template <typename T>
+struct Forward {
+  Matrix<const T> student, teacher;  // [B, D_s], [B, D_t]; unit rows for kFeature
+  T* loss;                           // [1]
+  Matrix<T> coef;                    // [kCoefs, B]
+  Matrix<T> gram_student, gram_teacher, cross;
+};
+
+// The gradient of one side. `own` is the side that it is for, so the teacher's has the two sides
+// swapped and `cross` transposed.
+template <typename T>
+struct Backward {
+  Matrix<const T> own, other;            // [B, D_own], [B, D_other]; unit rows for kFeature
+  Matrix<const T> gram_own, gram_other;  // empty for kStreamed
+  Matrix<const T> cross;                 // kFactored: [D_other, D_own]
+  const T *a, *b, *c;                    // [B] each, times dout
+  T dout;
+  Matrix<T> gradient;  // [B, D_own], with respect to `own`
+};
+
+template <typename T>
+void forward(const Forward<T>& call, const Options& options, const Tensor& like);
+
+template <typename T>
+void backward(const Backward<T>& call, const Options& options, const Tensor& like);
+
+template <typename T>
+void factored_forward(const Forward<T>& call, const Options& options, const Tensor& like);
+
+template <typename T>
+void factored_backward(const Backward<T>& call, const Options& options, const Tensor& like);
+
+// Losses and coefficients of all rows from their sums, [B, kSums].
+template <typename T>
+void finish_rows(const Forward<T>& call, const double* sums, bool l2);
+
+template <typename T>
+void uniform_coef(Matrix<T> coef);
+
+}  // namespace kdk::gram_mse

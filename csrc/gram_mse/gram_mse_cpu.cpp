@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU operators kdkernels_C::gram_mse_{fwd,bwd}. Arguments were checked by the public function.
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common/parallel.h"
+#include "gram_mse.h"
+#include "gram_mse_simd.h"
+
+namespace kdk::gram_mse {
+namespace {
+
+Options parse(const std::string& normalize, const std::string& kernel, double gamma, int64_t order,
+              const std::string& algorithm) {
+  Options options{};
+  options.normalize = normalize == "row_l2"    ? Normalize::kRowL2
+                      : normalize == "row_l1"  ? Normalize::kRowL1
+                      : normalize == "feature" ? Normalize::kFeature
+                                               : Normalize::kNone;
+  options.taylor = kernel == "rbf_taylor";
+  options.gamma = gamma;
+  options.order = static_cast<int>(order);
+  options.algorithm = algorithm == "resident"   ? Algorithm::kResident
+                      : algorithm == "streamed" ? Algorithm::kStreamed
+                                                : Algorithm::kFactored;
+  return options;
+}
+
+ScalarType accumulation_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// x in fp32 or fp64, each row contiguous and rows of a stride that BLAS takes; where it lies if it
+// is so already.
+template <typename T>
+Tensor plain(const Tensor& x) {
+  const bool wide = x.scalar_type() == scalar_type_of<T>;
+  if (wide && x.stride(2) == 1 && x.stride(1) >= x.size(2)) return x;
+  return torch::stable::contiguous(wide ? x : torch::stable::to(x, scalar_type_of<T>));
+}
+
+// Features as the algorithms read them: `plain`, and unit rows if the Gram is of those.
+template <typename T>
+Tensor prepare(const Tensor& x, Normalize normalize) {
+  const Tensor from = plain<T>(x);
+  if (normalize != Normalize::kFeature) return from;
+  const int64_t B = x.size(1), D = x.size(2);
+  const Tensor unit = empty(x, {x.size(0), B, D}, scalar_type_of<T>);
+  const auto& kernels = epilogues<T>();
+  parallel_each(x.size(0) * B, 2.0 * D, [&](int64_t i) {
+    const T* source = group<const T>(from, i / B).row(i % B);
+    const double norm = std::sqrt(kernels.dot(source, source, D));
+    kernels.scale(source, static_cast<T>(1 / clamp_min(norm, kEps)),
+                  group<T>(unit, i / B).row(i % B), D);
+  });
+  return unit;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& student, const Tensor& teacher,
+                                                       const Options& options) {
+  const int64_t G = student.size(0), B = student.size(1), D_s = student.size(2),
+                D_t = teacher.size(2);
+  const bool factored = options.algorithm == Algorithm::kFactored,
+             streamed = options.algorithm == Algorithm::kStreamed;
+  const int64_t n_s = factored ? D_s : streamed ? 0 : B, n_t = factored ? D_t : streamed ? 0 : B;
+  constexpr ScalarType type = scalar_type_of<T>;
+  const Tensor loss = empty(student, {G}, type), coef = empty(student, {G, kCoefs, B}, type);
+  const Tensor gram_s = empty(student, {G, n_s, n_s}, type),
+               gram_t = empty(student, {G, n_t, n_t}, type);
+  const Tensor cross = empty(student, {G, factored ? D_t : 0, factored ? D_s : 0}, type);
+  const Tensor s = prepare<T>(student, options.normalize),
+               t = prepare<T>(teacher, options.normalize);
+  parallel_each(G, 2.0 * B * B * (D_s + D_t), [&](int64_t g) {
+    T* value = static_cast<T*>(loss.mutable_data_ptr()) + g;
+    forward<T>({group<T>(s, g), group<T>(t, g), value, group<T>(coef, g), group<T>(gram_s, g),
+                group<T>(gram_t, g), group<T>(cross, g)},
+               options, student);
+  });
+  return {loss, coef, gram_s, gram_t, cross};
+}
+
+template <typename T>
+struct Side {
+  Tensor source;  // as the caller gave it
+  Tensor x;       // prepared
+  Tensor gram;
+  int64_t b, c;  // rows of coef
+};
+
+template <typename T>
+Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, const Tensor& cross,
+                bool transposed, const Tensor& dout, const Options& options) {
+  const int64_t G = own.x.size(0), B = own.x.size(1), D = own.x.size(2);
+  const Tensor result = empty(own.x, {G, B, D}, scalar_type_of<T>);
+  const T* scale = static_cast<const T*>(dout.const_data_ptr());
+  const auto& kernels = epilogues<T>();
+  const bool unit = options.normalize == Normalize::kFeature;
+  const Tensor source = unit ? plain<T>(own.source) : own.x;
+  parallel_each(G, 2.0 * B * B * (D + other.x.size(2)), [&](int64_t g) {
+    const Matrix<const T> rows = group<T>(coef, g), m = group<T>(cross, g);
+    const Matrix<T> dx = group<T>(result, g);
+    const T factor = scale[g * dout.stride(0)];
+    std::vector<T> scaled(
+        3 * B);  // dout goes into the coefficients, which spares a pass over the gradient
+    const int64_t which[] = {0, own.b, own.c};
+    for (int k = 0; k < 3; ++k) kernels.scale(rows.row(which[k]), factor, scaled.data() + k * B, B);
+    const T* a = scaled.data();
+    backward<T>({group<T>(own.x, g), group<T>(other.x, g), group<T>(own.gram, g),
+                 group<T>(other.gram, g), transposed ? m.t() : m, a, a + B, a + 2 * B, factor, dx},
+                options, own.x);
+    if (!unit) return;
+    const Matrix<const T> x = group<T>(source, g);
+    parallel_each(B, 8.0 * D,
+                  [&](int64_t i) { kernels.normalize_backward(x.row(i), dx.row(i), D); });
+  });
+  return own.source.scalar_type() == scalar_type_of<T>
+             ? result
+             : torch::stable::to(result, own.source.scalar_type());
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& student, const Tensor& teacher,
+                               const Tensor& coef, const Tensor& gram_student,
+                               const Tensor& gram_teacher, const Tensor& cross, bool need_student,
+                               bool need_teacher, const Options& options) {
+  const Side<T> s{student, prepare<T>(student, options.normalize), gram_student, 1, 3};
+  const Side<T> t{teacher, prepare<T>(teacher, options.normalize), gram_teacher, 2, 4};
+  return {need_student ? gradient<T>(s, t, coef, cross, false, dout, options)
+                       : empty(student, {0}, student.scalar_type()),
+          need_teacher ? gradient<T>(t, s, coef, cross, true, dout, options)
+                       : empty(teacher, {0}, teacher.scalar_type())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_mse_fwd(Tensor student, Tensor teacher,
+                                                                std::string normalize,
+                                                                std::string kernel, double gamma,
+                                                                int64_t order,
+                                                                std::string algorithm) {
+  const Options options = parse(normalize, kernel, gamma, order, algorithm);
+  return accumulation_type(student) == ScalarType::Double ? fwd<double>(student, teacher, options)
+                                                          : fwd<float>(student, teacher, options);
+}
+
+std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teacher, Tensor coef,
+                                        Tensor gram_student, Tensor gram_teacher, Tensor cross,
+                                        bool need_student, bool need_teacher, std::string normalize,
+                                        std::string kernel, double gamma, int64_t order,
+                                        std::string algorithm) {
+  const Options options = parse(normalize, kernel, gamma, order, algorithm);
+  const auto run = accumulation_type(student) == ScalarType::Double ? bwd<double> : bwd<float>;
+  return run(dout, student, teacher, coef, gram_student, gram_teacher, cross, need_student,
+             need_teacher, options);
+}
+
+}  // namespace
+}  // namespace kdk::gram_mse
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
+  m.def(
+      "gram_mse_fwd(Tensor student, Tensor teacher, str normalize, str kernel, float gamma, int "
+      "order, "
+      "str algorithm) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gram_mse_bwd(Tensor dout, Tensor student, Tensor teacher, Tensor coef, Tensor gram_student, "
+      "Tensor gram_teacher, Tensor cross, bool need_student, bool need_teacher, str normalize, str "
+      "kernel, "
+      "float gamma, int order, str algorithm) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_C, CPU, m) {
+  m.impl("gram_mse_fwd", TORCH_BOX(&kdk::gram_mse::gram_mse_fwd));
+  m.impl("gram_mse_bwd", TORCH_BOX(&kdk::gram_mse::gram_mse_bwd));
+}

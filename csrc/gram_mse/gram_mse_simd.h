@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vectorised epilogues of gram_mse on the CPU, one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/matrix.h"
+#include "../common/simd.h"
+#include "gram_mse_math.h"
+
+namespace kdk::gram_mse {
+
+template <typename T>
+struct Epilogues {
+  // Adds a tile's row sums (kSums per row) to rows[i * kSums], and its column sums to cols[s * n +
+  // j] unless null.
+  void (*row_sums)(Matrix<const T> own, Matrix<const T> other, bool l1, double* rows, double* cols);
+  // sum over the tile of (A - K)^2, or of (f(A) - f(K))^2 if f is given.
+  double (*squared_difference)(Matrix<const T> own, Matrix<const T> other, const Taylor<T>* f);
+  // weights = linear_weight of each entry; a_i, b_i, c_i are per row of the tile, a_j, b_j, c_j per
+  // column. weights may be one of the two tiles.
+  void (*linear_weights)(Matrix<const T> own, Matrix<const T> other, const T* a_i, const T* b_i,
+                         const T* c_i, const T* a_j, const T* b_j, const T* c_j, Matrix<T> weights);
+  // weights = factor taylor_weight
+  void (*taylor_weights)(Matrix<const T> own, Matrix<const T> other, const Taylor<T>& f, T factor,
+                         Matrix<T> weights);
+  // sum of x y
+  double (*dot)(const T* x, const T* y, int64_t n);
+  // y = factor x
+  void (*scale)(const T* x, T factor, T* y, int64_t n);
+  // dx = (dx - <dx, u> u) / norm with u = x / norm, where norm = max(|x|, kEps); without the middle
+  // term below kEps
+  void (*normalize_backward)(const T* x, T* dx, int64_t n);
+};
+
+#define KDK_DECLARE_EPILOGUES(level) \
+  namespace level {                  \
+  template <typename T>              \
+  const Epilogues<T>& epilogues();   \
+  }
+KDK_DECLARE_EPILOGUES(baseline)
+KDK_DECLARE_EPILOGUES(avx2)
+KDK_DECLARE_EPILOGUES(avx512)
+#undef KDK_DECLARE_EPILOGUES
+
+template <typename T>
+const Epilogues<T>& epilogues() {
+#if defined(KDK_SIMD_X86)
+  if (simd_level() == SimdLevel::kAvx512) return avx512::epilogues<T>();
+  if (simd_level() == SimdLevel::kAvx2) return avx2::epilogues<T>();
+#endif
+  return baseline::epilogues<T>();
+}
+
+}  // namespace kdk::gram_mse

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+// The tiled algorithms: `resident` keeps both Grams, `streamed` sweeps their tiles on and above the
+// diagonal and never holds more than two tiles a thread.
+#include <algorithm>
+#include <vector>
+
+#include "../common/gemm.h"
+#include "../common/parallel.h"
+#include "gram_mse.h"
+#include "gram_mse_simd.h"
+
+namespace kdk::gram_mse {
+namespace {
+
+constexpr int64_t kTile =
+    256;  // rows of a tile: both Gram tiles and a panel of features fit a 2 MiB L2
+constexpr int64_t kRowBlock = 64;       // rows of a resident Gram handled at a time
+constexpr int64_t kColumnBlock = 1024;  // columns of the gradient that one task computes
+
+bool row_normalized(const Options& options) {
+  return options.normalize == Normalize::kRowL2 || options.normalize == Normalize::kRowL1;
+}
+
+// Adds up a Gram tile's part of the loss: row (and column) sums, or squared differences.
+template <typename T>
+struct Accumulator {
+  const Options& options;
+  const Epilogues<T>& kernels = epilogues<T>();
+  Taylor<T> taylor{options.gamma, options.order};
+  std::vector<double> sums;         // [B, kSums]
+  std::vector<double> differences;  // one per task, added in order at the end
+
+  Accumulator(const Options& options_, int64_t rows, int64_t tasks)
+      : options(options_), sums(row_normalized(options_) ? rows * kSums : 0), differences(tasks) {}
+
+  void finish(const Forward<T>& call) const {
+    if (row_normalized(options)) {
+      finish_rows(call, sums.data(), options.normalize == Normalize::kRowL2);
+      return;
+    }
+    double loss = 0;
+    for (const double difference : differences) loss += difference;
+    *call.loss = static_cast<T>(loss);
+    uniform_coef(call.coef);
+  }
+};
+
+template <typename T>
+void resident_forward(const Forward<T>& call, const Options& options, const Tensor& like) {
+  const auto &s = call.student, &t = call.teacher;
+  const int64_t B = s.rows;
+  grams<T>({{s, s, call.gram_student, true}, {t, t, call.gram_teacher, true}}, like);
+  const int64_t blocks = (B + kRowBlock - 1) / kRowBlock;
+  Accumulator<T> total(options, B, blocks);
+  parallel_each(blocks, 8.0 * kRowBlock * B, [&](int64_t block) {
+    const int64_t i0 = block * kRowBlock, n = std::min(kRowBlock, B - i0);
+    const auto own = call.gram_student.row_block(i0, n), other = call.gram_teacher.row_block(i0, n);
+    if (row_normalized(options)) {
+      const bool l1 = options.normalize == Normalize::kRowL1;
+      total.kernels.row_sums(own, other, l1, total.sums.data() + i0 * kSums, nullptr);
+    } else {
+      total.differences[block] =
+          total.kernels.squared_difference(own, other, options.taylor ? &total.taylor : nullptr);
+    }
+  });
+  total.finish(call);
+}
+
+template <typename T>
+void streamed_forward(const Forward<T>& call, const Options& options, const Tensor& like) {
+  const int64_t B = call.student.rows, n_tiles = (B + kTile - 1) / kTile, tile_size = kTile * kTile;
+  const Scratch<T> scratch(like, thread_count() * 2 * tile_size);
+  Accumulator<T> total(options, B, n_tiles * (n_tiles + 1) / 2);
+  const bool l1 = options.normalize == Normalize::kRowL1;
+  const double ops = 2.0 * tile_size * (call.student.cols + call.teacher.cols);
+  parallel_pairs(n_tiles, ops, [&](int64_t ti, int64_t tj) {
+    const int64_t i0 = ti * kTile, n_i = std::min(kTile, B - i0), j0 = tj * kTile,
+                  n_j = std::min(kTile, B - j0);
+    T* memory = scratch.data() + thread_index() * 2 * tile_size;
+    const auto own = Matrix<T>::contiguous(memory, n_i, n_j);
+    const auto other = Matrix<T>::contiguous(memory + tile_size, n_i, n_j);
+    gemm<T>(call.student.row_block(i0, n_i), call.student.row_block(j0, n_j).t(), own);
+    gemm<T>(call.teacher.row_block(i0, n_i), call.teacher.row_block(j0, n_j).t(), other);
+    if (!row_normalized(options)) {
+      const double sum =
+          total.kernels.squared_difference(own, other, options.taylor ? &total.taylor : nullptr);
+      total.differences[tj * (tj + 1) / 2 + ti] = ti == tj ? sum : 2 * sum;
+      return;
+    }
+    std::vector<double> columns(ti == tj ? 0 : kSums * n_j);
+    total.kernels.row_sums(own, other, l1, total.sums.data() + i0 * kSums,
+                           ti == tj ? nullptr : columns.data());
+    for (int64_t j = 0; ti != tj && j < n_j; ++j) {
+      for (int64_t k = 0; k < kSums; ++k) total.sums[(j0 + j) * kSums + k] += columns[k * n_j + j];
+    }
+  });
+  total.finish(call);
+}
+
+// weights of a tile of the Grams, in place of its own side
+template <typename T>
+void weigh(const Backward<T>& call, const Options& options, Matrix<const T> own,
+           Matrix<const T> other, int64_t i0, int64_t j0, Matrix<T> weights) {
+  const auto& kernels = epilogues<T>();
+  if (options.taylor) {
+    kernels.taylor_weights(own, other, Taylor<T>(options.gamma, options.order), call.dout, weights);
+  } else {
+    kernels.linear_weights(own, other, call.a + i0, call.b + i0, call.c + i0, call.a + j0,
+                           call.b + j0, call.c + j0, weights);
+  }
+}
+
+template <typename T>
+void resident_backward(const Backward<T>& call, const Options& options, const Tensor& like) {
+  const int64_t B = call.own.rows, D = call.own.cols;
+  const Scratch<T> scratch(like, B * B);
+  const auto weights = Matrix<T>::contiguous(scratch.data(), B, B);
+  parallel_each((B + kRowBlock - 1) / kRowBlock, 8.0 * kRowBlock * B, [&](int64_t block) {
+    const int64_t i0 = block * kRowBlock, n = std::min(kRowBlock, B - i0);
+    weigh(call, options, call.gram_own.row_block(i0, n), call.gram_other.row_block(i0, n), i0, 0,
+          weights.row_block(i0, n));
+  });
+  const int64_t row_blocks = (B + kTile - 1) / kTile,
+                col_blocks = (D + kColumnBlock - 1) / kColumnBlock;
+  parallel_each(row_blocks * col_blocks, 2.0 * kTile * kColumnBlock * B, [&](int64_t task) {
+    const int64_t i0 = task % row_blocks * kTile, n = std::min(kTile, B - i0);
+    const int64_t d0 = task / row_blocks * kColumnBlock, m = std::min(kColumnBlock, D - d0);
+    gemm<T>(weights.row_block(i0, n), call.own.block(0, B, d0, m),
+            call.gradient.block(i0, n, d0, m));
+  });
+}
+
+template <typename T>
+void streamed_backward(const Backward<T>& call, const Options& options, const Tensor& like) {
+  const int64_t B = call.own.rows, n_tiles = (B + kTile - 1) / kTile, tile_size = kTile * kTile;
+  const Scratch<T> scratch(like, thread_count() * 2 * tile_size);
+  const double ops = 2.0 * tile_size * (3 * call.own.cols + call.other.cols);
+  parallel_pairs(n_tiles, ops, [&](int64_t ti, int64_t tj) {
+    const int64_t i0 = ti * kTile, n_i = std::min(kTile, B - i0), j0 = tj * kTile,
+                  n_j = std::min(kTile, B - j0);
+    T* memory = scratch.data() + thread_index() * 2 * tile_size;
+    const auto own = Matrix<T>::contiguous(memory, n_i, n_j);
+    const auto other = Matrix<T>::contiguous(memory + tile_size, n_i, n_j);
+    const auto own_i = call.own.row_block(i0, n_i), own_j = call.own.row_block(j0, n_j);
+    gemm<T>(own_i, own_j.t(), own);
+    gemm<T>(call.other.row_block(i0, n_i), call.other.row_block(j0, n_j).t(), other);
+    weigh<T>(call, options, own, other, i0, j0, own);
+    // The diagonal comes first for every block and starts its sum.
+    gemm<T>(own, own_j, call.gradient.row_block(i0, n_i), ti == tj ? 0 : 1);
+    if (ti != tj) gemm<T>(own.t(), own_i, call.gradient.row_block(j0, n_j), 1);
+  });
+}
+
+}  // namespace
+
+template <typename T>
+void finish_rows(const Forward<T>& call, const double* sums, bool l2) {
+  double loss = 0;
+  for (int64_t i = 0; i < call.student.rows; ++i) {
+    const RowResult row = normalized_row(sums + i * kSums, l2);
+    loss += row.loss;
+    for (int k = 0; k < kCoefs; ++k) call.coef.row(k)[i] = static_cast<T>(row.coef[k]);
+  }
+  *call.loss = static_cast<T>(loss);
+}
+
+template <typename T>
+void uniform_coef(Matrix<T> coef) {
+  for (int k = 0; k < kCoefs; ++k)
+    std::fill_n(coef.row(k), coef.cols, static_cast<T>(kUniformCoef[k]));
+}
+
+template <typename T>
+void forward(const Forward<T>& call, const Options& options, const Tensor& like) {
+  switch (options.algorithm) {
+    case Algorithm::kResident: return resident_forward(call, options, like);
+    case Algorithm::kStreamed: return streamed_forward(call, options, like);
+    case Algorithm::kFactored: return factored_forward(call, options, like);
+  }
+}
+
+template <typename T>
+void backward(const Backward<T>& call, const Options& options, const Tensor& like) {
+  switch (options.algorithm) {
+    case Algorithm::kResident: return resident_backward(call, options, like);
+    case Algorithm::kStreamed: return streamed_backward(call, options, like);
+    case Algorithm::kFactored: return factored_backward(call, options, like);
+  }
+}
+
+#define KDK_INSTANTIATE(T)                                                    \
+  template void finish_rows<T>(const Forward<T>&, const double*, bool);       \
+  template void uniform_coef<T>(Matrix<T>);                                   \
+  template void forward<T>(const Forward<T>&, const Options&, const Tensor&); \
+  template void backward<T>(const Backward<T>&, const Options&, const Tensor&);
+KDK_INSTANTIATE(float)
+KDK_INSTANTIATE(double)
+#undef KDK_INSTANTIATE
+
+}  // namespace kdk::gram_mse
