@@ -12,6 +12,30 @@ enum class SimdLevel { kBaseline, kAvx2, kAvx512 };
 // "avx2", "avx512") allows.
 SimdLevel simd_level();
 
+// Calls the function template `name` of the level in use, e.g. KDK_SIMD_CALL(epilogues<float>)().
+#if defined(KDK_SIMD_X86)
+#define KDK_SIMD_DECLARE(declaration) \
+  namespace baseline {                \
+  declaration                         \
+  }                                   \
+  namespace avx2 {                    \
+  declaration                         \
+  }                                   \
+  namespace avx512 {                  \
+  declaration                         \
+  }
+#define KDK_SIMD_CALL(name)                           \
+  (simd_level() == SimdLevel::kAvx512 ? &avx512::name \
+   : simd_level() == SimdLevel::kAvx2 ? &avx2::name   \
+                                      : &baseline::name)
+#else
+#define KDK_SIMD_DECLARE(declaration) \
+  namespace baseline {                \
+  declaration                         \
+  }
+#define KDK_SIMD_CALL(name) (&baseline::name)
+#endif
+
 }  // namespace kdk
 
 extern "C" const char* kdkernels_simd_level();

@@ -33,23 +33,11 @@ struct Epilogues {
   void (*normalize_backward)(const T* x, T* dx, int64_t n);
 };
 
-#define KDK_DECLARE_EPILOGUES(level) \
-  namespace level {                  \
-  template <typename T>              \
-  const Epilogues<T>& epilogues();   \
-  }
-KDK_DECLARE_EPILOGUES(baseline)
-KDK_DECLARE_EPILOGUES(avx2)
-KDK_DECLARE_EPILOGUES(avx512)
-#undef KDK_DECLARE_EPILOGUES
+KDK_SIMD_DECLARE(template <typename T> const Epilogues<T>& epilogues();)
 
 template <typename T>
 const Epilogues<T>& epilogues() {
-#if defined(KDK_SIMD_X86)
-  if (simd_level() == SimdLevel::kAvx512) return avx512::epilogues<T>();
-  if (simd_level() == SimdLevel::kAvx2) return avx2::epilogues<T>();
-#endif
-  return baseline::epilogues<T>();
+  return KDK_SIMD_CALL(epilogues<T>)();
 }
 
 }  // namespace kdk::gram_mse
