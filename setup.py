@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the native libraries by CMake and Ninja where that is possible; the package works without them.
+"""Builds the native libraries by CMake and Ninja where that is possible; the package works without
+them.
 
-Environment: KDKERNELS_NATIVE=0 skips the native build, =1 makes its failure an error (default: build if there is a
+Environment: KDKERNELS_NATIVE=0 skips the native build, =1 makes its failure an error (default:
+    build if there is a
 compiler, and say so if it does not work). KDKERNELS_WERROR=1 treats compiler warnings as errors.
 """
 
@@ -26,11 +28,15 @@ def obstacle() -> str | None:
         return "KDKERNELS_NATIVE=0"
     for module in ("torch", "pybind11"):
         if importlib.util.find_spec(module) is None:
-            return f"the Python package {module} is not installed (with pip use --no-build-isolation)"
+            return (
+                f"the Python package {module} is not installed (with pip use --no-build-isolation)"
+            )
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             return f"{tool} was not found"
-    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+    if not any(
+        shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++", "clang++")
+    ):
         return "no C++ compiler was found"
     return None
 
@@ -42,14 +48,18 @@ class CMakeBuild(build_ext):
         reason = obstacle()
         if reason is not None:
             if os.environ.get("KDKERNELS_NATIVE") == "1":
-                raise RuntimeError(f"KDKERNELS_NATIVE=1, but the native libraries cannot be built: {reason}")
+                raise RuntimeError(
+                    f"KDKERNELS_NATIVE=1, but the native libraries cannot be built: {reason}"
+                )
             print(f"kdkernels: native libraries are not built: {reason}", file=sys.stderr)
             return
         import pybind11
         import torch
 
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        target = ROOT / "kdkernels" if self.inplace else Path(self.build_lib).resolve() / "kdkernels"
+        target = (
+            ROOT / "kdkernels" if self.inplace else Path(self.build_lib).resolve() / "kdkernels"
+        )
         definitions = {
             "CMAKE_INSTALL_PREFIX": target,
             "KDK_TORCH_DIR": Path(torch.__file__).parent,

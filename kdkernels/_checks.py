@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Argument checks shared by the public functions. Each names the argument, what was expected and what was given."""
+"""Argument checks shared by the public functions.
+
+Each message names the argument, what was expected and what was given.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,9 @@ def features(name: str, x: Any, min_dim: int = 2) -> None:
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.dim() < min_dim:
-        raise ValueError(f"{name} must have at least {min_dim} dimensions, got shape {list(x.shape)}")
+        raise ValueError(
+            f"{name} must have at least {min_dim} dimensions, got shape {list(x.shape)}"
+        )
 
 
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -39,10 +44,13 @@ def same_leading(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     """All dimensions but the last agree."""
     if x.dim() != other.dim():
         raise ValueError(
-            f"{name} must have {other.dim()} dimensions like {other_name}, got {x.dim()}: shape {list(x.shape)}"
+            f"{name} must have {other.dim()} dimensions like {other_name}, "
+            f"got {x.dim()}: shape {list(x.shape)}"
         )
     if x.shape[-2] != other.shape[-2]:
-        raise ValueError(f"{name} must have {other.shape[-2]} rows like {other_name}, got {x.shape[-2]}")
+        raise ValueError(
+            f"{name} must have {other.shape[-2]} rows like {other_name}, got {x.shape[-2]}"
+        )
     if x.shape[:-2] != other.shape[:-2]:
         raise ValueError(
             f"{name} must have the leading dimensions {list(other.shape[:-2])} like {other_name}, "

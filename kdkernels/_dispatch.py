@@ -2,9 +2,10 @@
 """Which backend runs an operator, and why.
 
 A backend is a package `kdkernels.<backend>` with `unavailable()`, and one module per op,
-`kdkernels.<backend>.<op>`, that holds the launchers `<op>_fwd` and `<op>_bwd`. The package says what it can run at all
-(`unavailable()`, `rejects(tensors)`), the module, if the op has limits of its own there, `supports(*operator_args)`:
-None for yes, or a sentence saying why not. Nothing is registered: a file in the right place is the registration.
+`kdkernels.<backend>.<op>`, that holds the launchers `<op>_fwd` and `<op>_bwd`. The package says
+what it can run at all (`unavailable()`, `rejects(tensors)`), the module, if the op has limits of
+its own there, `supports(*operator_args)`: None for yes, or a sentence saying why not. Nothing is
+registered: a file in the right place is the registration.
 """
 
 from __future__ import annotations
@@ -37,13 +38,15 @@ _OTHER_DEVICES = ("reference",)
 class BackendUnavailableError(RuntimeError, ValueError):
     """An explicitly requested backend cannot run this call.
 
-    A `ValueError`, because an argument asked for it, and a `RuntimeError`, because the same call may work on
-    another machine.
+    A `ValueError`, because an argument asked for it, and a `RuntimeError`, because the same call
+    may work on another machine.
     """
 
 
 class _Requested(threading.local):
-    """The innermost `use_backend` of this thread (threading.local, because Dynamo cannot trace ContextVar.get)."""
+    """The innermost `use_backend` of this thread."""
+
+    # threading.local, because Dynamo cannot trace ContextVar.get (torch 2.13)
 
     backend: str | None = None
 
@@ -66,8 +69,9 @@ _check_name(_default, "KDKERNELS_BACKEND")
 def use_backend(backend: Backend) -> Iterator[None]:
     """Make `backend` the choice of every call in this thread that does not name one itself.
 
-    Precedence: the call's own `backend=` argument, then the innermost `use_backend`, then the environment variable
-    `KDKERNELS_BACKEND` (read when the package is imported), then the measured order of the device.
+    Precedence: the call's own `backend=` argument, then the innermost `use_backend`, then the
+    environment variable `KDKERNELS_BACKEND` (read when the package is imported), then the measured
+    order of the device.
 
     Raises:
         ValueError: unknown name. Whether the backend can run a given call is decided at that call.
@@ -143,7 +147,7 @@ def select_name(op: str, backend: str, args: tuple[Any, ...]) -> str:
     for name in device_order(device):
         if why_not(op, name, args) is None:
             return name
-    raise BackendUnavailableError(f"no backend can run {op} on {device}")  # the reference runs everywhere
+    raise BackendUnavailableError(f"no backend can run {op} on {device}")
 
 
 def select(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
@@ -166,11 +170,13 @@ _planners: dict[str, _Planner] = {}
 def explained_by(
     operator_args: Callable[..., tuple[Any, ...]], choices: Callable[..., dict[str, str]]
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a public function with what `explain` asks, both with its own signature less `backend`.
+    """Decorate a public function with what `explain` asks.
 
     Args:
-        operator_args: Checks the arguments and returns those of the forward operator, without the backend.
-        choices: Names each choice made on the way and the reason, e.g. `{"algorithm": "factored (asked for)"}`.
+        operator_args: Checks the arguments and returns those of the forward operator, without the
+            backend. Takes what the public function takes, less `backend`.
+        choices: Names each choice made on the way and the reason, e.g. `{"algorithm": "factored
+            (asked for)"}`. Takes the same.
     """
 
     def register(public: Callable[..., Any]) -> Callable[..., Any]:
@@ -199,7 +205,9 @@ class Explanation:
 
 
 def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> Explanation:
-    """Say which backend and algorithm a call would use, and why not the others. Nothing is computed.
+    """Say which backend and algorithm a call would use, and why not the others.
+
+    Nothing is computed.
 
     Args:
         function: Name of a public function, e.g. `"gram_mse"`.
@@ -214,7 +222,9 @@ def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any)
         >>> print(kd.explain("gram_mse", student, teacher))
     """
     if function not in _planners:
-        raise ValueError(f"function must be one of {', '.join(map(repr, sorted(_planners)))}, got {function!r}")
+        raise ValueError(
+            f"function must be one of {', '.join(map(repr, sorted(_planners)))}, got {function!r}"
+        )
     planner = _planners[function]
     operator_args = planner.operator_args(*args, **kwargs)
     chosen = select_name(planner.op, requested_backend(backend), operator_args)
@@ -225,6 +235,8 @@ def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any)
         if name != chosen:
             reason = why_not(planner.op, name, operator_args)
             rejected[name] = reason or (
-                f"{chosen} comes before it on {device.type}" if name in order else f"not chosen by auto on {device.type}"
+                f"{chosen} comes before it on {device.type}"
+                if name in order
+                else f"not chosen by auto on {device.type}"
             )
     return Explanation(function, str(device), chosen, planner.choices(*args, **kwargs), rejected)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operator pairs `kdkernels::<op>_fwd` and `kdkernels::<op>_bwd`.
 
-One schema and one fake per operator, whatever the number of backends: the backend is an argument, resolved inside on
-real tensors, so a trace never specialises on it. Autograd is attached outside, in `kdkernels/ops/<op>.py`; this
-boundary (`Library.define` and `impl`) costs a third of `torch.library.custom_op`.
+One schema and one fake per operator, whatever the number of backends: the backend is an argument,
+    resolved inside on
+real tensors, so a trace never specialises on it. Autograd is attached outside, in
+`kdkernels/ops/<op>.py`; this boundary (`Library.define` and `impl`) costs a third of
+`torch.library.custom_op`.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ from kdkernels import _dispatch
 _library = torch.library.Library("kdkernels", "DEF")
 
 
-def define_operator(op: str, direction: str, schema: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+def define_operator(
+    op: str, direction: str, schema: str, fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Define `kdkernels::<op>_<direction>` and return the callable overload.
 
     Args:
         op: Base name of the op, the same in every layer.
         direction: "fwd" or "bwd".
-        schema: Arguments and results, e.g. `"(Tensor x, str backend) -> Tensor"`. The last argument is
-            `str backend`; a backend's launcher receives the others.
+        schema: Arguments and results, e.g. `"(Tensor x, str backend) -> Tensor"`. The last argument
+            is `str backend`; a backend's launcher receives the others.
         fake: Shapes and dtypes of the results, from the same arguments.
     """
     name = f"{op}_{direction}"
@@ -41,7 +45,7 @@ def define_operator(op: str, direction: str, schema: str, fake: Callable[..., An
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kdkernels::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops.kdkernels, name), "default")
+    return getattr(torch.ops.kdkernels, name).default
 
 
 def _autocast_off(inputs: list[Any]) -> contextlib.AbstractContextManager[Any]:
@@ -60,16 +64,18 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:
         raise RuntimeError(
-            "kdkernels losses are differentiable once: the gradient of a gradient (create_graph=True) is not "
-            "implemented. Use the function of the same name in kdkernels.reference, which torch differentiates twice"
+            "kdkernels losses are differentiable once: the gradient of a gradient "
+            "(create_graph=True) is not implemented. Use the function of the same name in "
+            "kdkernels.reference, which torch differentiates twice"
         )
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Run a backward without recording it, and refuse to differentiate what it returns.
 
-    `torch.autograd.function.once_differentiable` refuses only if the incoming gradient requires grad (torch 2.13);
-    with create_graph=True it lets the dependence on the saved inputs vanish silently.
+    `torch.autograd.function.once_differentiable` refuses only if the incoming gradient requires
+    grad (torch 2.13); with create_graph=True it lets the dependence on the saved inputs vanish
+    silently.
     """
 
     def wrapper(ctx: Any, *douts: Tensor) -> Any:

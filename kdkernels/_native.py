@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds and loads the compiled libraries, once, on first use, keeping the reason of a failure.
 
-Importing kdkernels loads no native code. `libkdkernels_cpu.so` is built on the stable ABI of LibTorch and registers
-raw operators in the namespace `kdkernels_C`; `_C` is a pybind11 module for what is not a tensor operator.
+Importing kdkernels loads no native code. `libkdkernels_cpu.so` is built on the stable ABI of
+LibTorch and registers raw operators in the namespace `kdkernels_C`; `_C` is a pybind11 module for
+what is not a tensor operator.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ def load_error(library: str) -> str | None:
     """Load `lib<library>.so` and say why that was impossible; None once it is loaded."""
     path = _HERE / f"lib{library}.so"
     if not path.exists():
-        return f"{path.name} was not built (no C++ compiler, CMake or Ninja when kdkernels was installed)"
+        return (
+            f"{path.name} was not built "
+            "(no C++ compiler, CMake or Ninja when kdkernels was installed)"
+        )
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

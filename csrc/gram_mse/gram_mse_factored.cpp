@@ -80,7 +80,12 @@ double squared_norm(Matrix<const T> m) {
 template <typename T>
 void copy(Matrix<const T> from, Matrix<T> to) {
   for (int64_t i = 0; i < from.rows; ++i) {
-    for (int64_t j = 0; j < from.cols; ++j) to.row(i)[j] = from.row(i)[j * from.col_stride];
+    const T* row = from.row(i);
+    if (from.col_stride == 1) {
+      std::copy_n(row, from.cols, to.row(i));
+    } else {
+      for (int64_t j = 0; j < from.cols; ++j) to.row(i)[j] = row[j * from.col_stride];
+    }
   }
 }
 

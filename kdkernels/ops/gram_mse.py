@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gram_mse: squared difference of two normalised Gram matrices (similarity-preserving distillation and its kin).
+"""gram_mse: squared difference of two normalised Gram matrices (similarity preserving and its kin).
 
 Traffic of one forward and backward, in elements, per group (B rows, D_s = D_t = D):
     resident   reads 3 B D, writes B D, plus the two B x B Grams (B <= D)
@@ -25,21 +25,29 @@ ALGORITHMS = ("auto", "tiled", "factored")
 REDUCTIONS = ("mean", "sum", "none")
 MAX_ORDER = 8  # of the Taylor polynomial; kernels keep its coefficients in a fixed array
 
-# Results of the forward, the same for every backend. "acc" is fp64 for fp64 inputs, else fp32.
-#   loss          [G]       acc  sum over i, j of (G_student - G_teacher)_ij^2
-#   coef          [G, 5, B] acc  rows a, b_s, b_t, c_s, c_t, with A = student Gram and K = teacher Gram before row
-#                                normalisation:  dloss/dA_ij = b_s_i A_ij + a_i K_ij + c_s_i sign(A_ij), and
-#                                dloss/dK_ij = b_t_i K_ij + a_i A_ij + c_t_i sign(K_ij). Constants where rows are not
-#                                normalised; not read for kernel="rbf_taylor"
-#   gram_student  resident: A [G, B, B]; factored: S^T S [G, D_s, D_s]; streamed: [G, 0, 0]          acc
-#   gram_teacher  resident: K [G, B, B]; factored: T^T T [G, D_t, D_t]; streamed: [G, 0, 0]          acc
-#   cross         factored: T^T S [G, D_t, D_s]; otherwise [G, 0, 0]                                 acc
-# With normalize="feature", S and T stand for the normalised features throughout.
-# `algorithm` is "resident", "streamed" or "factored" (see `choose_algorithm`).
+# Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32.
+#   loss          [G]        sum over i, j of (G_student - G_teacher)_ij^2
+#   coef          [G, 5, B]  rows a, b_s, b_t, c_s, c_t; with A the student's and K the teacher's Gram
+#                            before its rows are normalised,
+#                                dloss/dA_ij = b_s_i A_ij + a_i K_ij + c_s_i sign(A_ij)
+#                                dloss/dK_ij = b_t_i K_ij + a_i A_ij + c_t_i sign(K_ij)
+#                            constants where rows are not normalised; kernel="rbf_taylor" ignores it
+#   gram_student  [G, n, n]  resident: A, factored: S^T S, streamed: empty (n = 0)
+#   gram_teacher  [G, m, m]  resident: K, factored: T^T T, streamed: empty
+#   cross         [G, m, n]  factored: T^T S, otherwise empty
+# With normalize="feature", S and T stand for the normalised features throughout. `algorithm` is
+# "resident", "streamed" or "factored" (see `choose_algorithm`).
 
 
 def _fwd_fake(
-    student: Tensor, teacher: Tensor, normalize: str, kernel: str, gamma: float, order: int, algorithm: str, backend: str
+    student: Tensor,
+    teacher: Tensor,
+    normalize: str,
+    kernel: str,
+    gamma: float,
+    order: int,
+    algorithm: str,
+    backend: str,
 ) -> tuple[Tensor, ...]:
     G, B, D_s = student.shape
     D_t = teacher.shape[2]
@@ -51,8 +59,8 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    dout: Tensor, student: Tensor, teacher: Tensor, coef: Tensor, gram_student: Tensor, gram_teacher: Tensor,
-    cross: Tensor, need_student: bool, need_teacher: bool, *options: Any,
+    dout: Tensor, student: Tensor, teacher: Tensor, coef: Tensor, gram_student: Tensor,
+    gram_teacher: Tensor, cross: Tensor, need_student: bool, need_teacher: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
         student.new_empty(student.shape if need_student else (0,)),
@@ -71,8 +79,9 @@ _fwd = define_operator(
 _bwd = define_operator(
     "gram_mse",
     "bwd",
-    "(Tensor dout, Tensor student, Tensor teacher, Tensor coef, Tensor gram_student, Tensor gram_teacher, "
-    f"Tensor cross, bool need_student, bool need_teacher, {_OPTIONS}) -> (Tensor dstudent, Tensor dteacher)",
+    "(Tensor dout, Tensor student, Tensor teacher, Tensor coef, Tensor gram_student, "
+    f"Tensor gram_teacher, Tensor cross, bool need_student, bool need_teacher, {_OPTIONS}) "
+    "-> (Tensor dstudent, Tensor dteacher)",
     _bwd_fake,
 )
 
@@ -82,7 +91,12 @@ class GramMSEFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, reduction: str, scale: float, options: tuple[Any, ...]
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        reduction: str,
+        scale: float,
+        options: tuple[Any, ...],
     ) -> Tensor:
         loss, *residuals = _fwd(_grouped(student), _grouped(teacher), *options)
         ctx.save_for_backward(student, teacher, *residuals)
@@ -125,7 +139,8 @@ def _no_factors(normalize: str, kernel: str) -> str | None:
 def _multiply_adds(B: int, D_s: int, D_t: int, normalize: str) -> tuple[float, float]:
     """Of one forward and backward for the student: (tiled, factored).
 
-    Each symmetric product counts half. `resident` keeps both Grams for the backward, `streamed` computes them again.
+    Each symmetric product counts half. `resident` keeps both Grams for the backward, `streamed`
+    computes them again.
     """
     half_grams = B * B * (D_s + D_t) / 2
     tiled = half_grams * (1 if _fits(B, D_s, D_t) else 2) + B * B * D_s
@@ -140,15 +155,17 @@ def _multiply_adds(B: int, D_s: int, D_t: int, normalize: str) -> tuple[float, f
 
 def _fits(B: int, D_s: int, D_t: int) -> bool:
     """Whether a B x B Gram is no larger than the features it comes from."""
-    return B <= max(D_s, D_t)
+    return max(D_s, D_t) >= B
 
 
-def choose_algorithm(B: int, D_s: int, D_t: int, *, normalize: str, kernel: str, algorithm: str) -> str:
+def choose_algorithm(
+    B: int, D_s: int, D_t: int, *, normalize: str, kernel: str, algorithm: str
+) -> str:
     """ "resident", "streamed" (the two forms of "tiled") or "factored": what a call runs.
 
-    `resident` keeps both B x B Grams from the forward for the backward, where they are no larger than the features;
-    `streamed` computes their tiles again; `factored` replaces every B x B product by D x D ones. "auto" takes what
-    needs fewer multiply-adds.
+    `resident` keeps both B x B Grams from the forward for the backward, where they are no larger
+    than the features; `streamed` computes their tiles again; `factored` replaces every B x B
+    product by D x D ones. "auto" takes what needs fewer multiply-adds.
     """
     obstacle = _no_factors(normalize, kernel)
     if algorithm == "factored" and obstacle is not None:
@@ -183,7 +200,9 @@ def _operator_args(
     _checks.choice("reduction", reduction, REDUCTIONS)
     gamma, order = _checks.positive("gamma", gamma), _checks.count("order", order, 1, MAX_ORDER)
     if kernel == "rbf_taylor" and normalize not in ("feature", "none"):
-        raise ValueError(f"normalize must be 'feature' or 'none' with kernel='rbf_taylor', got {normalize!r}")
+        raise ValueError(
+            f"normalize must be 'feature' or 'none' with kernel='rbf_taylor', got {normalize!r}"
+        )
     B, D_s, D_t = student.shape[-2], student.shape[-1], teacher.shape[-1]
     chosen = choose_algorithm(B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm)
     return student, teacher, normalize, kernel, gamma, order, chosen
@@ -227,25 +246,30 @@ def gram_mse(
 
         (1 / B^2) sum_ij (G(A_student) - G(A_teacher))_ij^2.
 
-    The defaults are the similarity-preserving loss. No B x B matrix is formed when B exceeds the feature width.
+    The defaults are the similarity-preserving loss. No B x B matrix is formed when B exceeds the
+    feature width.
 
     Args:
         student: Features, [..., B, D_s]. Leading dimensions are independent groups. Any strides.
-        teacher: Features, [..., B, D_t], same dtype and device (under autocast the wider dtype is taken). Receives a
-            gradient only if it requires one.
-        normalize: "row_l2" and "row_l1" divide each row of A by its norm (clamped at 1e-12 as in `F.normalize`);
-            "feature" normalises the features, so A holds cosines; "none" leaves A as it is.
-        kernel: "rbf_taylor" replaces each entry s of A by exp(-2 gamma) sum_p (2 gamma s)^p / p!, p = 0...order, the
-            Gaussian kernel of unit vectors expanded at 0. It takes normalize="feature" or "none".
+        teacher: Features, [..., B, D_t], same dtype and device (under autocast the wider dtype is
+            taken). Receives a gradient only if it requires one.
+        normalize: "row_l2" and "row_l1" divide each row of A by its norm (clamped at 1e-12 as in
+            `F.normalize`); "feature" normalises the features, so A holds cosines; "none" leaves A
+            as it is.
+        kernel: "rbf_taylor" replaces each entry s of A by exp(-2 gamma) sum_p (2 gamma s)^p / p!, p
+            = 0...order, the Gaussian kernel of unit vectors expanded at 0. It takes
+            normalize="feature" or "none".
         gamma, order: Of "rbf_taylor": gamma > 0, order from 1 to 8.
-        algorithm: "tiled" sweeps tiles of the Grams, "factored" replaces them by D x D products (normalize="row_l2",
-            "feature" or "none" with the linear kernel), "auto" takes the one with fewer multiply-adds.
-        reduction: "mean" over B^2 entries and all groups; "sum" of the squared differences, undivided; "none" gives
-            the mean over B^2 of each group, shape [...].
+        algorithm: "tiled" sweeps tiles of the Grams, "factored" replaces them by D x D products
+            (normalize="row_l2", "feature" or "none" with the linear kernel), "auto" takes the one
+            with fewer multiply-adds.
+        reduction: "mean" over B^2 entries and all groups; "sum" of the squared differences,
+            undivided; "none" gives the mean over B^2 of each group, shape [...].
         backend: See `kdkernels.explain`.
 
     Returns:
-        fp32 (fp64 for fp64 inputs): a scalar, or shape [...] for reduction="none". 0 for an empty batch.
+        fp32 (fp64 for fp64 inputs): a scalar, or shape [...] for reduction="none". 0 for an empty
+        batch.
 
     Raises:
         TypeError: not a floating tensor, or dtypes differ.
@@ -254,14 +278,17 @@ def gram_mse(
 
     Reference:
         Tung and Mori, Similarity-Preserving Knowledge Distillation, ICCV 2019, arXiv:1907.09682;
-        Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019, arXiv:1904.01802 ("rbf_taylor").
+        Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019, arXiv:1904.01802
+        ("rbf_taylor").
     """
     student, teacher, *options = _operator_args(
-        student, teacher, normalize=normalize, kernel=kernel, gamma=gamma, order=order, algorithm=algorithm,
-        reduction=reduction,
+        student, teacher, normalize=normalize, kernel=kernel, gamma=gamma, order=order,
+        algorithm=algorithm, reduction=reduction,
     )  # fmt: skip
     B = student.shape[-2]
     scale = 1.0 if reduction == "sum" else 1.0 / max(B * B, 1)
     if reduction == "mean":
         scale /= max(student.shape[:-2].numel(), 1)
-    return GramMSEFunction.apply(student, teacher, reduction, scale, (*options, requested_backend(backend)))
+    return GramMSEFunction.apply(
+        student, teacher, reduction, scale, (*options, requested_backend(backend))
+    )

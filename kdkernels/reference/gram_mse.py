@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean squared error between normalised Gram matrices, in plain PyTorch.
 
-`gram_mse` is the definition. `gram_mse_fwd` and `gram_mse_bwd` are the operator pair in closed form, as derived in
-docs/ops/gram_mse.md, whose names (r, q, x, a, b, c, C, K, M) they keep.
+`gram_mse` is the definition. `gram_mse_fwd` and `gram_mse_bwd` are the operator pair in closed
+form, as derived in docs/ops/gram_mse.md, whose names (r, q, x, a, b, c, C, K, M) they keep.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def gram_mse(
 
 
 def taylor_coefficients(gamma: float, order: int) -> list[float]:
-    """Coefficients of s^p in exp(-2 gamma) sum_p (2 gamma s)^p / p!, the expansion of exp(-gamma |u - v|^2) at s = <u, v>."""
+    """Coefficients of s^p in exp(-2 gamma) sum_p (2 gamma s)^p / p!, the expansion of exp(-gamma
+    |u - v|^2) at s = <u, v>.
+    """
     return [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
 
 
@@ -60,7 +62,11 @@ def gram_mse_fwd(
     gram_s, gram_t = s @ s.mT, t @ t.mT
     if kernel == "rbf_taylor":
         coefficients = taylor_coefficients(gamma, order)
-        loss = (_polynomial(gram_s, coefficients) - _polynomial(gram_t, coefficients)).square().sum((1, 2))
+        loss = (
+            (_polynomial(gram_s, coefficients) - _polynomial(gram_t, coefficients))
+            .square()
+            .sum((1, 2))
+        )
         coef = _uniform_coef(s)
     elif normalize in ("row_l2", "row_l1"):
         wide_s, wide_t = gram_s.double(), gram_t.double()
@@ -113,7 +119,9 @@ def gram_mse_bwd(
             wide, dx = source.double(), dx.double()
             norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
             unit = wide / norm.clamp_min(EPS)
-            dx = (dx - unit * (unit * dx).sum(-1, keepdim=True) * (norm >= EPS)) / norm.clamp_min(EPS)
+            dx = (dx - unit * (unit * dx).sum(-1, keepdim=True) * (norm >= EPS)) / norm.clamp_min(
+                EPS
+            )
         return dx.to(source.dtype)
 
     nothing = student.new_empty(0)
@@ -149,13 +157,18 @@ def _uniform_coef(s: Tensor) -> Tensor:
     return values[None, :, None].expand(len(s), 5, s.shape[1]).contiguous()
 
 
-def _row_normalised(r2: Tensor, q2: Tensor, x: Tensor, l1_s: Tensor, l1_t: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
-    """Loss and coefficients from the row sums of A_S^2, A_T^2, A_S A_T, |A_S| and |A_T|, each [G, B] in fp64."""
+def _row_normalised(
+    r2: Tensor, q2: Tensor, x: Tensor, l1_s: Tensor, l1_t: Tensor, normalize: str
+) -> tuple[Tensor, Tensor]:
+    """Loss and coefficients from the row sums of A_S^2, A_T^2, A_S A_T, |A_S| and |A_T|, each [G,
+    B] in fp64.
+    """
     l2 = normalize == "row_l2"
     norm_s, norm_t = (r2.sqrt(), q2.sqrt()) if l2 else (l1_s, l1_t)
     r, q = norm_s.clamp_min(EPS), norm_t.clamp_min(EPS)
     own_s, own_t, cross = r2 / r**2, q2 / q**2, x / (r * q)
-    # <dG_i, G_i> / 2, which the normalisation takes back from the gradient; nothing where the clamp holds the norm
+    # <dG_i, G_i> / 2, which the normalisation takes back from the gradient; nothing where the clamp
+    # holds the norm
     back_s = torch.where(norm_s >= EPS, own_s - cross, 0.0)
     back_t = torch.where(norm_t >= EPS, own_t - cross, 0.0)
     a = -2 / (r * q)
@@ -167,10 +180,15 @@ def _row_normalised(r2: Tensor, q2: Tensor, x: Tensor, l1_s: Tensor, l1_t: Tenso
     return (own_s + own_t - 2 * cross).clamp_min(0).sum(-1), torch.stack(rows, 1)
 
 
-def _factored_fwd(s: Tensor, t: Tensor, normalize: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _factored_fwd(
+    s: Tensor, t: Tensor, normalize: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     gram_s, gram_t, cross = s.mT @ s, t.mT @ t, t.mT @ s  # C, K, M
     if normalize == "row_l2":
-        r2, q2, x = (((y @ f).double() * z).sum(-1) for y, f, z in ((s, gram_s, s), (t, gram_t, t), (t, cross, s)))
+        r2, q2, x = (
+            ((y @ f).double() * z).sum(-1)
+            for y, f, z in ((s, gram_s, s), (t, gram_t, t), (t, cross, s))
+        )
         loss, coef = _row_normalised(r2, q2, x, r2, q2, normalize)
     else:
         norm2 = [f.square().sum((1, 2), dtype=torch.float64) for f in (gram_s, gram_t, cross)]
