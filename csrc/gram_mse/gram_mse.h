@@ -25,7 +25,7 @@ template <typename T>
 struct Forward {
   Matrix<const T> student, teacher;  // [B, D_s], [B, D_t]; unit rows for kFeature
   T* loss;                           // [1]
-  Matrix<T> coef;                    // [kCoefs, B]
+  Matrix<double> coef;               // [kCoefs, B]
   Matrix<T> gram_student, gram_teacher, cross;
 };
 
@@ -36,7 +36,7 @@ struct Backward {
   Matrix<const T> own, other;            // [B, D_own], [B, D_other]; unit rows for kFeature
   Matrix<const T> gram_own, gram_other;  // empty for kStreamed
   Matrix<const T> cross;                 // kFactored: [D_other, D_own]
-  const T *a, *b, *c;                    // [B] each, times dout
+  const double *a, *b, *c;               // [B] each, times dout
   T dout;
   Matrix<T> gradient;  // [B, D_own], with respect to `own`
 };
@@ -57,7 +57,6 @@ void factored_backward(const Backward<T>& call, const Options& options, const Te
 template <typename T>
 void finish_rows(const Forward<T>& call, const double* sums, bool l2);
 
-template <typename T>
-void uniform_coef(Matrix<T> coef);
+void uniform_coef(Matrix<double> coef);
 
 }  // namespace kdk::gram_mse

@@ -66,7 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& student, co
              streamed = options.algorithm == Algorithm::kStreamed;
   const int64_t n_s = factored ? D_s : streamed ? 0 : B, n_t = factored ? D_t : streamed ? 0 : B;
   constexpr ScalarType type = scalar_type_of<T>;
-  const Tensor loss = empty(student, {G}, type), coef = empty(student, {G, kCoefs, B}, type);
+  const Tensor loss = empty(student, {G}, type),
+               coef = empty(student, {G, kCoefs, B}, ScalarType::Double);
   const Tensor gram_s = empty(student, {G, n_s, n_s}, type),
                gram_t = empty(student, {G, n_t, n_t}, type);
   const Tensor cross = empty(student, {G, factored ? D_t : 0, factored ? D_s : 0}, type);
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& student, co
                t = prepare<T>(teacher, options.normalize);
   parallel_each(G, 2.0 * B * B * (D_s + D_t), [&](int64_t g) {
     T* value = static_cast<T*>(loss.mutable_data_ptr()) + g;
-    forward<T>({group<T>(s, g), group<T>(t, g), value, group<T>(coef, g), group<T>(gram_s, g),
+    forward<T>({group<T>(s, g), group<T>(t, g), value, group<double>(coef, g), group<T>(gram_s, g),
                 group<T>(gram_t, g), group<T>(cross, g)},
                options, student);
   });
@@ -99,14 +100,17 @@ Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, co
   const bool unit = options.normalize == Normalize::kFeature;
   const Tensor source = unit ? plain<T>(own.source) : own.x;
   parallel_each(G, 2.0 * B * B * (D + other.x.size(2)), [&](int64_t g) {
-    const Matrix<const T> rows = group<T>(coef, g), m = group<T>(cross, g);
+    const Matrix<const double> rows = group<double>(coef, g);
+    const Matrix<const T> m = group<T>(cross, g);
     const Matrix<T> dx = group<T>(result, g);
     const T factor = scale[g * dout.stride(0)];
-    std::vector<T> scaled(
-        3 * B);  // dout goes into the coefficients, which spares a pass over the gradient
+    // dout goes into the coefficients, which spares a pass over the gradient
+    std::vector<double> scaled(3 * B);
     const int64_t which[] = {0, own.b, own.c};
-    for (int k = 0; k < 3; ++k) kernels.scale(rows.row(which[k]), factor, scaled.data() + k * B, B);
-    const T* a = scaled.data();
+    for (int k = 0; k < 3; ++k) {
+      for (int64_t i = 0; i < B; ++i) scaled[k * B + i] = rows.row(which[k])[i] * factor;
+    }
+    const double* a = scaled.data();
     backward<T>({group<T>(own.x, g), group<T>(other.x, g), group<T>(own.gram, g),
                  group<T>(other.gram, g), transposed ? m.t() : m, a, a + B, a + 2 * B, factor, dx},
                 options, own.x);

@@ -91,9 +91,9 @@ void copy(Matrix<const T> from, Matrix<T> to) {
 
 // rows of `to` are factor[i] times rows of `from`
 template <typename T>
-void scale_rows(Matrix<const T> from, const T* factor, Matrix<T> to) {
+void scale_rows(Matrix<const T> from, const double* factor, Matrix<T> to) {
   for (int64_t i = 0; i < from.rows; ++i)
-    epilogues<T>().scale(from.row(i), factor[i], to.row(i), from.cols);
+    epilogues<T>().scale(from.row(i), static_cast<T>(factor[i]), to.row(i), from.cols);
 }
 
 }  // namespace

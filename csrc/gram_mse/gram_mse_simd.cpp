@@ -85,15 +85,18 @@ double squared_difference(Matrix<const T> own, Matrix<const T> other, const Tayl
 }
 
 template <typename T>
-void linear_weights(Matrix<const T> own, Matrix<const T> other, const T* a_i, const T* b_i,
-                    const T* c_i, const T* a_j, const T* b_j, const T* c_j, Matrix<T> weights) {
+void linear_weights(Matrix<const T> own, Matrix<const T> other, const double* a_i,
+                    const double* b_i, const double* c_i, const double* a_j, const double* b_j,
+                    const double* c_j, Matrix<T> weights) {
   for (int64_t i = 0; i < own.rows; ++i) {
     const T *x = own.row(i), *y = other.row(i);
     T* w = weights.row(i);
-    const T a = a_i[i], b = b_i[i], c = c_i[i];
+    const double a = a_i[i], b = b_i[i], c = c_i[i];
 #pragma omp simd
-    for (int64_t j = 0; j < own.cols; ++j)
-      w[j] = linear_weight(x[j], y[j], a, a_j[j], b, b_j[j], c, c_j[j]);
+    for (int64_t j = 0; j < own.cols; ++j) {
+      const double s = x[j], t = y[j];
+      w[j] = static_cast<T>(linear_weight(s, t, a, a_j[j], b, b_j[j], c, c_j[j]));
+    }
   }
 }
 

@@ -159,15 +159,13 @@ void finish_rows(const Forward<T>& call, const double* sums, bool l2) {
   for (int64_t i = 0; i < call.student.rows; ++i) {
     const RowResult row = normalized_row(sums + i * kSums, l2);
     loss += row.loss;
-    for (int k = 0; k < kCoefs; ++k) call.coef.row(k)[i] = static_cast<T>(row.coef[k]);
+    for (int k = 0; k < kCoefs; ++k) call.coef.row(k)[i] = row.coef[k];
   }
   *call.loss = static_cast<T>(loss);
 }
 
-template <typename T>
-void uniform_coef(Matrix<T> coef) {
-  for (int k = 0; k < kCoefs; ++k)
-    std::fill_n(coef.row(k), coef.cols, static_cast<T>(kUniformCoef[k]));
+void uniform_coef(Matrix<double> coef) {
+  for (int k = 0; k < kCoefs; ++k) std::fill_n(coef.row(k), coef.cols, kUniformCoef[k]);
 }
 
 template <typename T>
@@ -190,7 +188,6 @@ void backward(const Backward<T>& call, const Options& options, const Tensor& lik
 
 #define KDK_INSTANTIATE(T)                                                    \
   template void finish_rows<T>(const Forward<T>&, const double*, bool);       \
-  template void uniform_coef<T>(Matrix<T>);                                   \
   template void forward<T>(const Forward<T>&, const Options&, const Tensor&); \
   template void backward<T>(const Backward<T>&, const Options&, const Tensor&);
 KDK_INSTANTIATE(float)

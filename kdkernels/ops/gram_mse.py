@@ -25,10 +25,10 @@ ALGORITHMS = ("auto", "tiled", "factored")
 REDUCTIONS = ("mean", "sum", "none")
 MAX_ORDER = 8  # of the Taylor polynomial; kernels keep its coefficients in a fixed array
 
-# Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32.
+# Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32 but for coef.
 #   loss          [G]        sum over i, j of (G_student - G_teacher)_ij^2
-#   coef          [G, 5, B]  rows a, b_s, b_t, c_s, c_t; with A the student's and K the teacher's Gram
-#                            before its rows are normalised,
+#   coef          [G, 5, B]  fp64; rows a, b_s, b_t, c_s, c_t; with A the student's and
+#                            K the teacher's Gram before its rows are normalised,
 #                                dloss/dA_ij = b_s_i A_ij + a_i K_ij + c_s_i sign(A_ij)
 #                                dloss/dK_ij = b_t_i K_ij + a_i A_ij + c_t_i sign(K_ij)
 #                            constants where rows are not normalised; kernel="rbf_taylor" ignores it
@@ -55,7 +55,8 @@ def _fwd_fake(
     n_s, n_t = {"resident": (B, B), "streamed": (0, 0), "factored": (D_s, D_t)}[algorithm]
     m, n = (D_t, D_s) if algorithm == "factored" else (0, 0)
     shapes = ((G,), (G, 5, B), (G, n_s, n_s), (G, n_t, n_t), (G, m, n))
-    return tuple(student.new_empty(shape, dtype=acc) for shape in shapes)
+    dtypes = (acc, torch.float64, acc, acc, acc)
+    return tuple(student.new_empty(n, dtype=d) for n, d in zip(shapes, dtypes, strict=True))
 
 
 def _bwd_fake(

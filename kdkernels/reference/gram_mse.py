@@ -76,7 +76,7 @@ def gram_mse_fwd(
         loss, coef = (gram_s - gram_t).square().sum((1, 2)), _uniform_coef(s)
     if algorithm == "streamed":  # two tensors, since an operator's results may not alias
         gram_s, gram_t = s.new_empty(len(s), 0, 0), s.new_empty(len(s), 0, 0)
-    return loss.to(s.dtype), coef.to(s.dtype), gram_s, gram_t, s.new_empty(len(s), 0, 0)
+    return loss.to(s.dtype), coef, gram_s, gram_t, s.new_empty(len(s), 0, 0)
 
 
 def gram_mse_bwd(
@@ -96,7 +96,7 @@ def gram_mse_bwd(
     algorithm: str,
 ) -> tuple[Tensor, Tensor]:
     s, t = _prepare(student, normalize), _prepare(teacher, normalize)
-    a, b_s, b_t, c_s, c_t = coef.unsqueeze(-1).unbind(1)  # each [G, B, 1]
+    a, b_s, b_t, c_s, c_t = coef.unsqueeze(-1).unbind(1)  # each [G, B, 1], fp64
     if algorithm == "streamed":
         gram_student, gram_teacher = s @ s.mT, t @ t.mT
 
@@ -107,10 +107,11 @@ def gram_mse_bwd(
             error = _polynomial(own, coefficients) - _polynomial(other, coefficients)
             return 4 * error * _polynomial(own, slope) @ x
         half = b * own + a * other + c * own.sign()
-        return (half + half.mT) @ x
+        return (half + half.mT).to(x.dtype) @ x
 
     def factored(x: Tensor, y: Tensor, own: Tensor, cross_yx: Tensor, b: Tensor) -> Tensor:
-        return b * (x @ own) + x @ (x.mT @ (b * x)) + a * (y @ cross_yx) + y @ (y.mT @ (a * x))
+        p, q = a.to(x.dtype), b.to(x.dtype)
+        return q * (x @ own) + x @ (x.mT @ (q * x)) + p * (y @ cross_yx) + y @ (y.mT @ (p * x))
 
     def gradient(source: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
         dx = (factored if algorithm == "factored" else tiled)(x, *terms) * dout[:, None, None]
@@ -153,7 +154,7 @@ def _polynomial(g: Tensor, coefficients: list[float]) -> Tensor:
 
 def _uniform_coef(s: Tensor) -> Tensor:
     """a = -2, b = 2, c = 0: the derivative of sum (A_S - A_T)^2 with no normalisation of rows."""
-    values = s.new_tensor([-2.0, 2.0, 2.0, 0.0, 0.0])
+    values = s.new_tensor([-2.0, 2.0, 2.0, 0.0, 0.0], dtype=torch.float64)
     return values[None, :, None].expand(len(s), 5, s.shape[1]).contiguous()
 
 
@@ -193,4 +194,4 @@ def _factored_fwd(
     else:
         norm2 = [f.square().sum((1, 2), dtype=torch.float64) for f in (gram_s, gram_t, cross)]
         loss, coef = (norm2[0] + norm2[1] - 2 * norm2[2]).clamp_min(0), _uniform_coef(s)
-    return loss.to(s.dtype), coef.to(s.dtype), gram_s, gram_t, cross
+    return loss.to(s.dtype), coef, gram_s, gram_t, cross
