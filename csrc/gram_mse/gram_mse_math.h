@@ -60,10 +60,11 @@ struct Taylor {
     }
   }
 
+  // Less the constant term: only differences are used, and they keep more digits without it.
   KDK_HOST_DEVICE T value(T s) const {
     T v = coefficient[order];
-    for (int p = order - 1; p >= 0; --p) v = v * s + coefficient[p];
-    return v;
+    for (int p = order - 1; p >= 1; --p) v = v * s + coefficient[p];
+    return v * s;
   }
 
   KDK_HOST_DEVICE T slope(T s) const {
