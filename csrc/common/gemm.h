@@ -26,8 +26,8 @@ struct Gram {
 };
 
 // Several such products at once, cut into tasks over output blocks and, where those are few, over
-// the contraction. The cut depends on the shapes alone and partial sums are added in a fixed order:
-// any number of threads gives the same bits.
+// the contraction. The cut depends on the shapes alone and partial sums are added in a fixed order.
+// (BLAS itself rounds differently with other numbers of threads where a product is not cut.)
 template <typename T>
 void grams(const std::vector<Gram<T>>& jobs, const Tensor& like);
 

@@ -147,7 +147,7 @@ def _multiply_adds(B: int, D_s: int, D_t: int, normalize: str) -> tuple[float, f
     tiled = half_grams * (1 if _fits(B, D_s, D_t) else 2) + B * B * D_s
     factored = B * (D_s * D_s + D_t * D_t) / 2 + B * D_s * D_t
     if normalize == "row_l2":
-        factored += B * (D_s * D_s + D_t * D_t + D_s * D_t)  # row norms and row dots
+        factored += B * (D_s * D_s + D_t * D_t) / 2 + B * D_s * D_t  # row norms and row dots
         factored += B * (2.5 * D_s * D_s + 3 * D_s * D_t)  # gradient
     else:
         factored += B * (D_s * D_s + D_s * D_t)

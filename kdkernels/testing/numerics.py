@@ -46,24 +46,36 @@ class Error:
 
 def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
     """Floating tensors in `dtype`; everything else as it is."""
-    return tuple(a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
+    return tuple(
+        a.to(dtype) if isinstance(a, Tensor) and a.is_floating_point() else a for a in args
+    )
 
 
-def value_and_grads(call: Any, args: tuple[Any, ...], n_diff: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+def value_and_grads(
+    call: Any, args: tuple[Any, ...], n_diff: int, seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
     """The result of `call(*args)` and the gradients of its first `n_diff` arguments under a fixed random dout."""
     args = tuple(
-        a.detach().requires_grad_() if i < n_diff and isinstance(a, Tensor) and a.is_floating_point() else a
+        a.detach().requires_grad_()
+        if i < n_diff and isinstance(a, Tensor) and a.is_floating_point()
+        else a
         for i, a in enumerate(args)
     )
     sources = [a for a in args[:n_diff] if isinstance(a, Tensor) and a.requires_grad]
     value = call(*args)
     generator = torch.Generator().manual_seed(seed)
-    dout = torch.rand(value.shape, generator=generator, dtype=torch.float64).add(0.5).to(value.device, value.dtype)
+    dout = (
+        torch.rand(value.shape, generator=generator, dtype=torch.float64)
+        .add(0.5)
+        .to(value.device, value.dtype)
+    )
     grads = torch.autograd.grad(value, sources, dout) if value.numel() or sources else ()
     return value.detach(), list(grads)
 
 
-def compare(what: str, out: Tensor, hi: Tensor, low: Tensor, dtype: torch.dtype, scale: float | None = None) -> Error:
+def compare(
+    what: str, out: Tensor, hi: Tensor, low: Tensor, dtype: torch.dtype, scale: float | None = None
+) -> Error:
     """Judge one result against the budget. An unexpected non-finite element makes the error infinite."""
     out, hi, low = out.double(), hi.double(), low.double()
     if hi.numel() == 0:
@@ -74,7 +86,9 @@ def compare(what: str, out: Tensor, hi: Tensor, low: Tensor, dtype: torch.dtype,
     worst = int(error.nan_to_num(nan=torch.inf).argmax())
     largest = error.nan_to_num(nan=torch.inf).flatten()[worst].item()
     low_error = (low - hi).abs().max().item()
-    if not low_error < torch.inf:  # the definition itself overflows in this dtype; it excuses nothing
+    if (
+        not low_error < torch.inf
+    ):  # the definition itself overflows in this dtype; it excuses nothing
         low_error = 0.0
     if dtype == torch.float64:
         budget = FP64_RELATIVE * scale
@@ -100,17 +114,29 @@ def missing_rows(out: Tensor, hi: Tensor) -> list[int]:
 def check_sample(info: OpInfo, sample: Sample, dtype: torch.dtype, backend: str) -> list[Error]:
     """Loss and every gradient of one sample on one backend, each against its budget."""
     n = len(info.diff_args)
-    hi, hi_grads = value_and_grads(lambda *a: info.define(sample, a), cast(sample.args, torch.float64), n)
+    hi, hi_grads = value_and_grads(
+        lambda *a: info.define(sample, a), cast(sample.args, torch.float64), n
+    )
     low, low_grads = value_and_grads(lambda *a: info.define(sample, a), sample.args, n)
-    out, grads = value_and_grads(lambda *a: info.function(*a, **sample.kwargs, backend=backend), sample.args, n)
+    out, grads = value_and_grads(
+        lambda *a: info.function(*a, **sample.kwargs, backend=backend), sample.args, n
+    )
     loss_scale, grad_scales = None, (None,) * n
     if sample.cancels and info.magnitude is not None:
         loss_scale, grad_scales = info.magnitude(sample)
     errors = [compare("loss", out, hi, low, dtype, loss_scale)]
-    for name, g, g_hi, g_low, scale in zip(info.diff_args, grads, hi_grads, low_grads, grad_scales, strict=True):
+    for name, g, g_hi, g_low, scale in zip(
+        info.diff_args, grads, hi_grads, low_grads, grad_scales, strict=True
+    ):
         result = compare(f"d{name}", g, g_hi, g_low, dtype, scale)
         lost = [] if sample.cancels else missing_rows(g, g_hi)
         if lost:
-            result = Error(result.what, torch.inf, result.budget, result.scale, f"d{name}: rows {lost[:8]} vanish")
+            result = Error(
+                result.what,
+                torch.inf,
+                result.budget,
+                result.scale,
+                f"d{name}: rows {lost[:8]} vanish",
+            )
         errors.append(result)
     return errors

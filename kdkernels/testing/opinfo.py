@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One `OpInfo` per public function drives the generic tests, `kdkernels check` and the benchmarks."""
+"""One `OpInfo` per public function drives the generic tests, `kdkernels check` and the
+benchmarks."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Sample:
     name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
-    # The result is a difference of nearly equal numbers, judged against their size (`OpInfo.magnitude`).
+    # The result is a difference of nearly equal numbers, judged against their size
+    # (`OpInfo.magnitude`).
     cancels: bool = False
 
 
@@ -52,6 +54,7 @@ class BenchShape:
     sizes: dict[str, int]
     workload: str  # where these sizes come from
     kwargs: dict[str, Any] = field(default_factory=dict)
+    device: str | None = None  # the only device type that it is meant for
 
 
 @dataclass(frozen=True)
@@ -59,27 +62,38 @@ class OpInfo:
     name: str  # of the public function
     op: str  # basename of the operator pair
     function: Callable[..., Any]  # public; takes backend=
-    definition: Callable[..., Any]  # literal mathematics in torch with the same arguments, less backend and algorithm
+    definition: Callable[
+        ..., Any
+    ]  # literal mathematics in torch with the same arguments, less backend and algorithm
     diff_args: tuple[str, ...]  # the leading positional arguments that can require a gradient
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
     bad_inputs: Callable[[torch.device], Iterable[BadInput]]
     bench: tuple[BenchShape, ...]
     bench_sample: Callable[[BenchShape, torch.device, torch.dtype], Sample]
     cost: Callable[[BenchShape, torch.dtype], Cost]
-    # Size of the numbers whose difference a cancelling sample returns: (of the loss, of each gradient in diff_args).
+    # Size of the numbers whose difference a cancelling sample returns: (of the loss, of each
+    # gradient in diff_args).
     magnitude: Callable[[Sample], tuple[float, tuple[float, ...]]] | None = None
+    # Peak bytes that a benchmark variant ("eager", "compile", "mm" or a backend) needs above its
+    # inputs, roughly: whether to start it at all. None: never much.
+    memory: Callable[[BenchShape, torch.dtype, str], float] | None = None
     # Options that choose an algorithm, not a meaning: the definition does not take them.
     algorithm_options: tuple[str, ...] = ("algorithm",)
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
     def define(self, sample: Sample, args: tuple[Any, ...] | None = None) -> Any:
         """The definition's value of a sample, on other arguments if given."""
-        kwargs = {name: value for name, value in sample.kwargs.items() if name not in self.algorithm_options}
+        kwargs = {
+            name: value
+            for name, value in sample.kwargs.items()
+            if name not in self.algorithm_options
+        }
         return self.definition(*(sample.args if args is None else args), **kwargs)
 
 
 def rng(seed: int) -> torch.Generator:
-    """A CPU generator: samples are drawn on the CPU in fp64 and moved, so every backend sees the same numbers."""
+    """A CPU generator: samples are drawn on the CPU in fp64 and moved, so every backend sees the
+    same numbers."""
     return torch.Generator().manual_seed(seed)
 
 

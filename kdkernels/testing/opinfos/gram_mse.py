@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.ops.gram_mse import gram_mse
+from kdkernels.ops.gram_mse import choose_algorithm, gram_mse
 from kdkernels.reference import gram_mse as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn
 
@@ -38,7 +38,9 @@ FORMS: tuple[dict[str, Any], ...] = (
 )
 
 
-def definition(student: Tensor, teacher: Tensor, *, reduction: str = "mean", **options: Any) -> Tensor:
+def definition(
+    student: Tensor, teacher: Tensor, *, reduction: str = "mean", **options: Any
+) -> Tensor:
     sums = reference.gram_mse(student, teacher, **options)
     if reduction == "sum":
         return sums.sum()
@@ -54,7 +56,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         return draw(B, D_s, seed=1) / D_s**0.25, draw(B, D_t, seed=2) / D_t**0.25
 
     for name, shape in SHAPES.items():
-        yield Sample(name, pair(*shape), cancels=name == "one_row")  # a single row normalises to 1 on both sides
+        yield Sample(
+            name, pair(*shape), cancels=name == "one_row"
+        )  # a single row normalises to 1 on both sides
     for form in FORMS:
         label = "-".join(str(value) for value in form.values())
         yield Sample(f"{label}-wide", pair(9, 17, 23), form)
@@ -81,7 +85,9 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 def magnitude(sample: Sample) -> tuple[float, tuple[float, ...]]:
     """Size of the two Grams that the loss subtracts, and of the terms that the gradients sum."""
     s, t = (x.double() for x in sample.args)
-    options = {name: value for name, value in sample.kwargs.items() if name in ("normalize", "kernel")}
+    options = {
+        name: value for name, value in sample.kwargs.items() if name in ("normalize", "kernel")
+    }
     zero = torch.zeros_like
     B = max(s.shape[-2], 1)
     own, other = (reference.gram_mse(x, zero(x), **options).sum().item() for x in (s, t))
@@ -99,43 +105,107 @@ def magnitude(sample: Sample) -> tuple[float, tuple[float, ...]]:
 def bad_inputs(device: torch.device) -> Iterator[BadInput]:
     x = torch.ones(8, 4, device=device)
 
-    def bad(name: str, args: tuple[Any, ...], error: type[Exception], message: str, **kwargs: Any) -> BadInput:
+    def bad(
+        name: str, args: tuple[Any, ...], error: type[Exception], message: str, **kwargs: Any
+    ) -> BadInput:
         return BadInput(name, args, kwargs, error, message)
 
     yield bad("rows", (x, x[:7]), ValueError, "teacher must have 8 rows like student, got 7")
-    yield bad("one_dim", (x[0], x[0]), ValueError, "student must have at least 2 dimensions, got shape [4]")
-    yield bad("dims", (x, x[None]), ValueError, "teacher must have 2 dimensions like student, got 3")
-    yield bad("groups", (x.expand(2, 8, 4), x.expand(3, 8, 4)), ValueError, "teacher must have the leading dimensions [2]")
-    yield bad("integer", (x.long(), x.long()), TypeError, "student must be float16, bfloat16, float32 or float64")
+    yield bad(
+        "one_dim",
+        (x[0], x[0]),
+        ValueError,
+        "student must have at least 2 dimensions, got shape [4]",
+    )
+    yield bad(
+        "dims", (x, x[None]), ValueError, "teacher must have 2 dimensions like student, got 3"
+    )
+    yield bad(
+        "groups",
+        (x.expand(2, 8, 4), x.expand(3, 8, 4)),
+        ValueError,
+        "teacher must have the leading dimensions [2]",
+    )
+    yield bad(
+        "integer",
+        (x.long(), x.long()),
+        TypeError,
+        "student must be float16, bfloat16, float32 or float64",
+    )
     yield bad("not_tensor", (x, [[1.0]]), TypeError, "teacher must be a torch.Tensor, got list")
-    yield bad("dtypes", (x, x.double()), TypeError, "teacher must be torch.float32 like student, got torch.float64")
-    yield bad("devices", (x, x.to("meta")), ValueError, f"teacher must be on {x.device} like student, got meta")
+    yield bad(
+        "dtypes",
+        (x, x.double()),
+        TypeError,
+        "teacher must be torch.float32 like student, got torch.float64",
+    )
+    yield bad(
+        "devices",
+        (x, x.to("meta")),
+        ValueError,
+        f"teacher must be on {x.device} like student, got meta",
+    )
     yield bad("normalize", (x, x), ValueError, "normalize must be one of", normalize="l2")
     yield bad("kernel", (x, x), ValueError, "kernel must be one of", kernel="rbf")
     yield bad("algorithm", (x, x), ValueError, "algorithm must be one of", algorithm="fast")
     yield bad("reduction", (x, x), ValueError, "reduction must be one of", reduction="batchmean")
-    yield bad("no_factors_l1", (x, x), ValueError, "algorithm must be", normalize="row_l1", algorithm="factored")
+    yield bad(
+        "no_factors_l1",
+        (x, x),
+        ValueError,
+        "algorithm must be",
+        normalize="row_l1",
+        algorithm="factored",
+    )
     rbf: dict[str, Any] = {"kernel": "rbf_taylor", "normalize": "feature"}
-    yield bad("no_factors_rbf", (x, x), ValueError, "algorithm must be", algorithm="factored", **rbf)
-    yield bad("rbf_of_rows", (x, x), ValueError, "normalize must be 'feature' or 'none'", kernel="rbf_taylor")
-    yield bad("gamma", (x, x), ValueError, "gamma must be a positive finite number, got nan", gamma=float("nan"), **rbf)
-    yield bad("gamma_type", (x, x), TypeError, "gamma must be a number, got str", gamma="0.4", **rbf)
+    yield bad(
+        "no_factors_rbf", (x, x), ValueError, "algorithm must be", algorithm="factored", **rbf
+    )
+    yield bad(
+        "rbf_of_rows",
+        (x, x),
+        ValueError,
+        "normalize must be 'feature' or 'none'",
+        kernel="rbf_taylor",
+    )
+    yield bad(
+        "gamma",
+        (x, x),
+        ValueError,
+        "gamma must be a positive finite number, got nan",
+        gamma=float("nan"),
+        **rbf,
+    )
+    yield bad(
+        "gamma_type", (x, x), TypeError, "gamma must be a number, got str", gamma="0.4", **rbf
+    )
     yield bad("order", (x, x), ValueError, "order must be from 1 to 8, got 0", order=0, **rbf)
     yield bad("backend", (x, x), ValueError, "backend must be one of", backend="gpu")
 
 
-def _shape(name: str, B: int, D: int, workload: str) -> BenchShape:
-    return BenchShape(name, {"B": B, "D": D}, workload)
+def _shape(name: str, B: int, D: int, workload: str, device: str | None = None) -> BenchShape:
+    return BenchShape(name, {"B": B, "D": D}, workload, device=device)
 
 
+EAGER_GRAMS = 7  # that the definition with autograd holds at its peak, and some room
 BENCH = (
     _shape("small", 64, 128, "pooled features of a small network, the CIFAR batch"),
-    _shape("resnet32x4", 64, 16384, "RepDistiller's CIFAR-100 setting: the last map 256x8x8, flattened"),
+    _shape(
+        "resnet32x4", 64, 16384, "RepDistiller's CIFAR-100 setting: the last map 256x8x8, flattened"
+    ),
     _shape("layer4", 256, 25088, "ImageNet layer4 of ResNet-18/34, 512x7x7, flattened"),
     _shape("square", 2048, 2048, "pooled ResNet-50 features where neither algorithm has an edge"),
     _shape("embeddings", 8192, 128, "large-batch metric learning"),
     _shape("pooled", 8192, 512, "pooled ResNet-18/34 features at large batch"),
     _shape("huge", 65536, 256, "a batch whose Grams would need over 50 GB in eager mode"),
+    _shape("pooled_2048", 8192, 2048, "pooled ResNet-50 features at large batch", "cuda"),
+    _shape(
+        "huge_512",
+        65536,
+        512,
+        "pooled ResNet-18/34 features of a batch gathered over many GPUs",
+        "cuda",
+    ),
 )
 
 
@@ -149,10 +219,34 @@ def bench_sample(shape: BenchShape, device: torch.device, dtype: torch.dtype) ->
 
 
 def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
-    """Fewest operations over the algorithms (a symmetric product counts half) and one read of each input, one write."""
+    """Fewest operations over the algorithms (a symmetric product counts half) and one read of each
+    input, one write."""
     B, D = shape.sizes["B"], shape.sizes["D"]
     multiply_adds = min(2 * B * B * D if B <= D else 3 * B * B * D, 9.5 * B * D * D)
     return Cost(flops=2.0 * multiply_adds, bytes=4.0 * B * D * dtype.itemsize)
+
+
+def memory(shape: BenchShape, dtype: torch.dtype, variant: str) -> float:
+    """B x B matrices alive at once, in the dtype that a variant computes in, and room for the
+    factors."""
+    B, D = shape.sizes["B"], shape.sizes["D"]
+    if variant == "mm":
+        return B * B * dtype.itemsize
+    if variant in ("eager", "compile"):
+        return EAGER_GRAMS * B * B * dtype.itemsize
+    acc = 8 if dtype == torch.float64 else 4
+    chosen = choose_algorithm(
+        B,
+        D,
+        D,
+        normalize="row_l2",
+        kernel="linear",
+        algorithm=shape.kwargs.get("algorithm", "auto"),
+    )
+    if chosen == "factored":
+        return (8 * B * D + 6 * D * D) * acc
+    grams = EAGER_GRAMS if variant == "reference" else 2 if chosen == "resident" else 0
+    return (grams * B * B + 4 * B * D) * acc
 
 
 OPINFOS = [
@@ -168,5 +262,6 @@ OPINFOS = [
         bench_sample=bench_sample,
         cost=cost,
         magnitude=magnitude,
+        memory=memory,
     )
 ]

@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that a machine with a GPU is asked to measure, in ten minutes at most: build, tests, check, benchmarks and a
+# sweep of the Triton tiles. Run it from the repository; it writes to ${OUT:-gpu-results} as it goes, so an interrupted
+# run keeps what it has. PYTHON names the interpreter, LIMIT_SECONDS the whole time.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+python="${PYTHON:-python3}"
+out="${OUT:-gpu-results}"
+limit="${LIMIT_SECONDS:-590}"
+mkdir -p "$out"
+summary="$out/summary.txt"
+: > "$summary"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1
+
+say() { printf '%s\n' "$*" | tee -a "$summary"; }
+
+# stage NAME SECONDS COMMAND...: run a command under the shorter of its own limit and what is left of the whole.
+stage() {
+  local name="$1" seconds="$2" status begin="$SECONDS"
+  shift 2
+  local left=$((limit - SECONDS))
+  if ((left < 5)); then
+    say "$name: not run, the time is up"
+    return 1
+  fi
+  ((seconds > left)) && seconds="$left"
+  timeout --kill-after=5 "$seconds" "$@" > "$out/$name.log" 2>&1
+  status=$?
+  case "$status" in
+    0) say "$name: ok ($((SECONDS - begin)) s)" ;;
+    124 | 137) say "$name: stopped after $seconds s, what it wrote so far is in $out" ;;
+    *) say "$name: failed with status $status ($((SECONDS - begin)) s), see $name.log" ;;
+  esac
+  tail -n 3 "$out/$name.log" | sed 's/^/    /'
+  return "$status"
+}
+
+has_module() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  say "no GPU: $python has no torch, or its torch sees no CUDA device"
+  exit 2
+fi
+nvidia-smi > "$out/nvidia-smi.txt" 2>&1 || say "nvidia-smi: failed"
+
+if command -v c++ > /dev/null || command -v g++ > /dev/null; then
+  stage build 150 "$python" -m pip install --no-build-isolation --no-deps -e . ||
+    stage build_in_place 150 "$python" setup.py build_ext --inplace ||
+    say "build: no native libraries; the Triton kernels and the reference need none"
+else
+  say "build: not run, there is no C++ compiler; the Triton kernels and the reference need none"
+fi
+
+stage env 30 "$python" -m kdkernels env
+stage check 100 "$python" -m kdkernels check --device cuda --json "$out/check.json"
+
+# Before the tests, whose first compilations take long: a time is what this machine was asked for.
+stage bench_bf16 90 "$python" -m kdkernels bench --device cuda --dtype bf16 --time 2 --output "$out/bf16"
+stage bench_fp32 70 "$python" -m kdkernels bench --device cuda --dtype fp32 --time 2 --output "$out/fp32"
+
+if has_module pytest && has_module hypothesis; then
+  stage tests 150 "$python" -m pytest -q -m "gpu and not large" -p no:cacheprovider tests
+  stage tests_large 40 "$python" -m pytest -q -m "gpu and large" -p no:cacheprovider tests
+else
+  say "tests: not run, pytest or hypothesis is not installed"
+fi
+
+stage sweep_triton 110 "$python" benchmarks/sweep_triton.py --seconds 100 --output "$out/sweep_triton.jsonl"
+stage sweep_rows 60 "$python" -m kdkernels bench --device cuda --dtype bf16 --sweep --time 1 --output "$out/rows"
+say "finished after $SECONDS s"

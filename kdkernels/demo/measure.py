@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a loss costs by itself, on the features of a real batch: time per step and peak memory.
+
+A step is forward and backward of the criterion, down to the student's features and logits. Memory
+counts what the step allocates above its inputs. On CUDA that is the allocator's own peak. On the
+CPU it is the growth of the resident set in a process of its own (`kdkernels.demo.memory`): the
+kernels and BLAS take scratch memory that torch's allocator, hence its profiler, never sees, and a
+fresh process holds no freed memory that would hide an allocation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import kdkernels
+from kdkernels.demo.losses import Entry, Widths
+from kdkernels.demo.models import Outputs
+
+_WARM_UP = 2
+_ROUNDS = 15
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A real step's inputs to a criterion."""
+
+    student: Outputs
+    teacher: Outputs
+    labels: Tensor  # [B]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "student_features": self.student.features,
+            "student_logits": self.student.logits,
+            "teacher_features": self.teacher.features,
+            "teacher_logits": self.teacher.logits,
+            "labels": self.labels,
+        }
+
+    @staticmethod
+    def of(tensors: dict[str, Tensor], rows: int | None = None) -> Batch:
+        """The inverse of `tensors`, of the first rows only if asked."""
+        part = {name: tensor[:rows] for name, tensor in tensors.items()}
+        return Batch(
+            Outputs(part["student_features"], part["student_logits"]),
+            Outputs(part["teacher_features"], part["teacher_logits"]),
+            part["labels"],
+        )
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Milliseconds per step: median, and the 20th and 80th percentile."""
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+
+
+def step_of(entry: Entry, batch: Batch) -> Callable[[], None]:
+    """A function that runs the criterion forward and backward once."""
+    if entry.build is None:
+        raise ValueError(f"entry must have a criterion, got {entry.name!r}")
+    student, teacher = batch.student, batch.teacher
+    widths = Widths(student.features.flatten(1).shape[1], teacher.features.flatten(1).shape[1])
+    criterion: nn.Module = entry.build(widths).to(student.features.device)
+    sources = student.features.detach().requires_grad_(), student.logits.detach().requires_grad_()
+    outputs = Outputs(*sources)
+
+    def step() -> None:
+        loss = criterion(outputs, teacher, batch.labels)
+        torch.autograd.grad(loss, (*sources, *criterion.parameters()), allow_unused=True)
+
+    return step
+
+
+def step_times(entries: list[Entry], batch: Batch) -> dict[str, StepTime]:
+    """Times of each entry's criterion, interleaved: what slows the machine slows all of them."""
+    device = batch.labels.device
+    steps = {entry.name: step_of(entry, batch) for entry in entries}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(_WARM_UP + _ROUNDS):
+        for name, step in steps.items():
+            _synchronize(device)
+            begin = time.perf_counter()
+            step()
+            _synchronize(device)
+            if round_ >= _WARM_UP:
+                times[name].append(1e3 * (time.perf_counter() - begin))
+    found = {}
+    for name, values in times.items():
+        fifths = statistics.quantiles(values, n=5)
+        found[name] = StepTime(statistics.median(values), fifths[0], fifths[-1])
+    return found
+
+
+def peak_bytes(entry: Entry, batch: Batch) -> int:
+    """Most memory that a step holds at once above its inputs."""
+    device = batch.labels.device
+    if device.type == "cuda":
+        step = step_of(entry, batch)
+        step()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        _synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "batch.pt"
+        torch.save(batch.tensors(), path)
+        command = [
+            sys.executable,
+            "-m",
+            "kdkernels.demo.memory",
+            str(path),
+            entry.name,
+            str(torch.get_num_threads()),
+        ]
+        search = [str(Path(kdkernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, search)),
+            # large blocks are mapped and given back one by one: otherwise glibc keeps freed ones,
+            # and the peak holds a matrix more or less depending on how they happen to fit
+            "MALLOC_MMAP_THRESHOLD_": str(2**18),
+        }
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring the memory of {entry.name} failed:\n{done.stderr}")
+    return json.loads(done.stdout)["peak_bytes"]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

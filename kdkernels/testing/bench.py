@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timing of ops against named baselines: what `kdkernels bench` and the suite under benchmarks/
+measure.
+
+A time is the median over rounds in one process in which all variants take turns, so that what
+disturbs one disturbs all. Variants are the backends and three baselines: "eager" (the definition
+with autograd), "compile" (torch.compile of it) and "mm" (the product of the first argument with its
+own transpose, which the obvious way starts with). Only the first argument asks for a gradient: a
+teacher is frozen.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import _dispatch
+from kdkernels.testing import numerics
+from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
+
+MODES = ("fwd_bwd", "fwd", "bwd")
+BASELINES = ("eager", "compile", "mm")
+PART_ROWS = 4096  # of the product that gives the machine's rate where the full one does not fit
+SETS = 3  # of inputs in rotation; on a GPU as many as exceed three times its L2 cache
+BLOCK_SECONDS = 2e-3  # a clock reading every few milliseconds, whatever a call takes
+GIB = 1024.0**3
+# A definition in fp64 is the oracle where it needs no more than this; beyond, the closed form in
+# fp64.
+ORACLE_BYTES = 2 * GIB
+GATE_SAMPLES = ("aligned", "ragged_all", "wide")
+
+Call = Callable[[int], Any]  # runs once on the input set of that number
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call over the rounds."""
+
+    p20: float
+    p50: float
+    p80: float
+    rounds: int
+
+
+def measure(
+    variants: dict[str, Call],
+    *,
+    seconds: float,
+    device: torch.device,
+    min_rounds: int = 5,
+    max_rounds: int = 1000,
+    warm_up_seconds: float = 0.2,
+    on_round: Callable[[float], None] | None = None,
+) -> dict[str, Timing]:
+    """Time the variants round-robin: every round runs a block of calls of each, in turn.
+
+    Args:
+        variants: Each called with the number of the call, from 0, which picks its input set.
+        seconds: What all rounds may take together; at least `min_rounds` are made.
+        device: Where they run; on a GPU the clock is a pair of events around a block.
+        min_rounds, max_rounds: How many rounds at least and at most.
+        warm_up_seconds: For each variant, and one call at least.
+        on_round: Told the finished share after each round.
+    """
+    clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
+    calls = {}
+    for name, call in variants.items():
+        call(0)
+        spent, count, seen = 0.0, 0, 0.0
+        while count == 0 or spent < warm_up_seconds:
+            seen = clock(call, count, 1)
+            spent, count = spent + max(seen, 1e-7), count + 1
+        calls[name] = max(1, min(10_000, round(BLOCK_SECONDS / max(seen, 1e-7))))
+    taken: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    begin, rounds = time.perf_counter(), 0
+    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - begin < seconds):
+        first = rounds % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(
+                clock(variants[name], rounds * calls[name], calls[name]) / calls[name] * 1e6
+            )
+        rounds += 1
+        if on_round is not None:
+            on_round(
+                min(
+                    1.0,
+                    max(rounds / max_rounds, (time.perf_counter() - begin) / max(seconds, 1e-9)),
+                )
+            )
+    return {name: _timing(times) for name, times in taken.items()}
+
+
+def _timing(times: list[float]) -> Timing:
+    p20, p50, p80 = (
+        torch.tensor(times, dtype=torch.float64)
+        .quantile(torch.tensor([0.2, 0.5, 0.8]).double())
+        .tolist()
+    )
+    return Timing(p20, p50, p80, len(times))
+
+
+def _cpu_seconds(call: Call, first: int, count: int) -> float:
+    begin = time.perf_counter()
+    for i in range(first, first + count):
+        call(i)
+    return time.perf_counter() - begin
+
+
+def _gpu_seconds(call: Call, first: int, count: int) -> float:
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for i in range(first, first + count):
+        call(i)
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) * 1e-3
+
+
+def variant_function(info: OpInfo, sample: Sample, variant: str) -> Callable[..., Tensor]:
+    """The function of the sample's tensors that a variant names."""
+
+    def define(*args: Any) -> Tensor:
+        return info.define(sample, args)
+
+    if variant == "eager":
+        return define
+    if variant == "compile":
+        return torch.compile(define, dynamic=False)
+    if variant == "mm":
+        return lambda x, *_: x @ x.mT
+    if variant == "mm_part":
+        return lambda x, *_: x[..., :PART_ROWS, :] @ x[..., :PART_ROWS, :].mT
+    return lambda *args: info.function(*args, **sample.kwargs, backend=variant)
+
+
+def timed(
+    function: Callable[..., Tensor], sets: Sequence[tuple[Any, ...]], mode: str, variant: str
+) -> Call:
+    """One call of a mode: the forward, the backward of a stored graph, or both."""
+    sets = [(args[0].detach().requires_grad_(), *args[1:]) for args in sets]
+
+    def forward(i: int) -> Tensor:
+        with torch.no_grad():
+            return function(*sets[i % len(sets)])
+
+    if mode == "fwd" or variant.startswith("mm"):
+        return forward
+    if mode == "bwd":
+        values = [function(*args) for args in sets]
+        douts = [torch.ones_like(value) for value in values]
+
+        def backward(i: int) -> tuple[Tensor, ...]:
+            i %= len(sets)
+            return torch.autograd.grad(values[i], sets[i][0], douts[i], retain_graph=True)
+
+        return backward
+
+    def both(i: int) -> tuple[Tensor, ...]:
+        args = sets[i % len(sets)]
+        return torch.autograd.grad(function(*args).sum(), args[0])
+
+    return both
+
+
+def input_sets(sample: Sample, device: torch.device) -> list[tuple[Any, ...]]:
+    """The sample and copies of it with their rows moved along: other memory, the same work."""
+    count = SETS
+    if device.type == "cuda":
+        size = sum(
+            arg.numel() * arg.element_size() for arg in sample.args if isinstance(arg, Tensor)
+        )
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = min(64, max(SETS, math.ceil(3 * cache / max(size, 1))))
+
+    def moved(arg: Any, i: int) -> Any:
+        return arg.roll(i, 0) if i and isinstance(arg, Tensor) and arg.dim() else arg
+
+    return [tuple(moved(arg, i) for arg in sample.args) for i in range(count)]
+
+
+def memory_limit(device: torch.device) -> float:
+    """Bytes that a variant may be estimated to need: half of what is free."""
+    if device.type == "cuda":
+        return 0.5 * torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 0.5 * int(line.split()[1]) * 1024
+    return 0.25 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def rejection(info: OpInfo, sample: Sample, backend: str) -> str | None:
+    """Why a backend cannot run a sample; None if it can."""
+    args = _dispatch._planners[info.name].operator_args(*sample.args, **sample.kwargs)
+    return _dispatch.why_not(info.op, backend, args)
+
+
+def why_skip(
+    info: OpInfo, shape: BenchShape, sample: Sample, variant: str, dtype: torch.dtype, limit: float
+) -> str | None:
+    """Why a variant is not run on a shape; None if it is."""
+    if variant in _dispatch.BACKENDS:
+        reason = rejection(info, sample, variant)
+        if reason is not None:
+            return reason
+    if variant == "compile" and sample.args[0].device.type == "cpu" and not _has_compiler():
+        return "torch.compile needs a C++ compiler"
+    needed = info.memory(shape, dtype, variant) if info.memory is not None else 0.0
+    if needed > limit:
+        return f"needs about {needed / GIB:.0f} GiB, {limit / GIB:.0f} GiB allowed"
+    return None
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+
+
+def gate(info: OpInfo, backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """What is wrong with a backend before it is timed: the samples that miss their budget."""
+    failed = []
+    for sample in info.samples(device, dtype):
+        if sample.name in GATE_SAMPLES and rejection(info, sample, backend) is None:
+            errors = numerics.check_sample(info, sample, dtype, backend)
+            failed += [
+                f"{info.name} on {backend}, {sample.name}: {e.detail}" for e in errors if not e.ok
+            ]
+    return failed
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The fp64 value and gradient that errors are measured against."""
+
+    name: str
+    value: Tensor
+    gradient: Tensor
+
+
+def oracle(info: OpInfo, shape: BenchShape, sample: Sample) -> Oracle:
+    """The definition in fp64, or where that needs too much memory the reference's closed form in
+    fp64."""
+    needed = info.memory(shape, torch.float64, "eager") if info.memory is not None else 0.0
+    literal = needed <= ORACLE_BYTES
+    function = variant_function(info, sample, "eager" if literal else "reference")
+    name = "definition in fp64" if literal else "closed form of the reference backend in fp64"
+    return Oracle(name, *_value_and_gradient(function, numerics.cast(sample.args, torch.float64)))
+
+
+def _value_and_gradient(
+    function: Callable[..., Tensor], args: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    first = args[0].detach().requires_grad_()
+    value = function(first, *args[1:])
+    return value.detach(), torch.autograd.grad(value.sum(), first)[0]
+
+
+def relative_errors(
+    function: Callable[..., Tensor], sample: Sample, truth: Oracle, name: str
+) -> dict[str, float]:
+    """Largest error of the value and of the first gradient, each over the largest true
+    magnitude."""
+    value, gradient = _value_and_gradient(function, sample.args)
+    pairs = (("loss", value, truth.value), (f"d{name}", gradient, truth.gradient))
+    return {
+        what: ((out.double() - hi).abs().max() / hi.abs().max().clamp_min(1e-300)).item()
+        for what, out, hi in pairs
+    }
+
+
+def synchronised(call: Call, device: torch.device) -> Call:
+    """The same call, finished when it returns: for a clock that knows nothing of streams."""
+    if device.type != "cuda":
+        return call
+
+    def wait(i: int) -> Any:
+        result = call(i)
+        torch.cuda.synchronize(device)
+        return result
+
+    return wait

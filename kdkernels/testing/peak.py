@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peak extra memory of one call, above its inputs.
+
+On a GPU the allocator knows. On the CPU native scratch goes around torch's allocator, so a fresh
+process makes the call once and reads how far the kernel's high-water mark of resident memory
+(VmHWM, set back through /proc/self/clear_refs) rises above what was resident with the inputs in
+place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdkernels.testing import bench
+from kdkernels.testing.opinfo import BenchShape, opinfos
+
+MIB = 1024.0**2
+CLEAR_REFS = Path("/proc/self/clear_refs")
+RESET_HIGH_WATER_MARK = "5"  # proc(5)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why peak memory cannot be measured on this machine; None if it can."""
+    if device.type == "cpu" and not (sys.platform == "linux" and os.access(CLEAR_REFS, os.W_OK)):
+        return "the high-water mark of resident memory cannot be set back on this system"
+    return None
+
+
+def extra_mib(
+    info_name: str,
+    shape: BenchShape,
+    dtype: torch.dtype,
+    mode: str,
+    variant: str,
+    device: torch.device,
+) -> float:
+    """MiB that one call of a variant needs above its inputs; results and gradients count as
+    extra."""
+    if device.type == "cuda":
+        return _on_gpu(info_name, shape, dtype, mode, variant, device)
+    request = {
+        "op": info_name,
+        "shape": asdict(shape),
+        "dtype": str(dtype).removeprefix("torch."), "mode": mode,
+        "variant": variant, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "kdkernels.testing.peak", json.dumps(request)],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(
+            f"measuring the memory of {variant} on {shape.name} failed:\n{done.stderr}"
+        )
+    return float(done.stdout.split()[-1])
+
+
+def _call(
+    info_name: str,
+    shape: BenchShape,
+    dtype: torch.dtype,
+    mode: str,
+    variant: str,
+    device: torch.device,
+) -> Any:
+    (info,) = (info for info in opinfos() if info.name == info_name)
+    sample = info.bench_sample(shape, device, dtype)
+    return bench.timed(bench.variant_function(info, sample, variant), [sample.args], mode, variant)
+
+
+def _on_gpu(
+    info_name: str,
+    shape: BenchShape,
+    dtype: torch.dtype,
+    mode: str,
+    variant: str,
+    device: torch.device,
+) -> float:
+    call = _call(info_name, shape, dtype, mode, variant, device)
+    call(0)  # compiles, and fills the caches that stay
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call(0)
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / MIB
+
+
+def _resident_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def main(request: dict[str, Any]) -> None:
+    torch.set_num_threads(request["threads"])
+    shape, dtype = BenchShape(**request["shape"]), getattr(torch, request["dtype"])
+    rest = (dtype, request["mode"], request["variant"], torch.device("cpu"))
+    if request["variant"] != "compile":
+        # libraries, threads and their buffers are no part of the call's memory
+        small = BenchShape(
+            shape.name,
+            {name: min(size, 96) for name, size in shape.sizes.items()},
+            "",
+            shape.kwargs,
+        )
+        _call(request["op"], small, *rest)(0)
+    call = _call(request["op"], shape, *rest)
+    if request["variant"] == "compile":
+        call(0)  # the compiler's own memory, at the size that it specialises on
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # memory that the allocator kept would hide as much of what comes
+    CLEAR_REFS.write_text(RESET_HIGH_WATER_MARK)
+    before = _resident_bytes("VmRSS")
+    call(0)
+    print(max(_resident_bytes("VmHWM") - before, 0) / MIB)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The harness that times the ops: what it records, what it refuses, and what the report makes of
+it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from cases import each_info
+
+from kdkernels.cli import bench as command
+from kdkernels.cli.main import main
+from kdkernels.testing import bench, peak, record
+from kdkernels.testing.opinfo import OpInfo, opinfos
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
+
+
+def _report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _tiny(info: OpInfo) -> Any:
+    shape = info.bench[0]
+    return dataclasses.replace(
+        shape, sizes={name: min(size, 24) for name, size in shape.sizes.items()}
+    )
+
+
+def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def clock(call: bench.Call, first: int, count: int) -> float:
+        assert count == 1  # a call of a second is a block of its own
+        call(first)
+        return 1.0
+
+    monkeypatch.setattr(bench, "_cpu_seconds", clock)
+    calls = {name: (lambda i, name=name: made.append(name)) for name in "abc"}
+    timings = bench.measure(calls, seconds=0.0, device=CPU, min_rounds=4, max_rounds=4)
+    assert timings == dict.fromkeys("abc", bench.Timing(1e6, 1e6, 1e6, 4))
+    # two calls each to warm up; then rounds that begin with another variant each time
+    assert "".join(made) == "aabbcc" + "abc" + "bca" + "cab" + "abc"
+
+
+@pytest.mark.parametrize("mode", bench.MODES)
+@each_info()
+def test_record(info: OpInfo, mode: str) -> None:
+    told: list[str] = []
+    entry = record.run(
+        info,
+        _tiny(info),
+        torch.float32,
+        mode,
+        device=CPU,
+        variants=("reference", "cuda", "eager", "mm"),
+        rounds=5,
+        memory=False,
+        progress=lambda what, share: told.append(what),
+    )
+    json.dumps(entry, allow_nan=False)
+    assert {"error", "time"} <= set(told)
+    assert entry["variants"]["cuda"].keys() == {"skipped"}
+    assert entry["oracle"] == "definition in fp64"
+    for name in ("reference", "eager"):
+        result = entry["variants"][name]
+        assert result["rounds"] == 5
+        assert 0 < result["time_us"]["p20"] <= result["time_us"]["p80"]
+        assert all(
+            error < torch.finfo(torch.float32).eps ** 0.5 for error in result["error"].values()
+        )
+        assert ("percent_of_limit" in result) == (mode == "fwd_bwd")
+    eager = entry["variants"]["eager"]
+    assert eager["speedup_over_eager"] == 1.0
+    assert eager["times_mm"] == pytest.approx(
+        eager["time_us"]["p50"] / entry["variants"]["mm"]["time_us"]["p50"], abs=2e-2, rel=1e-2
+    )
+    assert not any(str(value).startswith("/") for value in entry["environment"].values())
+
+
+@each_info()
+def test_what_needs_too_much_memory_is_skipped_before_it_starts(info: OpInfo) -> None:
+    huge = dataclasses.replace(info.bench[0], sizes={**info.bench[0].sizes, "B": 1 << 17})
+    assert info.memory is not None
+    sample = info.bench_sample(_tiny(info), CPU, torch.float32)
+    reason = bench.why_skip(info, huge, sample, "eager", torch.float32, 8 * bench.GIB)
+    assert reason is not None
+    assert "GiB allowed" in reason
+    assert bench.why_skip(info, _tiny(info), sample, "eager", torch.float32, 8 * bench.GIB) is None
+
+
+@each_info()
+def test_memory_of_eager_is_estimated_within_a_factor_of_two(info: OpInfo) -> None:
+    shape = dataclasses.replace(info.bench[0], sizes={**info.bench[0].sizes, "B": 3000, "D": 16})
+    measured = peak.extra_mib(info.name, shape, torch.float32, "fwd_bwd", "eager", CPU)
+    estimated = info.memory(shape, torch.float32, "eager") / peak.MIB
+    assert estimated / 2 < measured < estimated * 2
+
+
+@each_info()
+def test_the_gate_refuses_wrong_results(info: OpInfo) -> None:
+    assert bench.gate(info, "reference", CPU, torch.float32) == []
+    wrong = dataclasses.replace(
+        info, function=lambda *args, **kwargs: info.function(*args, **kwargs) * 1.01
+    )
+    failures = bench.gate(wrong, "reference", CPU, torch.float32)
+    assert failures
+    assert "loss" in failures[0]
+
+
+def test_nothing_is_timed_on_red(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "gate", lambda *args: ["planted"])
+    monkeypatch.setattr(record, "run", lambda *args, **kwargs: pytest.fail("timed"))
+    assert main(["bench", "--device", "cpu", "--shape", "small", "--backend", "reference"]) == 1
+    assert "planted" in capsys.readouterr().err
+
+
+def test_command_writes_records_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(command, "SWEEP_ROWS", (8, 16))
+    monkeypatch.setattr(command, "SWEEP_WIDTH", 8)
+    argv = [
+        "bench",
+        "--device",
+        "cpu",
+        "--backend",
+        "reference",
+        "eager",
+        "mm",
+        "--rounds",
+        "5",
+        "--no-memory",
+    ]
+    assert main([*argv, "--sweep", "--op", "gram_mse", "--output", str(tmp_path)]) == 0
+    records = json.loads((tmp_path / "sweep_cpu.json").read_text())["records"]
+    assert [entry["shape"]["sizes"] for entry in records] == [{"B": 8, "D": 8}, {"B": 16, "D": 8}]
+    (plot,) = tmp_path.glob("*.png")
+    assert plot.stat().st_size > 5000
+
+
+def test_command_lists_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--list"]) == 0
+    text = capsys.readouterr().out
+    for info in opinfos():
+        assert all(shape.name in text and shape.workload in text for shape in info.bench)
+
+
+def _entry(**result: Any) -> dict[str, Any]:
+    result = {
+        "time_us": {"p20": 1.0, "p50": 2000.0, "p80": 3.0},
+        "error": {"loss": 0.0, "dx": 1e-7},
+        **result,
+    }
+    return {
+        "op": "gram_mse",
+        "shape": {"name": "pooled", "sizes": {"B": 8, "D": 4}},
+        "dtype": "float32",
+        "mode": "fwd_bwd",
+        "device": "cpu",
+        "variants": {"cpu": result, "eager": {"skipped": "needs about 99 GiB"}},
+        "environment": {"cpu": "A CPU", "cores": 2, "threads": 2, "torch": "2"},
+        "commit": "abc",
+        "dirty": False,
+        "date": "2000-01-01",
+    }
+
+
+def test_report_shows_records_and_verdicts() -> None:
+    report = _report()
+    same = {
+        "op": "gram_mse",
+        "shape": "pooled",
+        "dtype": "float32",
+        "mode": "fwd_bwd",
+        "device": "cpu",
+    }
+    targets = [
+        {**same, "backend": "cpu", "quantity": "times_mm", "at_most": 0.9},
+        {**same, "backend": "cpu", "quantity": "speedup_over_eager", "at_least": 12},
+        {**same, "backend": "triton", "quantity": "time_ms", "at_most": 1},
+    ]
+    text = report.render([("r.json", _entry(times_mm=0.8, speedup_over_eager=3.0))], targets)
+    verdicts = [
+        line.rsplit("|", 2)[1].strip()
+        for line in text.splitlines()
+        if line.startswith("| `gram_mse` pooled")
+    ]
+    assert verdicts == ["met", "missed", "not measured"]
+    assert "| `gram_mse` | 8x4 | float32 | fwd_bwd | cpu | 2 | 3.00 | 0.80 | 1.0e-07 | - |" in text
+    assert "needs about 99 GiB" in text
+    assert "A CPU, 2 cores" in text
+    assert "`benchmarks/results/r.json`" in text
+    assert "**GPU**: not measured." in text
+
+
+def test_report_replaces_only_what_is_between_the_markers() -> None:
+    report = _report()
+    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
+    new = report.replaced(text, "new")
+    assert new == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
+    assert report.replaced(new, "new") == new
+    with pytest.raises(ValueError, match="must hold"):
+        report.replaced("no markers", "new")
+
+
+def test_targets_name_what_exists() -> None:
+    shapes = {(info.name, shape.name) for info in opinfos() for shape in info.bench}
+    targets = json.loads((ROOT / "benchmarks" / "targets.json").read_text())["targets"]
+    assert {(target["op"], target["shape"]) for target in targets} <= shapes

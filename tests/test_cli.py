@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script: what it reports, what it writes, and with which status it exits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from console import exit_code, output_of
+
+import kdkernels as kd
+from kdkernels import _dispatch
+from kdkernels.cli import env
+from kdkernels.cli.main import SUBCOMMANDS, main
+from kdkernels.cli.progress import Progress
+from kdkernels.cli.table import Table, write_json
+from kdkernels.reference import gram_mse as reference
+
+ROOT = Path(__file__).parents[1]
+QUICK_CHECK = [
+    "check",
+    "--quick",
+    "--backend",
+    "reference",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+]
+
+
+def test_help_teaches_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--help") == 0
+    overview = capsys.readouterr().out
+    for name in SUBCOMMANDS:
+        assert name in overview
+        assert exit_code(name, "--help") == 0
+        assert f"usage: kdkernels {name}" in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("--version") == 0
+    assert kd.__version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["train"],
+        ["check", "--op", "gram_mle"],
+        ["check", "--dtype", "int8"],
+        ["demo", "--losses", "mse"],
+        ["demo", "--epochs", "0"],
+        ["demo", "--batch-size", "many"],
+    ],
+)
+def test_unknown_words_are_wrong_usage(argv: list[str]) -> None:
+    assert exit_code(*argv) == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["check", "--device", "warp"], "--device warp cannot be used"),
+        (
+            ["check", "--backend", "cpu", "--device", "meta", "--quick"],
+            "--backend cpu can run nothing of this on meta",
+        ),
+        (
+            ["demo", "--data", "digits", "--batch-size", "1000000"],
+            "--batch-size must be at most the 1438 training samples",
+        ),
+        (
+            ["env", "--json", "/no/such/directory/env.json"],
+            "--json must name a file that can be written",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_wrong_usage(
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_interrupt(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(env, "collect", interrupted)
+    assert main(["env"]) == 130
+    assert "kdkernels env: interrupted" in capsys.readouterr().err
+
+
+def test_runs_as_a_module() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", "kdkernels"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "COMMAND" in done.stderr
+
+
+def test_commands_for_everyone_need_no_extra() -> None:
+    """`env` and `check` run where nothing but torch can be imported."""
+    program = (
+        "import sys\n"
+        "for name in ('rich', 'matplotlib', 'sklearn', 'mnist1d', 'pytest'):\n"
+        "    sys.modules[name] = None\n"
+        "from kdkernels.cli.main import main\n"
+        f"sys.exit(main(['env']) or main({QUICK_CHECK!r}))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_env_reports_what_dispatch_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    text = capsys.readouterr().out
+    record = output_of(capsys, "env")
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["kdkernels"] == kd.__version__
+    assert set(record["backends"]) == set(_dispatch.BACKENDS)
+    assert record["backends"]["reference"] is None
+    assert {device["name"] for device in record["devices"]} >= {"cpu"}
+    for op in record["ops"]:
+        x = torch.ones(4, 3, device=op["device"])
+        if op["function"] == "gram_mse":
+            assert op["backend"] == kd.explain("gram_mse", x, x).backend
+        assert set(op["rejected"]) == set(_dispatch.BACKENDS) - {op["backend"]}
+        assert f"{op['function']}  {op['device']}" in text
+    for reason in filter(None, record["libraries"].values()):
+        assert reason in text
+    assert bool(record["build"]) == (record["libraries"]["kdkernels._C"] is None)
+
+
+def test_env_says_that_the_requested_backend_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with kd.use_backend("cuda"):
+        record = output_of(capsys, "env")
+    cpu = next(op for op in record["ops"] if op["device"] == "cpu")
+    assert cpu["backend"] is None
+    assert "got 'cuda'" in cpu["error"]
+
+
+def test_check_passes_and_reports(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main([*QUICK_CHECK, "--json", str(tmp_path / "check.json")]) == 0
+    text = capsys.readouterr().out
+    assert "gram_mse  reference  float32" in text
+    assert "PASS" in text
+    record = json.loads((tmp_path / "check.json").read_text())
+    assert record["failed"] == 0
+    assert record["passed"] == len(record["samples"]) > 0
+    assert all(sample["error"] <= sample["budget"] for sample in record["samples"])
+    assert main([*QUICK_CHECK, "--verbose"]) == 0
+    verbose = capsys.readouterr().out
+    assert all(f"float32  {sample['sample']}" in verbose for sample in record["samples"])
+
+
+def test_check_lists_what_cannot_run_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    absent = _dispatch.implementation("gram_mse", "cuda")
+    if not isinstance(absent, str):
+        pytest.skip("the CUDA kernels are here")
+    argv = [
+        "check",
+        "--quick",
+        "--backend",
+        "reference",
+        "cuda",
+        "--dtype",
+        "float64",
+        "--device",
+        "cpu",
+    ]
+    assert main(argv) == 2
+    assert absent in capsys.readouterr().err
+
+
+def test_check_fails_on_a_wrong_gradient(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = reference.gram_mse_bwd
+
+    def wrong(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        dstudent, dteacher = right(*args)
+        return dstudent, dteacher * 1.001
+
+    monkeypatch.setattr(reference, "gram_mse_bwd", wrong)
+    assert main(QUICK_CHECK) == 1
+    text = capsys.readouterr().out
+    assert "FAIL gram_mse reference float32" in text
+    assert "dteacher[" in text
+
+
+def test_check_reports_a_crash_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, calls = reference.gram_mse_fwd, []
+
+    def crashing(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise ZeroDivisionError("of this test")
+        return right(*args)
+
+    monkeypatch.setattr(reference, "gram_mse_fwd", crashing)
+    assert main(QUICK_CHECK) == 1
+    assert len(calls) > 2
+    text = capsys.readouterr().out
+    assert "ZeroDivisionError: of this test" in text
+    assert "1 failed" in text
+
+
+def test_table_aligns_and_wraps_its_last_column() -> None:
+    table = Table("name", "count", "why", title="Things", right=("count",))
+    table.add("a", 10, "one two three four five six seven")
+    table.add("long", 7, "")
+    lines = table.render(width=40).splitlines()
+    assert lines[:2] == ["Things", "name  count  why"]
+    assert lines[3] == "a        10  one two three four five six"
+    assert lines[4] == "             seven"
+    assert lines[5] == "long      7"
+    with pytest.raises(ValueError, match="cells must have 3 entries like the header, got 1"):
+        table.add("a")
+
+
+def test_json_holds_no_infinity(tmp_path: Path) -> None:
+    write_json({"error": float("inf"), "list": [float("nan"), 1.5]}, str(tmp_path / "x.json"))
+    assert json.loads((tmp_path / "x.json").read_text()) == {"error": None, "list": [None, 1.5]}
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_progress_on_a_terminal(
+    with_rich: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if with_rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress(3, "begin") as progress:
+        progress.step("working")
+        progress.note("half way [2/3]")
+    written = capsys.readouterr().err
+    assert "half way [2/3]\n" in written
+    assert "working" in written

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend runs a call: precedence, refusals, threads, and what `kd.explain` says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from cases import Calls, Case, cases, each_case, each_info, few, samples
+
+import kdkernels as kd
+from kdkernels import _dispatch
+from kdkernels.testing.opinfo import OpInfo
+
+ONE = {"pick": lambda found: few(found)[:1]}
+CPU = torch.device("cpu")
+
+
+def _case(info: OpInfo, backend: str = "auto") -> Case:
+    return Case(info, backend, CPU, torch.float32, few(samples(info, CPU, torch.float32))[0])
+
+
+def _used(case: Case, **kwargs: str) -> str:
+    """The backend that the operator receives."""
+    with Calls() as calls:
+        case.info.function(*case.sample.args, **case.sample.kwargs, **kwargs)
+    (call,) = calls.made
+    return call[1][-1]
+
+
+@each_case(**ONE)
+def test_explain_names_what_runs(case: Case) -> None:
+    args, kwargs = case.sample.args, case.sample.kwargs
+    explanation = kd.explain(case.info.name, *args, backend=case.backend, **kwargs)
+    assert explanation.backend == case.backend
+    assert set(explanation.rejected) == set(_dispatch.BACKENDS) - {case.backend}
+    assert all(explanation.rejected.values())
+    text = str(explanation)
+    assert text.splitlines()[0] == f"{case.info.name} on {case.device}"
+    for name, reason in explanation.rejected.items():
+        assert name in text
+        assert reason in text
+    for name, choice in explanation.choices.items():
+        assert name in text
+        assert choice in text
+
+
+@each_info()
+def test_auto_takes_the_first_backend_that_can(info: OpInfo) -> None:
+    case = _case(info)
+    able = [name for name in _dispatch.device_order(CPU) if case.on(name).why_not() is None]
+    explanation = kd.explain(info.name, *case.sample.args, **case.sample.kwargs)
+    assert explanation.backend == able[0]
+    assert _used(case) == "auto"  # resolved inside the operator, so a trace does not depend on it
+
+
+def test_explain_refuses_an_unknown_function() -> None:
+    with pytest.raises(ValueError, match=r"function must be one of 'gram_mse'.*, got 'gram'"):
+        kd.explain("gram")
+
+
+def test_explain_checks_the_arguments() -> None:
+    x = torch.ones(8, 4)
+    with pytest.raises(ValueError, match="teacher must have 8 rows like student, got 7"):
+        kd.explain("gram_mse", x, x[:7])
+
+
+@pytest.mark.parametrize(
+    "absent",
+    [case for case in cases(**ONE) if case.why_not() is not None],
+    ids=lambda case: case.id.replace("-", "_"),
+)
+def test_an_absent_backend_is_refused_with_its_reason(absent: Case) -> None:
+    with Calls() as calls, pytest.raises(kd.BackendUnavailableError) as caught:
+        absent.call(*absent.sample.args)
+    assert [name for name in calls.names() if name.endswith("_bwd")] == []
+    message = str(caught.value)
+    assert f"got {absent.backend!r}" in message
+    assert absent.why_not() in message
+    with pytest.raises(kd.BackendUnavailableError, match=re.escape(absent.why_not())):
+        kd.explain(
+            absent.info.name, *absent.sample.args, backend=absent.backend, **absent.sample.kwargs
+        )
+
+
+def test_an_absent_backend_is_both_kinds_of_error() -> None:
+    assert issubclass(kd.BackendUnavailableError, RuntimeError)
+    assert issubclass(kd.BackendUnavailableError, ValueError)
+
+
+@each_info()
+def test_precedence(info: OpInfo) -> None:
+    case = _case(info)
+    assert _used(case) == "auto"
+    with kd.use_backend("reference"):
+        assert _used(case) == "reference"
+        with kd.use_backend("auto"):
+            # the innermost context decides, and "auto" is a decision
+            assert kd.explain(info.name, *case.sample.args).backend == _dispatch.select_name(
+                info.op, "auto", case.operator_args()
+            )
+        assert _used(case) == "reference"
+    assert _used(case) == "auto"
+
+
+@each_info()
+def test_an_argument_wins_over_a_context(info: OpInfo) -> None:
+    case = _case(info)
+    with kd.use_backend("cuda"):
+        assert _used(case, backend="reference") == "reference"
+
+
+def test_a_context_ends_with_an_exception() -> None:
+    with pytest.raises(KeyError), kd.use_backend("reference"):
+        raise KeyError
+    assert _dispatch.requested_backend("auto") == "auto"
+
+
+def test_a_context_refuses_an_unknown_name() -> None:
+    expected = r"backend must be one of 'auto', 'reference'.*, got 'gpu'"
+    with pytest.raises(ValueError, match=expected), kd.use_backend("gpu"):
+        pass
+
+
+def test_a_context_belongs_to_its_thread() -> None:
+    inside, leave = threading.Event(), threading.Event()
+    seen: dict[str, str] = {}
+
+    def other() -> None:
+        with kd.use_backend("cpu"):
+            inside.set()
+            leave.wait(10)
+            seen["other"] = _dispatch.requested_backend("auto")
+
+    thread = threading.Thread(target=other)
+    with kd.use_backend("reference"):
+        thread.start()
+        assert inside.wait(10)
+        seen["this"] = _dispatch.requested_backend("auto")
+        leave.set()
+        thread.join()
+    assert seen == {"this": "reference", "other": "cpu"}
+    assert _dispatch.requested_backend("auto") == "auto"
+
+
+@each_info()
+def test_a_backward_uses_the_backend_of_its_forward(info: OpInfo) -> None:
+    case = _case(info)
+    args = [arg.detach().requires_grad_() for arg in case.sample.args]
+    with Calls() as calls:
+        with kd.use_backend("reference"):
+            value = info.function(*args, **case.sample.kwargs)
+        value.backward(torch.ones_like(value))
+    assert [args[-1] for _, args, _ in calls.made] == ["reference", "reference"]
+
+
+def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(_dispatch.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_environment_variable() -> None:
+    code = (
+        "import torch, kdkernels as kd; x = torch.randn(8, 4)\n"
+        "print(kd.explain('gram_mse', x, x).backend)\n"
+        "with kd.use_backend('auto'): print(kd._dispatch.requested_backend('auto'))"
+    )
+    done = _python(code, KDKERNELS_BACKEND="reference")
+    assert (done.returncode, done.stdout.split()) == (0, ["reference", "auto"]), done.stderr
+
+
+def test_environment_variable_with_an_unknown_name() -> None:
+    done = _python("import kdkernels", KDKERNELS_BACKEND="fast")
+    assert done.returncode != 0
+    assert "ValueError: KDKERNELS_BACKEND must be one of 'auto'" in done.stderr
+    assert "got 'fast'" in done.stderr
+
+
+def test_import_loads_no_kernels() -> None:
+    code = (
+        "import sys, kdkernels\n"
+        "kernels = 'triton', 'kdkernels._C', 'kdkernels.cpu', 'kdkernels.triton'\n"
+        "loaded = [name for name in kernels if name in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+    done = _python(code)
+    assert done.returncode == 0, done.stderr

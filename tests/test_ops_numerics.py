@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generic matrix, the numbers: every op, backend, dtype and sample against the definition in
+fp64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import (
+    SHORT,
+    Calls,
+    Case,
+    assert_within_budget,
+    cases,
+    each_case,
+    each_info,
+    few,
+    gradients,
+    leaves,
+    samples,
+)
+from torch import Tensor
+
+from kdkernels import _dispatch
+from kdkernels.testing import numerics
+from kdkernels.testing.opinfo import OpInfo
+
+ALL = tuple(SHORT)
+WITHOUT_FP16 = tuple(dtype for dtype in ALL if dtype != torch.float16)
+
+
+@each_case(pick=lambda found: found, dtypes=ALL, interpret_all=True)
+def test_loss_and_gradients_are_within_the_budget(case: Case) -> None:
+    assert_within_budget(case, case.errors())
+
+
+@each_case(dtypes=(torch.float32, torch.bfloat16))
+def test_two_runs_give_the_same_bits(case: Case) -> None:
+    runs = []
+    for _ in range(2):
+        args = leaves(case)
+        value = case.call(*args)
+        runs.append([value.detach(), *gradients(value, args)])
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def _crossings() -> list[pytest.param]:
+    found = [
+        case for case in cases(dtypes=(torch.float32, torch.bfloat16)) if case.why_not() is None
+    ]
+    runnable = {case.id for case in found}
+    return [
+        pytest.param(case, other, id=f"{case.id}-backward_on_{other}")
+        for case in found
+        for other in _dispatch.BACKENDS
+        if other != case.backend and case.on(other).id in runnable
+    ]
+
+
+@pytest.mark.parametrize(("case", "other"), _crossings())
+def test_residuals_cross_backends(case: Case, other: str) -> None:
+    with Calls(bwd=other) as calls:
+        errors = case.errors()
+    assert [args[-1] for _, args, _ in calls.made] == [case.backend, other]
+    assert_within_budget(case, errors)
+
+
+def _zeroed(case: Case, which: tuple[int, ...], rows: list[int]) -> Case:
+    args = list(case.sample.args)
+    for index in which:
+        args[index] = args[index].clone()
+        args[index][..., rows, :] = 0
+    return case.having(*args, name=f"{case.sample.name}-zero_rows", cancels=False)
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["first", "second", "both"])
+@each_case(
+    # of two rows one would be left, and in one column all cosines are 1: differences of equal
+    # numbers
+    pick=lambda found: few([sample for sample in found if min(sample.args[0].shape[-2:]) > 2]),
+    dtypes=WITHOUT_FP16,  # a zero row's gradient is of the order of 1 / EPS, which fp16 cannot hold
+)
+def test_zero_rows_are_those_of_the_definition(case: Case, which: tuple[int, ...]) -> None:
+    info, rows = case.info, [1]
+    case = _zeroed(case, which, rows)
+    sample, n = case.sample, len(info.diff_args)
+    hi, hi_grads = numerics.value_and_grads(
+        lambda *a: info.define(sample, a), numerics.cast(sample.args, torch.float64), n
+    )
+    low, low_grads = numerics.value_and_grads(lambda *a: info.define(sample, a), sample.args, n)
+    out, grads = numerics.value_and_grads(case.call, sample.args, n)
+    errors = [numerics.compare("loss", out, hi, low, case.dtype)]
+    # apart, because the zero rows' gradients are so large that no error elsewhere would show beside
+    # them
+    for name, *of_arg in zip(info.diff_args, grads, hi_grads, low_grads, strict=True):
+        count = of_arg[0].shape[-2]
+        for kind, index in (("zero", rows), ("other", [i for i in range(count) if i not in rows])):
+            part = [grad[..., index, :] for grad in of_arg]
+            assert all(torch.isfinite(grad).all() for grad in part)
+            errors.append(numerics.compare(f"d{name}, {kind} rows, ", *part, case.dtype))
+    assert_within_budget(case, errors)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "minus_inf"])
+@each_case()
+def test_non_finite_data_never_gives_a_finite_loss(case: Case, bad: float) -> None:
+    for index in range(len(case.info.diff_args)):
+        args = list(case.sample.args)
+        args[index] = args[index].clone()
+        args[index][..., 0, 0] = bad
+        value = case.call(*args)
+        assert not torch.isfinite(value).any(), (
+            f"{bad} in {case.info.diff_args[index]} gave {value}"
+        )
+
+
+@pytest.mark.parametrize("layout", ["expanded", "strided"])
+@each_case(pick=lambda found: [sample for sample in few(found) if "none" in sample.kwargs.values()])
+def test_layout_of_the_incoming_gradient_does_not_matter(case: Case, layout: str) -> None:
+    args = leaves(case)
+    value = case.call(*args)
+    sources = args[: len(case.info.diff_args)]
+    if layout == "expanded":
+        dout = torch.rand((), device=value.device, dtype=value.dtype).expand(value.shape)
+    else:
+        dout = torch.rand((*value.shape, 3), device=value.device, dtype=value.dtype)[..., 1]
+    got = torch.autograd.grad(value, sources, dout, retain_graph=True)
+    wanted = torch.autograd.grad(value, sources, dout.contiguous())
+    assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
+@each_case(dtypes=(torch.float64,), backends=("reference", "cpu"), devices=(torch.device("cpu"),))
+def test_gradcheck(case: Case) -> None:
+    args = leaves(case)
+    size = max(
+        grad.abs().max().item()
+        for grad in gradients(case.info.define(case.sample, tuple(args)), args)
+    )
+
+    def scaled(
+        *args: Tensor,
+    ) -> Tensor:  # gradients of order one, since gradcheck's tolerance is absolute
+        return case.call(*args) / size
+
+    assert torch.autograd.gradcheck(scaled, args, fast_mode=True)
+
+
+@each_case(pick=lambda found: [sample for sample in found if not sample.kwargs][:1], dtypes=ALL)
+def test_every_layout_gives_the_same_loss(case: Case) -> None:
+    """Column-major and row-strided views of the same numbers."""
+    contiguous = case.having(*(arg.contiguous() for arg in case.sample.args))
+    views = {
+        "column_major": [arg.mT.contiguous().mT for arg in contiguous.sample.args],
+        "padded_rows": [
+            torch.cat([arg, arg], -1)[..., : arg.shape[-1]] for arg in contiguous.sample.args
+        ],
+        "every_other_row": [
+            arg.repeat_interleave(2, -2)[..., ::2, :] for arg in contiguous.sample.args
+        ],
+    }
+    for name, args in views.items():
+        assert_within_budget(case, contiguous.having(*args, name=name).errors())
+
+
+@each_info()
+def test_samples_cover_the_shape_vocabulary(info: OpInfo) -> None:
+    names = {sample.name for sample in samples(info, torch.device("cpu"), torch.float32)}
+    assert {
+        "tiny",
+        "aligned",
+        "ragged_rows",
+        "ragged_cols",
+        "ragged_all",
+        "one_row",
+        "empty",
+        "strided",
+    } <= names

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generic matrix, the operator pair: schemas, fakes, bad inputs and torch.compile."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from cases import (
+    DEVICES,
+    Calls,
+    Case,
+    each_case,
+    each_info,
+    elements,
+    few,
+    gradients,
+    leaves,
+    recorded,
+    samples,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
+
+ONE = {"pick": lambda found: few(found)[:1]}
+
+
+def _permuted(arg: Any) -> Any:
+    """The same numbers, dense, with the last two dimensions swapped in memory."""
+    return arg.mT.contiguous().mT if isinstance(arg, Tensor) and arg.dim() >= 2 else arg
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
+@each_case()
+def test_opcheck(case: Case, layout: str) -> None:
+    if layout == "permuted":
+        case = case.having(*map(_permuted, case.sample.args))
+    for func, args, _ in recorded(case):
+        if layout == "permuted":
+            args = tuple(map(_permuted, args))
+        torch.library.opcheck(func, args)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.storage_offset()
+
+
+@each_case(dtypes=(torch.float16, torch.float32, torch.float64))
+def test_fakes_have_the_form_of_results(case: Case) -> None:
+    for permute in (False, True):
+        tried = case.having(*map(_permuted, case.sample.args)) if permute else case
+        for func, args, results in recorded(tried):
+            with FakeTensorMode() as mode:
+                fakes = func(
+                    *(mode.from_tensor(arg) if isinstance(arg, Tensor) else arg for arg in args)
+                )
+            assert [_form(fake) for fake in fakes] == [_form(result) for result in results]
+
+
+@each_case(**ONE)
+def test_public_function_runs_on_fake_tensors(case: Case) -> None:
+    args = leaves(case)
+    with FakeTensorMode() as mode:
+        args = [mode.from_tensor(arg) for arg in args]
+        value = case.call(*args)
+        grads = torch.autograd.grad(value.sum(), args)
+    expected = case.call(*case.sample.args)
+    assert (value.shape, value.dtype, value.device) == (
+        expected.shape,
+        expected.dtype,
+        expected.device,
+    )
+    assert [grad.shape for grad in grads] == [arg.shape for arg in case.sample.args]
+
+
+def _bad_inputs() -> list[pytest.param]:
+    return [
+        pytest.param(info, bad, id=f"{info.name}-{device.type}-{bad.name}")
+        for info in opinfos()
+        for device in DEVICES
+        for bad in info.bad_inputs(device)
+    ]
+
+
+@pytest.mark.parametrize(("info", "bad"), _bad_inputs())
+def test_bad_input_raises_before_any_launch(info: OpInfo, bad: Any) -> None:
+    with Calls() as calls, pytest.raises(bad.error, match=re.escape(bad.message)):
+        info.function(*bad.args, **bad.kwargs)
+    assert calls.made == []
+
+
+@each_info()
+def test_samples_and_bad_inputs_have_names_of_their_own(info: OpInfo) -> None:
+    device = torch.device("cpu")
+    for found in (info.samples(device, torch.float32), info.bad_inputs(device), info.bench):
+        names = [entry.name for entry in found]
+        assert len(names) == len(set(names))
+
+
+def _compiled(case: Case, **options: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(lambda *args: case.call(*args) * 3, fullgraph=True, **options)
+
+
+def _assert_compiled_equals_eager(case: Case, compiled: Any) -> None:
+    args = leaves(case)
+    value = compiled(*args)
+    got = [value.detach(), *gradients(value, args)]
+    args = leaves(case)
+    value = case.call(*args) * 3
+    for g, wanted in zip(got, [value.detach(), *gradients(value, args)], strict=True):
+        assert torch.equal(g, wanted)
+
+
+@each_case()
+def test_compile_fullgraph(case: Case) -> None:
+    _assert_compiled_equals_eager(case, _compiled(case, backend="aot_eager"))
+
+
+def _default_options(found: Any) -> list[Sample]:
+    """Two sizes for one compiled function."""
+    plain = [
+        sample
+        for sample in found
+        if not sample.kwargs and not sample.cancels and elements(sample) > 0
+    ]
+    return sorted(plain, key=elements)[:2]
+
+
+@each_case(pick=lambda found: _default_options(found)[:1])
+def test_compile_dynamic_shapes(case: Case) -> None:
+    compiled = _compiled(case, backend="aot_eager", dynamic=True)
+    for sample in _default_options(samples(case.info, case.device, case.dtype)):
+        _assert_compiled_equals_eager(case.having(*sample.args), compiled)
+
+
+@each_case(**ONE, backends=("reference", "cpu"))
+def test_compile_with_inductor(case: Case) -> None:
+    _assert_compiled_equals_eager(case, _compiled(case, backend="inductor"))
+
+
+@each_case(**ONE)
+def test_compile_under_no_grad_and_with_one_gradient(case: Case) -> None:
+    compiled = _compiled(case, backend="aot_eager")
+    expected = case.call(*case.sample.args) * 3
+    with torch.no_grad():
+        assert torch.equal(compiled(*case.sample.args), expected)
+    args = leaves(case, [True] + [False] * (len(case.info.diff_args) - 1))
+    (got,) = gradients(compiled(*args), args)
+    (wanted,) = gradients(case.call(*args) * 3, args)
+    assert torch.equal(got, wanted)
