@@ -30,9 +30,9 @@ struct Lanes {
 
 typedef float Float4 __attribute__((vector_size(16), aligned(4)));
 
-// to[k * kCols + i] = from row i, column k
+// to[k * kCols + i] = from row i, column k; rows_after: of x from its first one on
 template <typename T>
-void pack(Matrix<const T> x, int64_t rows, int64_t depth, T* to) {
+void pack(Matrix<const T> x, int64_t rows, int64_t rows_after, int64_t depth, T* to) {
   constexpr int kCols = Lanes<T>::kCols;
   if (x.row_stride == 1) {
     for (int64_t k = 0; k < depth; ++k) {
@@ -51,6 +51,10 @@ void pack(Matrix<const T> x, int64_t rows, int64_t depth, T* to) {
     for (; i + 4 <= rows && x.col_stride == 1; i += 4) {
       int64_t k = 0;
       for (; k + 4 <= depth; k += 4) {
+        // The next rows lie in other pages, where the hardware's prefetcher starts late.
+        if (k % 16 == 0) {
+          for (int n = 4; n < 8 && i + n < rows_after; ++n) __builtin_prefetch(x.row(i + n) + k);
+        }
         Float4 r[4];
         for (int n = 0; n < 4; ++n) r[n] = *reinterpret_cast<const Float4*>(x.row(i + n) + k);
         const Float4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
@@ -122,7 +126,7 @@ void syrk(Matrix<const T> x, T* scratch, Matrix<T> out) {
     for (int64_t j0 = 0; j0 < m; j0 += kCols) {
       const int64_t cols = m - j0 < kCols ? m - j0 : kCols;
       T* right = scratch + j0 / kCols * panel;
-      pack<T>(x.block(j0, cols, k0, depth), cols, depth, right);
+      pack<T>(x.block(j0, cols, k0, depth), cols, m - j0, depth, right);
       for (int64_t i0 = 0; i0 < j0 + cols; i0 += kRows) {
         const int64_t rows = m - i0 < kRows ? m - i0 : kRows;
         const T* left = scratch + i0 / kCols * panel + i0 % kCols;

@@ -8,7 +8,7 @@
 
 namespace kdk {
 
-inline constexpr int64_t kSyrkDepth = 64;  // of x, packed at a time
+inline constexpr int64_t kSyrkDepth = 256;  // of x, packed at a time
 inline constexpr int64_t kSyrkPanel =
     32;  // widest panel of rows, over the instruction sets and types
 
