@@ -62,7 +62,7 @@ void gemm(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int beta) {
 }
 
 template <typename T>
-void grams(const std::vector<Gram<T>>& jobs, const Tensor& like) {
+void grams(const std::vector<Gram<T>>& jobs) {
   std::vector<Task> tasks;
   int64_t scratch = 0, packed = 0;
   double ops = 0;
@@ -95,7 +95,7 @@ void grams(const std::vector<Gram<T>>& jobs, const Tensor& like) {
       }
     }
   }
-  const Scratch<T> partials(like, scratch), panels(like, thread_count() * packed);
+  const Scratch<T> partials(scratch), panels(thread_count() * packed);
   parallel_each(static_cast<int64_t>(tasks.size()), ops, [&](int64_t i) {
     const Task& task = tasks[i];
     const Gram<T>& job = jobs[task.job];
@@ -134,7 +134,7 @@ void grams(const std::vector<Gram<T>>& jobs, const Tensor& like) {
 
 template void gemm<float>(Matrix<const float>, Matrix<const float>, Matrix<float>, int);
 template void gemm<double>(Matrix<const double>, Matrix<const double>, Matrix<double>, int);
-template void grams<float>(const std::vector<Gram<float>>&, const Tensor&);
-template void grams<double>(const std::vector<Gram<double>>&, const Tensor&);
+template void grams<float>(const std::vector<Gram<float>>&);
+template void grams<double>(const std::vector<Gram<double>>&);
 
 }  // namespace kdk

@@ -29,6 +29,6 @@ struct Gram {
 // the contraction. The cut depends on the shapes alone and partial sums are added in a fixed order.
 // (BLAS itself rounds differently with other numbers of threads where a product is not cut.)
 template <typename T>
-void grams(const std::vector<Gram<T>>& jobs, const Tensor& like);
+void grams(const std::vector<Gram<T>>& jobs);
 
 }  // namespace kdk

@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "matrix.h"
@@ -17,12 +19,18 @@ namespace kdk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-inline Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
-}
-
-inline Tensor zeros(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes), dtype);
+// An uninitialised contiguous tensor on the CPU. Straight through the C shim:
+// torch::stable::new_empty looks its operator up by name in every call, which shows at small batch.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[8], stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1))
+    strides[i] = stride;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 template <typename T>
@@ -34,10 +42,15 @@ inline constexpr ScalarType scalar_type_of<double> = ScalarType::Double;
 
 // Scratch memory that comes from torch's allocator, so that its profiler sees it. Uninitialised.
 template <typename T>
-struct Scratch {
-  Scratch(const Tensor& like, int64_t n) : tensor(empty(like, {n}, scalar_type_of<T>)) {}
-  T* data() const { return static_cast<T*>(tensor.mutable_data_ptr()); }
-  Tensor tensor;
+class Scratch {
+ public:
+  explicit Scratch(int64_t n) {
+    if (n > 0) tensor_ = empty({n}, scalar_type_of<T>);
+  }
+  T* data() const { return tensor_ ? static_cast<T*>(tensor_->mutable_data_ptr()) : nullptr; }
+
+ private:
+  std::optional<Tensor> tensor_;
 };
 
 // Group g of a [G, rows, cols] tensor.

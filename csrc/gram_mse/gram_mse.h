@@ -42,16 +42,16 @@ struct Backward {
 };
 
 template <typename T>
-void forward(const Forward<T>& call, const Options& options, const Tensor& like);
+void forward(const Forward<T>& call, const Options& options);
 
 template <typename T>
-void backward(const Backward<T>& call, const Options& options, const Tensor& like);
+void backward(const Backward<T>& call, const Options& options);
 
 template <typename T>
-void factored_forward(const Forward<T>& call, const Options& options, const Tensor& like);
+void factored_forward(const Forward<T>& call, const Options& options);
 
 template <typename T>
-void factored_backward(const Backward<T>& call, const Options& options, const Tensor& like);
+void factored_backward(const Backward<T>& call, const Options& options);
 
 // Losses and coefficients of all rows from their sums, [B, kSums].
 template <typename T>

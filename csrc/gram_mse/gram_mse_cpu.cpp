@@ -46,7 +46,7 @@ Tensor prepare(const Tensor& x, Normalize normalize) {
   const Tensor from = plain<T>(x);
   if (normalize != Normalize::kFeature) return from;
   const int64_t B = x.size(1), D = x.size(2);
-  const Tensor unit = empty(x, {x.size(0), B, D}, scalar_type_of<T>);
+  const Tensor unit = empty({x.size(0), B, D}, scalar_type_of<T>);
   const auto& kernels = epilogues<T>();
   parallel_each(x.size(0) * B, 2.0 * D, [&](int64_t i) {
     const T* source = group<const T>(from, i / B).row(i % B);
@@ -66,18 +66,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& student, co
              streamed = options.algorithm == Algorithm::kStreamed;
   const int64_t n_s = factored ? D_s : streamed ? 0 : B, n_t = factored ? D_t : streamed ? 0 : B;
   constexpr ScalarType type = scalar_type_of<T>;
-  const Tensor loss = empty(student, {G}, type),
-               coef = empty(student, {G, kCoefs, B}, ScalarType::Double);
-  const Tensor gram_s = empty(student, {G, n_s, n_s}, type),
-               gram_t = empty(student, {G, n_t, n_t}, type);
-  const Tensor cross = empty(student, {G, factored ? D_t : 0, factored ? D_s : 0}, type);
+  const Tensor loss = empty({G}, type), coef = empty({G, kCoefs, B}, ScalarType::Double);
+  const Tensor gram_s = empty({G, n_s, n_s}, type), gram_t = empty({G, n_t, n_t}, type);
+  const Tensor cross = empty({G, factored ? D_t : 0, factored ? D_s : 0}, type);
   const Tensor s = prepare<T>(student, options.normalize),
                t = prepare<T>(teacher, options.normalize);
   parallel_each(G, 2.0 * B * B * (D_s + D_t), [&](int64_t g) {
     T* value = static_cast<T*>(loss.mutable_data_ptr()) + g;
     forward<T>({group<T>(s, g), group<T>(t, g), value, group<double>(coef, g), group<T>(gram_s, g),
                 group<T>(gram_t, g), group<T>(cross, g)},
-               options, student);
+               options);
   });
   return {loss, coef, gram_s, gram_t, cross};
 }
@@ -94,7 +92,7 @@ template <typename T>
 Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, const Tensor& cross,
                 bool transposed, const Tensor& dout, const Options& options) {
   const int64_t G = own.x.size(0), B = own.x.size(1), D = own.x.size(2);
-  const Tensor result = empty(own.x, {G, B, D}, scalar_type_of<T>);
+  const Tensor result = empty({G, B, D}, scalar_type_of<T>);
   const T* scale = static_cast<const T*>(dout.const_data_ptr());
   const auto& kernels = epilogues<T>();
   const bool unit = options.normalize == Normalize::kFeature;
@@ -113,7 +111,7 @@ Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, co
     const double* a = scaled.data();
     backward<T>({group<T>(own.x, g), group<T>(other.x, g), group<T>(own.gram, g),
                  group<T>(other.gram, g), transposed ? m.t() : m, a, a + B, a + 2 * B, factor, dx},
-                options, own.x);
+                options);
     if (!unit) return;
     const Matrix<const T> x = group<T>(source, g);
     parallel_each(B, 8.0 * D,
@@ -132,9 +130,9 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& student, const 
   const Side<T> s{student, prepare<T>(student, options.normalize), gram_student, 1, 3};
   const Side<T> t{teacher, prepare<T>(teacher, options.normalize), gram_teacher, 2, 4};
   return {need_student ? gradient<T>(s, t, coef, cross, false, dout, options)
-                       : empty(student, {0}, student.scalar_type()),
+                       : empty({0}, student.scalar_type()),
           need_teacher ? gradient<T>(t, s, coef, cross, true, dout, options)
-                       : empty(teacher, {0}, teacher.scalar_type())};
+                       : empty({0}, teacher.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_mse_fwd(Tensor student, Tensor teacher,

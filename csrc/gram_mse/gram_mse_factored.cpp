@@ -39,15 +39,15 @@ void multiply_folded(Matrix<const T> x, Matrix<const T> folded, Matrix<T> out) {
 
 // Row sums from the factors: r^2 = s^T C s, q^2 = t^T K t, x = t^T M s.
 template <typename T>
-void quadratic_forms(const Forward<T>& call, double* sums, const Tensor& like) {
+void quadratic_forms(const Forward<T>& call, double* sums) {
   const auto &s = call.student, &t = call.teacher;
   const int64_t B = s.rows, D_s = s.cols, D_t = t.cols, widest = std::max(D_s, D_t);
-  const Scratch<T> factors(like, D_s * D_s + D_t * D_t);
+  const Scratch<T> factors(D_s * D_s + D_t * D_t);
   const auto folded_s = Matrix<T>::contiguous(factors.data(), D_s, D_s);
   const auto folded_t = Matrix<T>::contiguous(factors.data() + D_s * D_s, D_t, D_t);
   fold<T>(call.gram_student, folded_s);
   fold<T>(call.gram_teacher, folded_t);
-  const Scratch<T> scratch(like, thread_count() * kPanel * widest);
+  const Scratch<T> scratch(thread_count() * kPanel * widest);
   const auto& kernels = epilogues<T>();
   const double ops = 2.0 * kPanel * (D_s * D_s / 2 + D_t * D_t / 2 + D_s * D_t);
   parallel_each((B + kPanel - 1) / kPanel, ops, [&](int64_t p) {
@@ -99,14 +99,14 @@ void scale_rows(Matrix<const T> from, const double* factor, Matrix<T> to) {
 }  // namespace
 
 template <typename T>
-void factored_forward(const Forward<T>& call, const Options& options, const Tensor& like) {
+void factored_forward(const Forward<T>& call, const Options& options) {
   const auto s = call.student.t(), t = call.teacher.t();
-  grams<T>(
-      {{s, s, call.gram_student, true}, {t, t, call.gram_teacher, true}, {t, s, call.cross, false}},
-      like);
+  grams<T>({{s, s, call.gram_student, true},
+            {t, t, call.gram_teacher, true},
+            {t, s, call.cross, false}});
   if (options.normalize == Normalize::kRowL2) {
     std::vector<double> sums(call.student.rows * kSums);
-    quadratic_forms(call, sums.data(), like);
+    quadratic_forms(call, sums.data());
     finish_rows(call, sums.data(), true);
     return;
   }
@@ -120,12 +120,12 @@ void factored_forward(const Forward<T>& call, const Options& options, const Tens
 // and M = Y^T X: one product a panel. With uniform coefficients b X F repeats itself, and dX = [2 b
 // X, 2 a Y] [F; M].
 template <typename T>
-void factored_backward(const Backward<T>& call, const Options& options, const Tensor& like) {
+void factored_backward(const Backward<T>& call, const Options& options) {
   const auto &x = call.own, &y = call.other;
   const int64_t B = x.rows, D = x.cols, D_y = y.cols;
   const bool uniform = options.normalize != Normalize::kRowL2;
   const int64_t depth = (uniform ? 1 : 2) * (D + D_y);
-  const Scratch<T> stack(like, depth * D);
+  const Scratch<T> stack(depth * D);
   const auto stacked = Matrix<T>::contiguous(stack.data(), depth, D);
   int64_t row = 0;
   const auto next = [&](int64_t rows) {
@@ -135,7 +135,7 @@ void factored_backward(const Backward<T>& call, const Options& options, const Te
   copy<T>(call.gram_own, next(D));
   copy<T>(call.cross, next(D_y));
   if (!uniform) {
-    const Scratch<T> scaled(like, 2 * B * D);
+    const Scratch<T> scaled(2 * B * D);
     const auto bx = Matrix<T>::contiguous(scaled.data(), B, D);
     const auto ax = Matrix<T>::contiguous(scaled.data() + B * D, B, D);
     parallel_each((B + kPanel - 1) / kPanel, 2.0 * kPanel * D, [&](int64_t p) {
@@ -144,9 +144,9 @@ void factored_backward(const Backward<T>& call, const Options& options, const Te
       scale_rows<T>(x.row_block(i0, n), call.a + i0, ax.row_block(i0, n));
     });
     const auto own = next(D), other = next(D_y);
-    grams<T>({{x.t(), bx.t(), own, true}, {y.t(), ax.t(), other, false}}, like);
+    grams<T>({{x.t(), bx.t(), own, true}, {y.t(), ax.t(), other, false}});
   }
-  const Scratch<T> panels(like, thread_count() * kPanel * depth);
+  const Scratch<T> panels(thread_count() * kPanel * depth);
   parallel_each((B + kPanel - 1) / kPanel, 2.0 * kPanel * depth * D, [&](int64_t p) {
     const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
     const auto panel =
@@ -165,9 +165,9 @@ void factored_backward(const Backward<T>& call, const Options& options, const Te
   });
 }
 
-#define KDK_INSTANTIATE(T)                                                             \
-  template void factored_forward<T>(const Forward<T>&, const Options&, const Tensor&); \
-  template void factored_backward<T>(const Backward<T>&, const Options&, const Tensor&);
+#define KDK_INSTANTIATE(T)                                              \
+  template void factored_forward<T>(const Forward<T>&, const Options&); \
+  template void factored_backward<T>(const Backward<T>&, const Options&);
 KDK_INSTANTIATE(float)
 KDK_INSTANTIATE(double)
 #undef KDK_INSTANTIATE

@@ -46,10 +46,10 @@ struct Accumulator {
 };
 
 template <typename T>
-void resident_forward(const Forward<T>& call, const Options& options, const Tensor& like) {
+void resident_forward(const Forward<T>& call, const Options& options) {
   const auto &s = call.student, &t = call.teacher;
   const int64_t B = s.rows;
-  grams<T>({{s, s, call.gram_student, true}, {t, t, call.gram_teacher, true}}, like);
+  grams<T>({{s, s, call.gram_student, true}, {t, t, call.gram_teacher, true}});
   const int64_t blocks = (B + kRowBlock - 1) / kRowBlock;
   Accumulator<T> total(options, B, blocks);
   parallel_each(blocks, 8.0 * kRowBlock * B, [&](int64_t block) {
@@ -67,9 +67,9 @@ void resident_forward(const Forward<T>& call, const Options& options, const Tens
 }
 
 template <typename T>
-void streamed_forward(const Forward<T>& call, const Options& options, const Tensor& like) {
+void streamed_forward(const Forward<T>& call, const Options& options) {
   const int64_t B = call.student.rows, n_tiles = (B + kTile - 1) / kTile, tile_size = kTile * kTile;
-  const Scratch<T> scratch(like, thread_count() * 2 * tile_size);
+  const Scratch<T> scratch(thread_count() * 2 * tile_size);
   Accumulator<T> total(options, B, n_tiles * (n_tiles + 1) / 2);
   const bool l1 = options.normalize == Normalize::kRowL1;
   const double ops = 2.0 * tile_size * (call.student.cols + call.teacher.cols);
@@ -111,9 +111,9 @@ void weigh(const Backward<T>& call, const Options& options, Matrix<const T> own,
 }
 
 template <typename T>
-void resident_backward(const Backward<T>& call, const Options& options, const Tensor& like) {
+void resident_backward(const Backward<T>& call, const Options& options) {
   const int64_t B = call.own.rows, D = call.own.cols;
-  const Scratch<T> scratch(like, B * B);
+  const Scratch<T> scratch(B * B);
   const auto weights = Matrix<T>::contiguous(scratch.data(), B, B);
   parallel_each((B + kRowBlock - 1) / kRowBlock, 8.0 * kRowBlock * B, [&](int64_t block) {
     const int64_t i0 = block * kRowBlock, n = std::min(kRowBlock, B - i0);
@@ -131,9 +131,9 @@ void resident_backward(const Backward<T>& call, const Options& options, const Te
 }
 
 template <typename T>
-void streamed_backward(const Backward<T>& call, const Options& options, const Tensor& like) {
+void streamed_backward(const Backward<T>& call, const Options& options) {
   const int64_t B = call.own.rows, n_tiles = (B + kTile - 1) / kTile, tile_size = kTile * kTile;
-  const Scratch<T> scratch(like, thread_count() * 2 * tile_size);
+  const Scratch<T> scratch(thread_count() * 2 * tile_size);
   const double ops = 2.0 * tile_size * (3 * call.own.cols + call.other.cols);
   parallel_pairs(n_tiles, ops, [&](int64_t ti, int64_t tj) {
     const int64_t i0 = ti * kTile, n_i = std::min(kTile, B - i0), j0 = tj * kTile,
@@ -169,27 +169,27 @@ void uniform_coef(Matrix<double> coef) {
 }
 
 template <typename T>
-void forward(const Forward<T>& call, const Options& options, const Tensor& like) {
+void forward(const Forward<T>& call, const Options& options) {
   switch (options.algorithm) {
-    case Algorithm::kResident: return resident_forward(call, options, like);
-    case Algorithm::kStreamed: return streamed_forward(call, options, like);
-    case Algorithm::kFactored: return factored_forward(call, options, like);
+    case Algorithm::kResident: return resident_forward(call, options);
+    case Algorithm::kStreamed: return streamed_forward(call, options);
+    case Algorithm::kFactored: return factored_forward(call, options);
   }
 }
 
 template <typename T>
-void backward(const Backward<T>& call, const Options& options, const Tensor& like) {
+void backward(const Backward<T>& call, const Options& options) {
   switch (options.algorithm) {
-    case Algorithm::kResident: return resident_backward(call, options, like);
-    case Algorithm::kStreamed: return streamed_backward(call, options, like);
-    case Algorithm::kFactored: return factored_backward(call, options, like);
+    case Algorithm::kResident: return resident_backward(call, options);
+    case Algorithm::kStreamed: return streamed_backward(call, options);
+    case Algorithm::kFactored: return factored_backward(call, options);
   }
 }
 
-#define KDK_INSTANTIATE(T)                                                    \
-  template void finish_rows<T>(const Forward<T>&, const double*, bool);       \
-  template void forward<T>(const Forward<T>&, const Options&, const Tensor&); \
-  template void backward<T>(const Backward<T>&, const Options&, const Tensor&);
+#define KDK_INSTANTIATE(T)                                              \
+  template void finish_rows<T>(const Forward<T>&, const double*, bool); \
+  template void forward<T>(const Forward<T>&, const Options&);          \
+  template void backward<T>(const Backward<T>&, const Options&);
 KDK_INSTANTIATE(float)
 KDK_INSTANTIATE(double)
 #undef KDK_INSTANTIATE

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The error budget, in one place (docs/numerics.md has the argument).
 
-`hi` is the definition in fp64, `low` the definition in the dtype under test, `out` the result under test:
+`hi` is the definition in fp64, `low` the definition in the dtype under test, `out` the result under
+test:
 
     max|out - hi| <= 2 (max|low - hi| + eps(dtype) scale)
 
-where scale is max|hi|, or the size of the cancelling numbers for a sample that says so. fp64 results are held to
-1e-10 of the scale instead, since `hi` has no more digits than they have.
+where scale is max|hi|, or the size of the cancelling numbers for a sample that says so. fp64
+results are held to 1e-10 of the scale instead, since `hi` has no more digits than they have.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from kdkernels.testing.opinfo import OpInfo, Sample
 
 FACTOR = 2.0
 FP64_RELATIVE = 1e-10
-# A row whose true gradient is above this share of the largest must not come back more than this much smaller.
+# A row whose true gradient is above this share of the largest must not come back more than this
+# much smaller.
 ROW_SHARE, ROW_RATIO = 1e-2, 4.0
 
 
@@ -54,7 +56,9 @@ def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 def value_and_grads(
     call: Any, args: tuple[Any, ...], n_diff: int, seed: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
-    """The result of `call(*args)` and the gradients of its first `n_diff` arguments under a fixed random dout."""
+    """The result of `call(*args)` and the gradients of its first `n_diff` arguments under a fixed
+    random dout.
+    """
     args = tuple(
         a.detach().requires_grad_()
         if i < n_diff and isinstance(a, Tensor) and a.is_floating_point()
@@ -76,7 +80,9 @@ def value_and_grads(
 def compare(
     what: str, out: Tensor, hi: Tensor, low: Tensor, dtype: torch.dtype, scale: float | None = None
 ) -> Error:
-    """Judge one result against the budget. An unexpected non-finite element makes the error infinite."""
+    """Judge one result against the budget. An unexpected non-finite element makes the error
+    infinite.
+    """
     out, hi, low = out.double(), hi.double(), low.double()
     if hi.numel() == 0:
         return Error(what, 0.0, 0.0, 0.0, "empty")
@@ -96,14 +102,18 @@ def compare(
         budget = FACTOR * (low_error + torch.finfo(dtype).eps * scale)
     index = [int(i) for i in torch.unravel_index(torch.tensor(worst), hi.shape)]
     detail = (
-        f"{what}{index}: out {out.flatten()[worst].item():.9g}, fp64 {hi.flatten()[worst].item():.9g}, "
-        f"definition in {dtype} {low.flatten()[worst].item():.9g}; error {largest:.3g}, budget {budget:.3g}"
+        f"{what}{index}: out {out.flatten()[worst].item():.9g}, "
+        f"fp64 {hi.flatten()[worst].item():.9g}, "
+        f"definition in {dtype} {low.flatten()[worst].item():.9g}; "
+        f"error {largest:.3g}, budget {budget:.3g}"
     )
     return Error(what, largest, budget, scale, detail)
 
 
 def missing_rows(out: Tensor, hi: Tensor) -> list[int]:
-    """Rows of a gradient that are far smaller than they should be, which no absolute tolerance sees."""
+    """Rows of a gradient that are far smaller than they should be, which no absolute tolerance
+    sees.
+    """
     if hi.numel() == 0:
         return []
     size_out, size_hi = (g.double().flatten(0, -2).norm(dim=-1) for g in (out, hi))
