@@ -24,8 +24,8 @@ def load_error(library: str) -> str | None:
     path = _HERE / f"lib{library}.so"
     if not path.exists():
         return (
-            f"{path.name} was not built "
-            "(no C++ compiler, CMake or Ninja when kdkernels was installed)"
+            f"{path.name} was not built (it needs a C++ compiler, cmake, ninja, pybind11 and "
+            "`pip install --no-build-isolation`)"
         )
     try:
         torch.ops.load_library(str(path))
