@@ -19,16 +19,6 @@ from kdkernels.demo import data as demo_data
 from kdkernels.demo import losses, measure, memory, models, training
 
 ROOT = Path(__file__).parents[1]
-QUICK_CHECK = [
-    "check",
-    "--quick",
-    "--backend",
-    "reference",
-    "--dtype",
-    "float32",
-    "--device",
-    "cpu",
-]
 
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

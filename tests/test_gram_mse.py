@@ -324,3 +324,36 @@ def test_no_gram_of_the_batch_is_allocated(case: Case) -> None:
     extra = peak.extra_mib("gram_mse", shape, torch.float32, "fwd_bwd", case.backend, CPU)
     gram_mib = B * B * 4 / peak.MIB
     assert extra < gram_mib / 4, f"{extra} MiB, one Gram has {gram_mib}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "algorithm", "normalize"),
+    [
+        ((600, 10, 6, 7), "tiled", "row_l2"),
+        ((24, 160, 160, 40), "tiled", "row_l2"),
+        ((24, 180, 16, 24), "tiled", "row_l1"),
+        ((24, 180, 16, 24), "factored", "row_l2"),
+        ((24, 180, 16, 24), "factored", "feature"),
+    ],
+)
+def test_many_groups_at_once(shape: tuple[int, ...], algorithm: str, normalize: str) -> None:
+    """So many that they are shared among threads, each with scratch memory of its own."""
+    G, B, D_s, D_t = shape
+    args = (torch.randn(G, B, D_s), torch.randn(G, B, D_t))
+    options = {"normalize": normalize, "algorithm": algorithm, "reduction": "none"}
+    sample = Sample("groups", args, options)
+    for error in numerics.check_sample(INFO, sample, torch.float32, "auto"):
+        assert error.ok, error.detail
+
+
+def test_one_tensor_on_both_sides() -> None:
+    x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        return kd.gram_mse(x, x)
+
+    for call in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = call(x)
+        (grad,) = torch.autograd.grad(loss, x)
+        assert loss == 0
+        assert torch.equal(grad, torch.zeros_like(grad))

@@ -95,7 +95,7 @@ void grams(const std::vector<Gram<T>>& jobs) {
       }
     }
   }
-  const Scratch<T> partials(scratch), panels(thread_count() * packed);
+  const Scratch<T> partials(scratch), panels(thread_slots() * packed);
   parallel_each(static_cast<int64_t>(tasks.size()), ops, [&](int64_t i) {
     const Task& task = tasks[i];
     const Gram<T>& job = jobs[task.job];

@@ -27,12 +27,17 @@ void parallel_each(int64_t n, double ops, const F& f) {
   });
 }
 
-inline int64_t thread_count() { return torch::stable::get_num_threads(); }
-
 inline int64_t thread_index() {
   uint32_t index = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
   return index;
+}
+
+// Pieces of scratch memory that a loop started here needs for thread_index() to choose from. A loop
+// inside a loop runs on the thread of the outer one and under its index, where the number of
+// threads may be 1.
+inline int64_t thread_slots() {
+  return std::max<int64_t>(torch::stable::get_num_threads(), thread_index() + 1);
 }
 
 // f(i, j) once for every pair i <= j of n blocks, so that no two calls running at the same time

@@ -53,6 +53,12 @@ class Scratch {
   std::optional<Tensor> tensor_;
 };
 
+// x in fp32 or fp64: converted only if it is not so already.
+template <typename T>
+Tensor in_type(const Tensor& x) {
+  return x.scalar_type() == scalar_type_of<T> ? x : torch::stable::to(x, scalar_type_of<T>);
+}
+
 // Group g of a [G, rows, cols] tensor.
 template <typename T>
 Matrix<T> group(const Tensor& x, int64_t g) {

@@ -35,9 +35,9 @@ ScalarType accumulation_type(const Tensor& x) {
 // is so already.
 template <typename T>
 Tensor plain(const Tensor& x) {
-  const bool wide = x.scalar_type() == scalar_type_of<T>;
-  if (wide && x.stride(2) == 1 && x.stride(1) >= x.size(2)) return x;
-  return torch::stable::contiguous(wide ? x : torch::stable::to(x, scalar_type_of<T>));
+  const Tensor wide = in_type<T>(x);
+  const bool fits = wide.stride(2) == 1 && wide.stride(1) >= wide.size(2);
+  return fits ? wide : torch::stable::contiguous(wide);
 }
 
 // Features as the algorithms read them: `plain`, and unit rows if the Gram is of those.

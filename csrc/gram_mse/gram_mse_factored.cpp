@@ -47,7 +47,7 @@ void quadratic_forms(const Forward<T>& call, double* sums) {
   const auto folded_t = Matrix<T>::contiguous(factors.data() + D_s * D_s, D_t, D_t);
   fold<T>(call.gram_student, folded_s);
   fold<T>(call.gram_teacher, folded_t);
-  const Scratch<T> scratch(thread_count() * kPanel * widest);
+  const Scratch<T> scratch(thread_slots() * kPanel * widest);
   const auto& kernels = epilogues<T>();
   const double ops = 2.0 * kPanel * (D_s * D_s / 2 + D_t * D_t / 2 + D_s * D_t);
   parallel_each((B + kPanel - 1) / kPanel, ops, [&](int64_t p) {
@@ -146,7 +146,7 @@ void factored_backward(const Backward<T>& call, const Options& options) {
     const auto own = next(D), other = next(D_y);
     grams<T>({{x.t(), bx.t(), own, true}, {y.t(), ax.t(), other, false}});
   }
-  const Scratch<T> panels(thread_count() * kPanel * depth);
+  const Scratch<T> panels(thread_slots() * kPanel * depth);
   parallel_each((B + kPanel - 1) / kPanel, 2.0 * kPanel * depth * D, [&](int64_t p) {
     const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
     const auto panel =

@@ -69,7 +69,7 @@ void resident_forward(const Forward<T>& call, const Options& options) {
 template <typename T>
 void streamed_forward(const Forward<T>& call, const Options& options) {
   const int64_t B = call.student.rows, n_tiles = (B + kTile - 1) / kTile, tile_size = kTile * kTile;
-  const Scratch<T> scratch(thread_count() * 2 * tile_size);
+  const Scratch<T> scratch(thread_slots() * 2 * tile_size);
   Accumulator<T> total(options, B, n_tiles * (n_tiles + 1) / 2);
   const bool l1 = options.normalize == Normalize::kRowL1;
   const double ops = 2.0 * tile_size * (call.student.cols + call.teacher.cols);
@@ -133,7 +133,7 @@ void resident_backward(const Backward<T>& call, const Options& options) {
 template <typename T>
 void streamed_backward(const Backward<T>& call, const Options& options) {
   const int64_t B = call.own.rows, n_tiles = (B + kTile - 1) / kTile, tile_size = kTile * kTile;
-  const Scratch<T> scratch(thread_count() * 2 * tile_size);
+  const Scratch<T> scratch(thread_slots() * 2 * tile_size);
   const double ops = 2.0 * tile_size * (3 * call.own.cols + call.other.cols);
   parallel_pairs(n_tiles, ops, [&](int64_t ti, int64_t tj) {
     const int64_t i0 = ti * kTile, n_i = std::min(kTile, B - i0), j0 = tj * kTile,

@@ -286,6 +286,8 @@ def gram_mse(
         student, teacher, normalize=normalize, kernel=kernel, gamma=gamma, order=order,
         algorithm=algorithm, reduction=reduction,
     )  # fmt: skip
+    if teacher is student:  # Dynamo passes no tensor to a Function twice (torch 2.13)
+        teacher = student.view_as(student)
     B = student.shape[-2]
     scale = 1.0 if reduction == "sum" else 1.0 / max(B * B, 1)
     if reduction == "mean":
