@@ -27,10 +27,6 @@ Options parse(const std::string& normalize, const std::string& kernel, double ga
   return options;
 }
 
-ScalarType accumulation_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // x in fp32 or fp64, each row contiguous and rows of a stride that BLAS takes; where it lies if it
 // is so already.
 template <typename T>
@@ -141,8 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gram_mse_fwd(Tensor student, 
                                                                 int64_t order,
                                                                 std::string algorithm) {
   const Options options = parse(normalize, kernel, gamma, order, algorithm);
-  return accumulation_type(student) == ScalarType::Double ? fwd<double>(student, teacher, options)
-                                                          : fwd<float>(student, teacher, options);
+  return student.scalar_type() == ScalarType::Double ? fwd<double>(student, teacher, options)
+                                                     : fwd<float>(student, teacher, options);
 }
 
 std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teacher, Tensor coef,
@@ -151,7 +147,7 @@ std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teac
                                         std::string kernel, double gamma, int64_t order,
                                         std::string algorithm) {
   const Options options = parse(normalize, kernel, gamma, order, algorithm);
-  const auto run = accumulation_type(student) == ScalarType::Double ? bwd<double> : bwd<float>;
+  const auto run = student.scalar_type() == ScalarType::Double ? bwd<double> : bwd<float>;
   return run(dout, student, teacher, coef, gram_student, gram_teacher, cross, need_student,
              need_teacher, options);
 }
