@@ -17,16 +17,16 @@ from kdkernels.testing import bench
 def test_time(workload: Any, benchmark: Any, measured: Any, gated: Any) -> None:
     info, shape, dtype, mode, variant, device = workload
     sample = info.bench_sample(shape, device, dtype)
-    reason = bench.why_skip(info, shape, sample, variant, dtype, bench.memory_limit(device))
+    limit = bench.memory_limit(device)
+    reason = bench.why_skip(info, shape, sample, variant, dtype, limit, mode)
     if reason is not None:
         pytest.skip(reason)
     wrong = gated(info.name, variant, device, dtype)
     assert not wrong, "nothing is timed that is wrong:\n" + "\n".join(wrong)
     entry = measured(info.name, shape.name, dtype, mode, device)
     function = bench.variant_function(info, sample, variant)
-    call = bench.synchronised(
-        bench.timed(function, bench.input_sets(sample, device), mode, variant), device
-    )
+    sets = bench.input_sets(bench.variant_sample(info, sample, variant), device)
+    call = bench.synchronised(bench.timed(function, sets, mode, variant), device)
     benchmark.group = f"{info.name} {shape.name} {dtype} {mode}"
     benchmark.extra_info.update(
         entry["variants"][variant],

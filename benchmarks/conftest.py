@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for shape in (shape for shape in info.bench if shape.device in (None, device.type)):
             for dtype in (torch.float32, torch.bfloat16):
                 for mode in bench.MODES:
-                    for variant in record.default_variants(device):
+                    for variant in record.default_variants(info, device):
                         number = str(dtype).removeprefix("torch.")
                         label = f"{info.name}-{shape.name}-{number}-{mode}-{variant}"
                         params.append(

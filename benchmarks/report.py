@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Renders the results that README.md shows from the committed records, and compares them with the
-targets.
+"""Renders the committed records and compares them with the targets: the kernels in README.md, and
+all that they were measured beside in benchmarks/results/README.md.
 
-python benchmarks/report.py                     print the block
-python benchmarks/report.py --write README.md   put it between the markers
-python benchmarks/report.py --check README.md   exit 1 if the file shows anything else
+python benchmarks/report.py           print both
+python benchmarks/report.py --write   put each between the markers of its file
+python benchmarks/report.py --check   exit 1 if a file shows anything else
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 QUANTITIES = {
     "times_mm": "time over one mm",
     "speedup_over_eager": "speed-up over eager",
+    "speedup_over": "speed-up over",  # the target names the peer
     "peak_extra_mib": "peak extra memory, MiB",
     "time_ms": "time, ms",
 }
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+KERNELS = ("cpu", "triton", "cuda")
 
 
 def load(folder: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
@@ -39,12 +41,20 @@ def load(folder: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
 
 
 def render(records: Sequence[tuple[str, dict[str, Any]]], targets: Sequence[dict[str, Any]]) -> str:
-    """The block between the markers, as Markdown."""
-    lines = [*_results(records), "", *_targets(records, targets)]
+    """Every measurement and every target, as Markdown."""
+    lines = [*_results(records, _rows), "", *_targets(records, targets)]
     return "\n".join(lines)
 
 
-def _results(records: Sequence[tuple[str, dict[str, Any]]]) -> Iterable[str]:
+def summary(records: Sequence[tuple[str, dict[str, Any]]]) -> str:
+    """The measurements of the kernels, as Markdown."""
+    return "\n".join(_results(records, _kernel_rows))
+
+
+def _results(
+    records: Sequence[tuple[str, dict[str, Any]]],
+    rows: Callable[[dict[str, Any]], Iterable[str]],
+) -> Iterable[str]:
     lines: list[str] = []
     for device, title in DEVICES.items():
         found = [
@@ -63,9 +73,20 @@ def _results(records: Sequence[tuple[str, dict[str, Any]]]) -> Iterable[str]:
                 "|---|---|---|---|---|---:|---:|---:|---:|---:|",
             ]
             for entry in group:
-                lines += _rows(entry)
-            lines.append("")
+                lines += rows(entry)
+            lines += ["", *(_footnotes(group) if rows is _rows else [])]
     return lines[:-1]
+
+
+def _footnotes(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """What each other library computed, which may be less than the op; with an empty line after."""
+    lines = {
+        f"- `{entry['op']}`, {name} {result['version']}: {result['computes']}": None
+        for entry in entries
+        for name, result in entry["variants"].items()
+        if "computes" in result
+    }
+    return [*lines, ""] if lines else []
 
 
 def _by_context(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
@@ -87,16 +108,22 @@ def _by_context(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, list
     return groups
 
 
+def _kernel_rows(entry: dict[str, Any]) -> Iterable[str]:
+    variants = {name: entry["variants"][name] for name in KERNELS if name in entry["variants"]}
+    return _rows({**entry, "variants": variants})
+
+
 def _rows(entry: dict[str, Any]) -> Iterable[str]:
     sizes = "x".join(str(size) for size in entry["shape"]["sizes"].values())
     for name, result in entry["variants"].items():
         if name.startswith("mm"):
             continue
-        start = f"| `{entry['op']}` | {sizes} | {entry['dtype']} | {entry['mode']} | {name} |"
+        called = f"{name} {result['version']}" if "version" in result else name
+        start = f"| `{entry['op']}` | {sizes} | {entry['dtype']} | {entry['mode']} | {called} |"
         if "skipped" in result:
             yield f"{start} {result['skipped']} | | | | |"
             continue
-        _, gradient = result["error"].values()
+        *_, gradient = result.get("error", {"gradient": "-"}).values()
         cells = [
             f"{result['time_us']['p50'] * 1e-3:.3g}",
             _number(result, "speedup_over_eager", ".2f"),
@@ -127,7 +154,8 @@ def _measured(
         if target["quantity"] == "time_ms" and "time_us" in result:
             return result["time_us"]["p50"] * 1e-3
         if target["quantity"] in result:
-            return result[target["quantity"]]
+            value = result[target["quantity"]]
+            return value.get(target["peer"]) if "peer" in target else value
     return None
 
 
@@ -149,13 +177,20 @@ def _targets(
             met = value <= target["at_most"] if "at_most" in target else value >= target["at_least"]
             shown, verdict = f"{value:.3g}", "met" if met else "missed"
         what = f"`{target['op']}` {target['shape']} {target['dtype']} {target['mode']}"
-        what = f"{what}: {QUANTITIES[target['quantity']]}"
+        quantity = QUANTITIES[target["quantity"]]
+        quantity = f"{quantity} {target['peer']}" if "peer" in target else quantity
+        what = f"{what}: {quantity}"
         yield f"| {what} | {target['backend']} | {bound} | {shown} | {verdict} |"
 
 
-def block() -> str:
-    """What stands between the markers now."""
-    return render(load(), json.loads(TARGETS.read_text())["targets"])
+def blocks() -> dict[Path, str]:
+    """What has to stand between the markers of each file."""
+    records = load()
+    targets = json.loads(TARGETS.read_text())["targets"]
+    return {
+        HERE.parent / "README.md": summary(records),
+        RESULTS / "README.md": render(records, targets),
+    }
 
 
 def replaced(text: str, new: str) -> str:
@@ -175,22 +210,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--write", type=Path, metavar="FILE")
-    what.add_argument("--check", type=Path, metavar="FILE")
+    what.add_argument("--write", action="store_true")
+    what.add_argument("--check", action="store_true")
     args = parser.parse_args(argv)
-    if args.write is not None:
-        args.write.write_text(replaced(args.write.read_text(), block()))
-    elif args.check is not None:
-        text = args.check.read_text()
-        if replaced(text, block()) != text:
-            print(
-                f"{args.check} does not show benchmarks/results: "
-                "run `python benchmarks/report.py --write` on it"
-            )
-            return 1
-    else:
-        print(block())
-    return 0
+    stale = []
+    for path, block in blocks().items():
+        new = replaced(path.read_text(), block)
+        if args.write:
+            path.write_text(new)
+        elif not args.check:
+            print(block, end="\n\n")
+        elif new != path.read_text():
+            stale.append(path.relative_to(HERE.parent))
+    for name in stale:
+        print(f"{name} does not show the records: run `python benchmarks/report.py --write`")
+    return 1 if stale else 0
 
 
 if __name__ == "__main__":

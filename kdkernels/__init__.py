@@ -4,6 +4,22 @@
 from kdkernels import nn
 from kdkernels._dispatch import BackendUnavailableError, explain, use_backend
 from kdkernels._version import __version__
+from kdkernels.ops.contrastive import contrastive_loss
 from kdkernels.ops.gram_mse import gram_mse
+from kdkernels.ops.triplet import MinedTriplets, mine_triplets
+from kdkernels.ops.triplet_distillation import triplet_distillation
+from kdkernels.ops.triplet_loss import triplet_loss
 
-__all__ = ["BackendUnavailableError", "__version__", "explain", "gram_mse", "nn", "use_backend"]
+__all__ = [
+    "BackendUnavailableError",
+    "MinedTriplets",
+    "__version__",
+    "contrastive_loss",
+    "explain",
+    "gram_mse",
+    "mine_triplets",
+    "nn",
+    "triplet_distillation",
+    "triplet_loss",
+    "use_backend",
+]

@@ -35,6 +35,13 @@ def features(name: str, x: Any, min_dim: int = 2) -> None:
         )
 
 
+def matrix(name: str, x: Any) -> None:
+    """Features of exactly two dimensions."""
+    features(name, x)
+    if x.dim() != 2:
+        raise ValueError(f"{name} must have 2 dimensions, got shape {list(x.shape)}")
+
+
 def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.device != other.device:
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
@@ -87,3 +94,31 @@ def count(name: str, value: Any, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}, got {value}")
     return value
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
+
+
+def not_negative(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
+    return float(value)
+
+
+def labels(name: str, y: Any, of_name: str, of: Tensor) -> None:
+    """One integer per row of another tensor, on its device."""
+    if not isinstance(y, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(y).__name__}")
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {y.dtype}")
+    if y.shape != of.shape[:1]:
+        raise ValueError(
+            f"{name} must have shape {list(of.shape[:1])} like the rows of {of_name}, "
+            f"got {list(y.shape)}"
+        )
+    same_device(name, y, of_name, of)

@@ -159,7 +159,7 @@ def select(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
 
 @dataclass(frozen=True)
 class _Planner:
-    op: str
+    op: Callable[..., str]
     operator_args: Callable[..., tuple[Any, ...]]
     choices: Callable[..., dict[str, str]]
 
@@ -168,7 +168,9 @@ _planners: dict[str, _Planner] = {}
 
 
 def explained_by(
-    operator_args: Callable[..., tuple[Any, ...]], choices: Callable[..., dict[str, str]]
+    operator_args: Callable[..., tuple[Any, ...]],
+    choices: Callable[..., dict[str, str]],
+    op: str | Callable[..., str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate a public function with what `explain` asks.
 
@@ -177,11 +179,14 @@ def explained_by(
             backend. Takes what the public function takes, less `backend`.
         choices: Names each choice made on the way and the reason, e.g. `{"algorithm": "factored
             (asked for)"}`. Takes the same.
+        op: Basename of the operator, or what names it from the same arguments; by default that of
+            the module.
     """
 
     def register(public: Callable[..., Any]) -> Callable[..., Any]:
-        op = public.__module__.rpartition(".")[2]
-        _planners[public.__name__] = _Planner(op, operator_args, choices)
+        name = op or public.__module__.rpartition(".")[2]
+        op_of = name if callable(name) else lambda *_, **__: name
+        _planners[public.__name__] = _Planner(op_of, operator_args, choices)
         return public
 
     return register
@@ -227,13 +232,14 @@ def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any)
         )
     planner = _planners[function]
     operator_args = planner.operator_args(*args, **kwargs)
-    chosen = select_name(planner.op, requested_backend(backend), operator_args)
+    op = planner.op(*args, **kwargs)
+    chosen = select_name(op, requested_backend(backend), operator_args)
     device = next(arg.device for arg in operator_args if isinstance(arg, Tensor))
     order = device_order(device)
     rejected = {}
     for name in (*order, *(name for name in BACKENDS if name not in order)):
         if name != chosen:
-            reason = why_not(planner.op, name, operator_args)
+            reason = why_not(op, name, operator_args)
             rejected[name] = reason or (
                 f"{chosen} comes before it on {device.type}"
                 if name in order

@@ -52,7 +52,7 @@ class Case:
 
     def operator_args(self) -> tuple[Any, ...]:
         """Arguments of the forward operator, without the backend."""
-        planner = _dispatch._planners[self.info.name]
+        planner = _dispatch._planners[self.info.public]
         return planner.operator_args(*self.sample.args, **self.sample.kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -152,6 +152,10 @@ def leaves(case: Case, need: Sequence[bool] | None = None) -> list[Any]:
     return [arg.requires_grad_() if i < n and need[i] else arg for i, arg in enumerate(args)]
 
 
+def is_float(arg: Any) -> bool:
+    return isinstance(arg, Tensor) and arg.is_floating_point()
+
+
 def gradients(value: Tensor, args: Sequence[Any], seed: int = 0) -> list[Tensor]:
     """Gradients of the arguments that require one, under a fixed random dout."""
     sources = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
@@ -188,12 +192,32 @@ class Calls(TorchDispatchMode):
         return [func._opname for func, _, _ in self.made]
 
 
+def operators(op: str) -> list[str]:
+    """The operator of the forward and, unless that one computes the gradient, of the backward."""
+    names = [f"{op}_fwd", f"{op}_bwd"]
+    return [name for name in names if hasattr(torch.ops.kdkernels, name)]
+
+
+def needed(call: tuple[Any, tuple[Any, ...], Any]) -> list[tuple[bool, Tensor]]:
+    """Of an operator's call, each flag `need_<argument>` with the result `d<argument>`."""
+    func, args, results = call
+    schema = func._schema
+    results = results if isinstance(results, (tuple, list)) else (results,)
+    by_name = {found.name: result for found, result in zip(schema.returns, results, strict=True)}
+    flags = zip(schema.arguments, args, strict=True)
+    return [
+        (flag, by_name["d" + argument.name.removeprefix("need_")])
+        for argument, flag in flags
+        if argument.name.startswith("need_")
+    ]
+
+
 def recorded(case: Case) -> list[tuple[Any, tuple[Any, ...], Any]]:
-    """Operator, arguments and results of the calls that one forward and backward make, detached."""
+    """Operator, arguments and results of the calls of one forward and backward, detached."""
     with Calls() as calls:
         args = leaves(case)
         gradients(case.call(*args), args)
-    assert calls.names() == [f"{case.info.op}_fwd", f"{case.info.op}_bwd"]
+    assert calls.names() == operators(case.info.op)
     return [
         (func, tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args), results)
         for func, args, results in calls.made

@@ -14,6 +14,7 @@ import pytest
 import torch
 from console import output_of
 
+import kdkernels as kd
 from kdkernels.cli.main import main
 from kdkernels.demo import data as demo_data
 from kdkernels.demo import losses, measure, memory, models, training
@@ -157,6 +158,28 @@ def test_the_registry_is_sound() -> None:
     for entry in losses.ENTRIES:
         if entry.twin is not None:
             torch.testing.assert_close(values[entry.name], values[entry.twin])
+
+
+def test_triplet_entries_reach_what_they_are_about() -> None:
+    """Triplet distillation the logits, given the teacher's; batch-hard the features."""
+    features, logits = torch.rand(30, 4, 3).requires_grad_(), torch.rand(30, 10).requires_grad_()
+    student = models.Outputs(features, logits)
+    teacher = models.Outputs(torch.rand(30, 7), torch.rand(30, 10))
+    labels = torch.arange(30) % 10
+    for name, reached in (("triplet-kd", logits), ("triplet", features)):
+        criterion = losses.entry(name).build(losses.Widths(12, 7))
+        grads = torch.autograd.grad(
+            criterion(student, teacher, labels), (features, logits), allow_unused=True
+        )
+        found = [x for x, grad in zip((features, logits), grads, strict=True) if grad is not None]
+        assert len(found) == 1
+        assert found[0] is reached
+    torch.manual_seed(5)
+    loss = losses.entry("triplet-kd").build(losses.Widths(12, 7))(student, teacher, labels)
+    torch.manual_seed(5)
+    # the authors' weight and margin
+    expected = 2 * kd.triplet_distillation(logits, teacher.logits, labels, margin=5.0)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_memory_record_sees_what_is_allocated() -> None:

@@ -30,6 +30,7 @@ COLORS = {
     "compile": "C4",
     "mm": "0.5",
 }
+PEER_COLORS = ("C5", "C6", "C8", "C9")
 
 
 def draw(records: Sequence[dict[str, Any]], folder: Path, *, sweep: bool) -> Iterator[Path]:
@@ -61,12 +62,17 @@ def draw(records: Sequence[dict[str, Any]], folder: Path, *, sweep: bool) -> Ite
             yield path
 
 
-def _names(entries: Sequence[dict[str, Any]]) -> list[str]:
-    return [name for name in COLORS if any(name in entry["variants"] for entry in entries)]
+def _colors(entries: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The colour of each variant to draw; whatever brings a version is another library."""
+    variants = [variant for entry in entries for variant in entry["variants"].items()]
+    present = {name for name, _ in variants}
+    peers = sorted({name for name, result in variants if "version" in result})
+    found = {name: color for name, color in COLORS.items() if name in present}
+    return found | {peer: PEER_COLORS[i % len(PEER_COLORS)] for i, peer in enumerate(peers)}
 
 
 def _lines(axes: Any, entries: Sequence[dict[str, Any]], value: Any) -> None:
-    for name in _names(entries):
+    for name, color in _colors(entries).items():
         points = [
             (entry["shape"]["sizes"]["B"], value(entry["variants"].get(name, {})))
             for entry in entries
@@ -79,7 +85,7 @@ def _lines(axes: Any, entries: Sequence[dict[str, Any]], value: Any) -> None:
                 style,
                 marker="o",
                 markersize=3,
-                color=COLORS[name],
+                color=color,
                 label=name,
             )
     axes.set_xscale("log", base=2)
@@ -87,11 +93,8 @@ def _lines(axes: Any, entries: Sequence[dict[str, Any]], value: Any) -> None:
 
 
 def _bars(axes: Any, entries: Sequence[dict[str, Any]], value: Any) -> None:
-    names = [
-        n
-        for n in _names(entries)
-        if any(value(entry["variants"].get(n, {})) > 0 for entry in entries)
-    ]
+    colors = _colors(entries)
+    names = [n for n in colors if any(value(entry["variants"].get(n, {})) > 0 for entry in entries)]
     width = 0.8 / max(len(names), 1)
     for i, name in enumerate(names):
         heights = [value(entry["variants"].get(name, {})) for entry in entries]
@@ -100,7 +103,7 @@ def _bars(axes: Any, entries: Sequence[dict[str, Any]], value: Any) -> None:
             places,
             [height for height in heights if height > 0],
             width,
-            color=COLORS[name],
+            color=colors[name],
             label=name,
         )
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(entries))])

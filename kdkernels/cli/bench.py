@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kdkernels bench`: time, memory and error of the ops against eager PyTorch, torch.compile and one
-matrix product."""
+"""`kdkernels bench`: time, memory and error of the ops against eager PyTorch, torch.compile, one
+matrix product and other libraries."""
 
 from __future__ import annotations
 
@@ -49,8 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         nargs="+",
-        choices=(*_dispatch.BACKENDS, *bench.BASELINES),
-        help="backends and baselines (default: the backends of the device, and all baselines)",
+        choices=(
+            *_dispatch.BACKENDS,
+            *bench.BASELINES,
+            *sorted({peer for info in opinfos() for peer in info.peers}),
+        ),
+        help="backends, baselines and other libraries (default: the backends of the device, and "
+        "all that the op is compared with)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     length = parser.add_mutually_exclusive_group()
@@ -122,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             )
             records.append(entry)
             progress.step(title)
-            progress.note(_table(entry).render() + "\n")
+            progress.note("\n".join((_table(entry).render(), *_footnotes(entry), "")))
             if (
                 args.output is not None
             ):  # after each record, so that an interrupted run keeps what it has
@@ -196,8 +201,8 @@ def _plan(
 def _gate(infos: Sequence[OpInfo], args: argparse.Namespace, device: torch.device) -> list[str]:
     """What is wrong: nothing is timed that misses its error budget."""
     wrong = []
-    asked = args.backend or record.default_variants(device)
     for info in infos:
+        asked = args.backend or record.default_variants(info, device)
         for backend in (name for name in asked if name in _dispatch.BACKENDS):
             if isinstance(_dispatch.implementation(info.op, backend), str):
                 continue  # absent: the record says so
@@ -221,7 +226,7 @@ HEADERS = (
 )
 
 
-def _cells(name: str, result: dict[str, Any]) -> list[str]:
+def _cells(name: str, result: dict[str, Any], peers: Sequence[str]) -> list[str]:
     def number(key: str, form: str) -> str:
         return format(result[key], form) if key in result else "-"
 
@@ -234,6 +239,10 @@ def _cells(name: str, result: dict[str, Any]) -> list[str]:
     ] or ["-", "-"]
     ratios = (
         number("speedup_over_eager", ".2f"),
+        *(
+            format(result["speedup_over"][peer], ".2f") if "speedup_over" in result else "-"
+            for peer in peers
+        ),
         number("times_mm", ".2f"),
         number("percent_of_limit", ".0f"),
     )
@@ -253,10 +262,22 @@ def _table(entry: dict[str, Any]) -> Table:
     sizes = " ".join(f"{name}={size}" for name, size in shape["sizes"].items())
     how = f"{entry['dtype']} {entry['mode']} on {entry['device']}"
     title = f"{entry['op']}, {shape['name']}: {sizes} {how}"
-    table = Table(*HEADERS, title=title, right=HEADERS[1:-1])
+    peers = [peer for peer, result in entry["variants"].items() if "version" in result]
+    at = HEADERS.index("x eager") + 1
+    headers = (*HEADERS[:at], *(f"x {peer}" for peer in peers), *HEADERS[at:])
+    table = Table(*headers, title=title, right=headers[1:-1])
     for name, result in entry["variants"].items():
-        table.add(*_cells(name, result))
+        table.add(*_cells(name, result, peers))
     return table
+
+
+def _footnotes(entry: dict[str, Any]) -> list[str]:
+    """What each other library computed, which may be less than the op."""
+    return [
+        f"{name} {result['version']}: {result['computes']}"
+        for name, result in entry["variants"].items()
+        if "computes" in result
+    ]
 
 
 def _stem(args: argparse.Namespace, device: torch.device) -> str:

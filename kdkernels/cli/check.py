@@ -182,7 +182,7 @@ def _why_not(info: OpInfo, backend: str, sample: Sample) -> str | None:
     if isinstance(found, str):
         return found
     try:
-        kd.explain(info.name, *sample.args, backend=backend, **sample.kwargs)
+        kd.explain(info.public, *sample.args, backend=backend, **sample.kwargs)
     except kd.BackendUnavailableError as error:
         return str(error)
     return None

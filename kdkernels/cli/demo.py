@@ -2,10 +2,12 @@
 """Distil a real teacher into a student at large batch, once with each loss.
 
 Trains a convolutional teacher, then the same small student with cross-entropy only, with logit
-distillation, and with similarity preservation (SP) twice: as it is usually written, and by the
-kernels of this package. All students start from the same weights and see the same batches, so the
-last two have to follow the same curve. Then the losses are timed and their memory measured on the
-features of a real step. Results as a table, JSON and a plot.
+distillation, with a triplet loss mined among its own features, with triplet distillation (the
+teacher's logits as anchors, the student's as positives and negatives), and with similarity
+preservation (SP) twice: as it is usually written, and by the kernels of this package. All students
+start from the same weights and see the same batches, so the last two have to follow the same curve.
+Then the losses are timed and their memory measured on the outputs of a real step. Results as a
+table, JSON and a plot.
 
 examples:
   kdkernels demo
@@ -184,9 +186,7 @@ def _distil(
         _add_costs(students, entries, batch, progress)
     return {
         "settings": {"data": data.name, "epochs": epochs, "batch_size": batch_size, "seed": seed},
-        "device": torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        "device": _device_words(device),
         "versions": {
             "kdkernels": kd.__version__,
             "torch": torch.__version__,
@@ -210,6 +210,13 @@ def _distil(
         "students": students,
         "differences": _differences(students),
     }
+
+
+def _device_words(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _student_record(entry: Entry, curves: Curves) -> dict[str, Any]:

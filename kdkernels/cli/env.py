@@ -137,7 +137,7 @@ def _op(info: OpInfo, device: torch.device) -> dict[str, Any]:
     sample = _smallest(info, device)
     base = {"function": info.name, "device": str(device)}
     try:
-        answer = kdkernels.explain(info.name, *sample.args, **sample.kwargs)
+        answer = kdkernels.explain(info.public, *sample.args, **sample.kwargs)
     except (
         kdkernels.BackendUnavailableError
     ) as error:  # KDKERNELS_BACKEND names one that cannot run here

@@ -29,7 +29,7 @@ class Entry:
     name: str  # for --losses
     label: str  # for tables and plots
     # Makes the criterion, a module of (student, teacher, labels) whose parameters are trained with
-    # the student; None trains without a teacher
+    # the student; None trains with cross-entropy only
     build: Callable[[Widths], nn.Module] | None
     cross_entropy_weight: float = 1.0
     twin: str | None = (
@@ -74,7 +74,30 @@ class OnFeatures(nn.Module):
         return self.loss(student.features, teacher.features)
 
 
+class OnLogits(nn.Module):
+    """Applies a loss of this package to the logits and the labels."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+        return self.loss(student.logits, teacher.logits, labels)
+
+
+class OnLabels(nn.Module):
+    """Applies a loss of embeddings and labels to the student's features; no teacher is asked."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+        return self.loss(student.features.flatten(1), labels)
+
+
 SP_WEIGHT = 3000.0  # the published one
+TRIPLET_WEIGHT = 0.1  # ours: nothing is published for this loss beside a cross-entropy on this data
 
 ENTRIES = (
     Entry("ce", "cross-entropy only", None),
@@ -83,6 +106,17 @@ ENTRIES = (
         "logit KD",
         lambda _: LogitDistillation(weight=0.9, temperature=4.0),
         cross_entropy_weight=0.1,
+    ),
+    Entry(
+        "triplet",
+        "batch-hard triplet",
+        lambda _: OnLabels(kd.nn.BatchHardTripletLoss(weight=TRIPLET_WEIGHT)),
+    ),
+    # margin, weight and random negatives are the authors'
+    Entry(
+        "triplet-kd",
+        "triplet distillation",
+        lambda _: OnLogits(kd.nn.TripletDistillationLoss()),
     ),
     Entry("sp-reference", "SP, reference", lambda _: ReferenceSimilarity(SP_WEIGHT)),
     Entry(

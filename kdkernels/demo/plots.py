@@ -80,7 +80,7 @@ def _accuracy(axes: Axes, record: dict[str, Any], colours: dict[str, Any]) -> No
         )
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", title="Accuracy of the student")
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", framealpha=0.95)
+    axes.legend(loc="best", framealpha=0.95)
 
 
 def _bars(axes: Axes, values: dict[str, float], colours: list[Any], title: str, unit: str) -> None:

@@ -6,8 +6,25 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 `state_dict`; the mathematics is in `kdkernels.ops`.
 """
 
+from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
 from kdkernels.nn.similarity_preserving import SimilarityPreservingLoss
+from kdkernels.nn.triplet import (
+    BatchAllTripletLoss,
+    BatchHardTripletLoss,
+    BatchSemiHardTripletLoss,
+)
+from kdkernels.nn.triplet_distillation import PairDistillationLoss, TripletDistillationLoss
 
-__all__ = ["CorrelationCongruenceLoss", "IntraUtteranceSimilarityLoss", "SimilarityPreservingLoss"]
+__all__ = [
+    "BatchAllTripletLoss",
+    "BatchHardTripletLoss",
+    "BatchSemiHardTripletLoss",
+    "ContrastiveLoss",
+    "CorrelationCongruenceLoss",
+    "IntraUtteranceSimilarityLoss",
+    "PairDistillationLoss",
+    "SimilarityPreservingLoss",
+    "TripletDistillationLoss",
+]

@@ -3,10 +3,11 @@
 measure.
 
 A time is the median over rounds in one process in which all variants take turns, so that what
-disturbs one disturbs all. Variants are the backends and three baselines: "eager" (the definition
-with autograd), "compile" (torch.compile of it) and "mm" (the product of the first argument with its
-own transpose, which the obvious way starts with). Only the first argument asks for a gradient: a
-teacher is frozen.
+disturbs one disturbs all. Variants are the backends, three baselines and the op's peers: "eager"
+(the definition with autograd), "compile" (torch.compile of it), "mm" (the product of the first
+argument with its own transpose, which the obvious way starts with) and other libraries by name,
+some of which do a part of the work. Only the first argument asks for a gradient: a teacher is
+frozen.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _dispatch
-from kdkernels.testing import numerics
+from kdkernels.testing import numerics, peers
 from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
 
 MODES = ("fwd_bwd", "fwd", "bwd")
@@ -33,8 +34,7 @@ PART_ROWS = 4096  # of the product that gives the machine's rate where the full 
 SETS = 3  # of inputs in rotation; on a GPU as many as exceed three times its L2 cache
 BLOCK_SECONDS = 2e-3  # a clock reading every few milliseconds, whatever a call takes
 GIB = 1024.0**3
-# A definition in fp64 is the oracle where it needs no more than this; beyond, the closed form in
-# fp64.
+# A definition in fp64 is the oracle where it needs no more than this; beyond, a backend in fp64.
 ORACLE_BYTES = 2 * GIB
 GATE_SAMPLES = ("aligned", "ragged_all", "wide")
 
@@ -141,7 +141,14 @@ def variant_function(info: OpInfo, sample: Sample, variant: str) -> Callable[...
         return lambda x, *_: x @ x.mT
     if variant == "mm_part":
         return lambda x, *_: x[..., :PART_ROWS, :] @ x[..., :PART_ROWS, :].mT
+    if variant in info.peers:
+        return peers.get(info, variant).function(sample)
     return lambda *args: info.function(*args, **sample.kwargs, backend=variant)
+
+
+def variant_sample(info: OpInfo, sample: Sample, variant: str) -> Sample:
+    """What a variant is timed on: a peer's preparations are no part of its time."""
+    return peers.get(info, variant).prepare(sample) if variant in info.peers else sample
 
 
 def timed(
@@ -203,19 +210,30 @@ def memory_limit(device: torch.device) -> float:
 
 def rejection(info: OpInfo, sample: Sample, backend: str) -> str | None:
     """Why a backend cannot run a sample; None if it can."""
-    args = _dispatch._planners[info.name].operator_args(*sample.args, **sample.kwargs)
+    args = _dispatch._planners[info.public].operator_args(*sample.args, **sample.kwargs)
     return _dispatch.why_not(info.op, backend, args)
 
 
 def why_skip(
-    info: OpInfo, shape: BenchShape, sample: Sample, variant: str, dtype: torch.dtype, limit: float
+    info: OpInfo,
+    shape: BenchShape,
+    sample: Sample,
+    variant: str,
+    dtype: torch.dtype,
+    limit: float,
+    mode: str = "fwd_bwd",
 ) -> str | None:
-    """Why a variant is not run on a shape; None if it is."""
+    """Why a variant is not run on a shape in a mode; None if it is."""
+    device = sample.args[0].device
     if variant in _dispatch.BACKENDS:
         reason = rejection(info, sample, variant)
         if reason is not None:
             return reason
-    if variant == "compile" and sample.args[0].device.type == "cpu" and not _has_compiler():
+    if variant not in (*_dispatch.BACKENDS, *BASELINES):
+        reason = peers.why_not(info, variant, shape, dtype, mode, device)
+        if reason is not None:
+            return reason
+    if variant == "compile" and device.type == "cpu" and not _has_compiler():
         return "torch.compile needs a C++ compiler"
     needed = info.memory(shape, dtype, variant) if info.memory is not None else 0.0
     if needed > limit:
@@ -231,7 +249,7 @@ def gate(info: OpInfo, backend: str, device: torch.device, dtype: torch.dtype) -
     """What is wrong with a backend before it is timed: the samples that miss their budget."""
     failed = []
     for sample in info.samples(device, dtype):
-        if sample.name in GATE_SAMPLES and rejection(info, sample, backend) is None:
+        if sample.name.partition("-")[0] in GATE_SAMPLES and not rejection(info, sample, backend):
             errors = numerics.check_sample(info, sample, dtype, backend)
             failed += [
                 f"{info.name} on {backend}, {sample.name}: {e.detail}" for e in errors if not e.ok
@@ -249,12 +267,19 @@ class Oracle:
 
 
 def oracle(info: OpInfo, shape: BenchShape, sample: Sample) -> Oracle:
-    """The definition in fp64, or where that needs too much memory the reference's closed form in
-    fp64."""
-    needed = info.memory(shape, torch.float64, "eager") if info.memory is not None else 0.0
-    literal = needed <= ORACLE_BYTES
-    function = variant_function(info, sample, "eager" if literal else "reference")
-    name = "definition in fp64" if literal else "closed form of the reference backend in fp64"
+    """The definition in fp64, or where that needs too much memory the reference backend, or where
+    that does too the C++ backend, in fp64."""
+
+    def fits(variant: str, limit: float) -> bool:
+        return info.memory is None or info.memory(shape, torch.float64, variant) <= limit
+
+    if fits("eager", ORACLE_BYTES):
+        variant, name = "eager", "definition in fp64"
+    else:
+        held = fits("reference", memory_limit(sample.args[0].device))
+        variant = "reference" if held else "cpu"
+        name = f"{variant} backend in fp64"
+    function = variant_function(info, sample, variant)
     return Oracle(name, *_value_and_gradient(function, numerics.cast(sample.args, torch.float64)))
 
 

@@ -132,7 +132,7 @@ def check_sample(info: OpInfo, sample: Sample, dtype: torch.dtype, backend: str)
         lambda *a: info.function(*a, **sample.kwargs, backend=backend), sample.args, n
     )
     loss_scale, grad_scales = None, (None,) * n
-    if sample.cancels and info.magnitude is not None:
+    if (sample.cancels or info.subtracts) and info.magnitude is not None:
         loss_scale, grad_scales = info.magnitude(sample)
     errors = [compare("loss", out, hi, low, dtype, loss_scale)]
     for name, g, g_hi, g_low, scale in zip(

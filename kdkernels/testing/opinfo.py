@@ -59,8 +59,8 @@ class BenchShape:
 
 @dataclass(frozen=True)
 class OpInfo:
-    name: str  # of the public function
-    op: str  # basename of the operator pair
+    name: str  # of the public function, and what sets this use of it apart
+    op: str  # basename of the operator, or the pair of them
     function: Callable[..., Any]  # public; takes backend=
     definition: Callable[
         ..., Any
@@ -72,14 +72,29 @@ class OpInfo:
     bench_sample: Callable[[BenchShape, torch.device, torch.dtype], Sample]
     cost: Callable[[BenchShape, torch.dtype], Cost]
     # Size of the numbers whose difference a cancelling sample returns: (of the loss, of each
-    # gradient in diff_args).
-    magnitude: Callable[[Sample], tuple[float, tuple[float, ...]]] | None = None
-    # Peak bytes that a benchmark variant ("eager", "compile", "mm" or a backend) needs above its
+    # gradient in diff_args or None for its own size).
+    magnitude: Callable[[Sample], tuple[float, tuple[float | None, ...]]] | None = None
+    # Every loss is a difference, judged against `magnitude` as those of cancelling samples are.
+    subtracts: bool = False
+    # Peak bytes that a benchmark variant (a baseline, a backend or a peer) needs above its
     # inputs, roughly: whether to start it at all. None: never much.
     memory: Callable[[BenchShape, torch.dtype, str], float] | None = None
+    # Candidates are ranked, so where some are equally far rounding decides which one's gradient it
+    # is. A zero row, equally far from all unit rows, is such a case.
+    selects: bool = False
+    # What `bench.BASELINES` names, less what makes no sense for the op.
+    baselines: tuple[str, ...] = ("eager", "compile", "mm")
     # Options that choose an algorithm, not a meaning: the definition does not take them.
     algorithm_options: tuple[str, ...] = ("algorithm",)
+    # Distributions that do the same work or a part, timed where installed
+    # (kdkernels.testing.peers).
+    peers: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+    @property
+    def public(self) -> str:
+        """Name of the public function."""
+        return self.function.__name__
 
     def define(self, sample: Sample, args: tuple[Any, ...] | None = None) -> Any:
         """The definition's value of a sample, on other arguments if given."""
@@ -107,6 +122,7 @@ def opinfos() -> tuple[OpInfo, ...]:
     """Every OpInfo of the package, found in `kdkernels/testing/opinfos/`."""
     package = importlib.import_module("kdkernels.testing.opinfos")
     found: list[OpInfo] = []
-    for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
+    modules = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    for module in (name for name in modules if not name.startswith("_")):
         found += importlib.import_module(f"{package.__name__}.{module}").OPINFOS
     return tuple(found)

@@ -78,7 +78,7 @@ def _call(
     device: torch.device,
 ) -> Any:
     (info,) = (info for info in opinfos() if info.name == info_name)
-    sample = info.bench_sample(shape, device, dtype)
+    sample = bench.variant_sample(info, info.bench_sample(shape, device, dtype), variant)
     return bench.timed(bench.variant_function(info, sample, variant), [sample.args], mode, variant)
 
 

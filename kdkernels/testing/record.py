@@ -21,7 +21,7 @@ import torch
 
 from kdkernels import _dispatch, _native
 from kdkernels._version import __version__
-from kdkernels.testing import bench, peak
+from kdkernels.testing import bench, peak, peers
 from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
 
 SCHEMA = 1
@@ -99,9 +99,9 @@ def version() -> dict[str, Any]:
     return {"kdkernels": __version__, "commit": commit, "dirty": bool(changes) if commit else None}
 
 
-def default_variants(device: torch.device) -> tuple[str, ...]:
-    """The backends that `auto` considers on a device, and the baselines."""
-    return (*_dispatch.device_order(device), *bench.BASELINES)
+def default_variants(info: OpInfo, device: torch.device) -> tuple[str, ...]:
+    """The backends that `auto` considers on a device, the baselines and the peers."""
+    return (*_dispatch.device_order(device), *info.baselines, *info.peers)
 
 
 def run(
@@ -124,7 +124,7 @@ def run(
     Args:
         info, shape, dtype, mode: What is measured; `mode` is one of `bench.MODES`.
         device: Where.
-        variants: Backends and baselines; by default those of `default_variants`.
+        variants: Backends, baselines and peers; by default those of `default_variants`.
         seconds: For all rounds together; at least five are made.
         rounds: Exactly so many instead.
         memory: Whether to measure peak memory, on the CPU in one process per variant.
@@ -135,11 +135,16 @@ def run(
     sample = info.bench_sample(shape, device, dtype)
     limit = bench.memory_limit(device) if memory_limit is None else memory_limit
     results: dict[str, dict[str, Any]] = {}
-    asked = list(variants or default_variants(device))
+    asked = list(variants or default_variants(info, device))
     for name in asked:
-        reason = bench.why_skip(info, shape, sample, name, dtype, limit)
+        reason = bench.why_skip(info, shape, sample, name, dtype, limit, mode)
         results[name] = {} if reason is None else {"skipped": reason}
-    able = [name for name in asked if not results[name]]
+        if reason is None and name in info.peers:
+            results[name] = {
+                "version": peers.version(name),
+                "computes": peers.get(info, name).computes,
+            }
+    able = [name for name in asked if "skipped" not in results[name]]
     if "mm" in asked and "mm" not in able:
         able.append("mm_part")
         results["mm_part"] = {}
@@ -148,7 +153,8 @@ def run(
 
     say("error", 0.0)
     truth = bench.oracle(info, shape, sample)
-    judged = [name for name in able if not name.startswith("mm")]
+    timed = [name for name in able if not name.startswith("mm")]
+    judged = [n for n in timed if n not in info.peers or peers.get(info, n).whole]
     for i, name in enumerate(judged):
         errors = bench.relative_errors(functions[name], sample, truth, info.diff_args[0])
         # JSON has no NaN; a baseline in half precision may overflow
@@ -159,10 +165,10 @@ def run(
     oracle_name = truth.name
     del truth
 
-    calls = {
-        name: bench.timed(functions[name], bench.input_sets(sample, device), mode, name)
-        for name in able
-    }
+    calls = {}
+    for name in able:
+        sets = bench.input_sets(bench.variant_sample(info, sample, name), device)
+        calls[name] = bench.timed(functions[name], sets, mode, name)
     say("time", 0.0)
     exactly = {} if rounds is None else {"min_rounds": rounds, "max_rounds": rounds}
     timings = bench.measure(
@@ -175,7 +181,7 @@ def run(
         results[name]["rounds"] = timing.rounds
     del calls
     if memory:
-        _add_memory(info, shape, dtype, mode, device, judged, results, say)
+        _add_memory(info, shape, dtype, mode, device, timed, results, say)
     _add_ratios(info, shape, dtype, mode, sample, results)
     cost = info.cost(shape, dtype)
     return {
@@ -230,8 +236,8 @@ def _add_ratios(
     sample: Sample,
     results: dict[str, dict[str, Any]],
 ) -> None:
-    """Speed-up over eager, time in units of the product, and the share of the limit that is
-    reached."""
+    """Speed-up over eager and over each peer, time in units of the product, and the share of the
+    limit that is reached."""
     median = {
         name: result["time_us"]["p50"] for name, result in results.items() if "time_us" in result
     }
@@ -247,6 +253,9 @@ def _add_ratios(
             continue
         if "eager" in median:
             results[name]["speedup_over_eager"] = round(median["eager"] / time_us, 3)
+        over = {peer: median[peer] / time_us for peer in info.peers if peer in median}
+        if over and name not in info.peers:
+            results[name]["speedup_over"] = {peer: round(x, 3) for peer, x in over.items()}
         if "mm" in median:
             results[name]["times_mm"] = round(time_us / median["mm"], 3)
         if rate is not None and mode == "fwd_bwd":

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a launcher would compile, found by recording its launches on meta tensors.
+"""What launchers would compile, found by recording their launches on meta tensors.
 
 So the ahead-of-time tests compile the specialisations and configurations of real calls, not a copy
-of them.
+of them. An op lists its calls and hands them to `variants_of`.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -19,13 +19,25 @@ from torch import Tensor
 
 from kdkernels.triton._common import Arch, assume_arch
 
+# What a call is made with: the dtype of its features, and torch's setting for fp32 matmuls.
+_PRECISIONS = {
+    "fp16": (torch.float16, "highest"),
+    "bf16": (torch.bfloat16, "highest"),
+    "fp32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+}
+_EXTRA_TARGET = "sm_90"
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 _OPTIONS = ("num_warps", "num_stages")
+
+Calls = Mapping[str, Mapping[str, tuple[Any, ...]]]  # precision -> label -> arguments of a call
 
 
 @triton.jit
@@ -35,9 +47,9 @@ def _compilable():
 
 @dataclass(frozen=True)
 class AotVariant:
-    """One specialisation of a kernel."""
+    """One specialisation of a kernel, whatever its name."""
 
-    name: str
+    name: str = field(compare=False)
     kernel: Any
     signature: tuple[tuple[str, str], ...]  # argument -> "*bf16", "i32", "fp32", "constexpr"
     constexprs: tuple[tuple[str, Any], ...]
@@ -46,20 +58,55 @@ class AotVariant:
     tensor_core: bool  # whether its products belong on tensor cores
 
 
-def record_launches(arch: Arch, call: Callable[[], Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """Kernel and keyword arguments of each launch of `call`, configured for `arch`, not run."""
-    launches: list[tuple[Any, dict[str, Any]]] = []
+def variants_of(
+    arch: Arch, call: Callable[..., Any], *, everywhere: Calls, extra: Calls
+) -> Iterator[AotVariant]:
+    """Each specialisation that the calls of an op compile, once.
 
-    def record(kernel: Any, *, grid: Any, warmup: bool, **arguments: Any) -> None:
-        launches.append((kernel, arguments))
+    `call(dtype, *arguments)` makes one call on meta tensors, forward and backward. Those in `extra`
+    are compiled for one target only, to keep the tests short.
+    """
+    calls = [
+        (precision, label, arguments)
+        for group in ((everywhere, extra) if arch.name == _EXTRA_TARGET else (everywhere,))
+        for precision, labelled in group.items()
+        for label, arguments in labelled.items()
+    ]
+    names: dict[AotVariant, str] = {}
+    for precision, label, arguments in calls:
+        launched = _launched(arch, precision, call, arguments)
+        for variant in launched:
+            if variant in names:
+                continue
+            name = "-".join((variant.name, label, *_facets(variant, launched), precision))
+            if name in names.values():
+                raise ValueError(f"two variants would be called {name}")
+            names[variant] = name
+            yield replace(variant, name=name)
 
-    with assume_arch(arch), mock.patch.object(type(_compilable), "run", record):
-        call()
-    return launches
+
+def _launched(
+    arch: Arch, precision: str, call: Callable[..., Any], arguments: tuple[Any, ...]
+) -> list[AotVariant]:
+    """What one call launches, configured for `arch` and not run, under the names of the kernels."""
+    dtype, fp32_matmul = _PRECISIONS[precision]
+    variants = []
+
+    def record(kernel: Any, *, grid: Any, warmup: bool, **given: Any) -> None:
+        variants.append(_specialise(kernel, given, dtype, arch))
+
+    outer = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(fp32_matmul)
+    try:
+        with assume_arch(arch), mock.patch.object(type(_compilable), "run", record):
+            call(dtype, *arguments)
+    finally:
+        torch.set_float32_matmul_precision(outer)
+    return variants
 
 
-def specialise(
-    name: str, kernel: Any, arguments: dict[str, Any], *, tensor_core: bool
+def _specialise(
+    kernel: Any, arguments: dict[str, Any], dtype: torch.dtype, arch: Arch
 ) -> AotVariant:
     """A launch as the JIT specialises it: 1 is a constant, multiples of 16 are noted."""
     signature, constexprs, divisible = {}, {}, set()
@@ -77,13 +124,24 @@ def specialise(
                 divisible.add(param)
         else:
             signature[param] = "fp32"
-    options = tuple((key, arguments[key]) for key in _OPTIONS if key in arguments)
+    precision = arguments.get("PRECISION")  # of its products; a kernel without has none
+    fp32_product = dtype == torch.float32 and precision == "ieee" and arch.vendor == "cuda"
     return AotVariant(
-        name,
-        kernel,
-        tuple(signature.items()),
-        tuple(constexprs.items()),
-        frozenset(divisible),
-        options,
-        tensor_core,
+        name=kernel.__name__.strip("_"),
+        kernel=kernel,
+        signature=tuple(signature.items()),
+        constexprs=tuple(constexprs.items()),
+        divisible=frozenset(divisible),
+        options=tuple((key, arguments[key]) for key in _OPTIONS if key in arguments),
+        tensor_core=precision is not None and not fp32_product,
     )
+
+
+def _facets(variant: AotVariant, launched: list[AotVariant]) -> list[str]:
+    """What tells it from other launches of its kernel in one call: flags, multiples of 16."""
+
+    def facets(one: AotVariant) -> set[str]:
+        return {param.lower() for param, value in one.constexprs if value} | one.divisible
+
+    others = [facets(other) for other in launched if other.kernel is variant.kernel]
+    return sorted(facets(variant) - set.intersection(*others))

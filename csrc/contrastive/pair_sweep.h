@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+// One sweep over tiles of distances between labelled rows, for losses that are sums over pairs or
+// triplets: a loss weighs the distances of a tile, and the sweep carries the weights to the rows.
+//
+// With w the derivative of the sum by a distance times the slope of that distance, the gradient of
+// row x_i is (sum_j w_ij) x_i - sum_j w_ij y_j. In batch, only tiles on and above the diagonal are
+// multiplied, and each one serves its rows and its columns.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "../common/gemm.h"
+#include "../common/parallel.h"
+#include "../triplet/labelled.h"
+#include "../triplet/triplet_simd.h"
+#include "pair_sweep_simd.h"
+
+namespace kdk::pairs {
+
+using triplet::kTile;
+using triplet::Labelled;
+using triplet::LabelRanges;
+using triplet::Sorted;
+
+// Anchors or references, and what the sweep adds to their gradient.
+template <typename T>
+struct Side {
+  const Sorted<T>& sorted;
+  const T* original;  // [n, D], rows in the caller's order, not centred
+  bool needed;
+  // Kept in fp64: with large classes, thousands of terms that largely cancel.
+  std::optional<Scratch<double>> pulls;  // [n, D] sorted: sum of the weights times the other rows
+  std::vector<double> weight;            // [n] sorted: sum of the weights
+
+  Side(const Sorted<T>& rows, const Tensor& x, bool needed_)
+      : sorted(rows), original(static_cast<const T*>(x.const_data_ptr())), needed(needed_) {
+    if (!needed) return;
+    pulls.emplace(rows.size() * rows.x.cols);
+    weight.assign(rows.size(), 0.0);
+    parallel_each(rows.size(), rows.x.cols,
+                  [&](int64_t i) { std::fill_n(pull(i), sorted.x.cols, 0.0); });
+  }
+
+  double* pull(int64_t i) const { return pulls->data() + i * sorted.x.cols; }
+
+  const T* row(int64_t i) const { return original + sorted.row[i] * sorted.x.cols; }
+
+  // [n, D] in the caller's order, or [0] where not needed. `more`(i, pull) may take from the pull
+  // on sorted row i, with about `ops` operations.
+  template <typename More>
+  Tensor gradient(double ops, const More& more) const {
+    if (!needed) return empty({0}, scalar_type_of<T>);
+    const int64_t n = sorted.size(), D = sorted.x.cols;
+    const Tensor dx = empty({n, D}, scalar_type_of<T>);
+    auto* out = static_cast<T*>(dx.mutable_data_ptr());
+    parallel_each(n, 4.0 * D + ops, [&](int64_t i) {
+      more(i, pull(i));
+      loops<T>().finish(weight[i], sorted.x.row(i), pull(i), out + sorted.row[i] * D, D);
+    });
+    return dx;
+  }
+};
+
+// A gradient of NaN, or [0] where not needed.
+template <typename T>
+Tensor nan_gradient(const Side<T>& side) {
+  if (!side.needed) return empty({0}, scalar_type_of<T>);
+  const int64_t n = side.sorted.size(), D = side.sorted.x.cols;
+  const Tensor dx = empty({n, D}, scalar_type_of<T>);
+  std::fill_n(static_cast<T*>(dx.mutable_data_ptr()), n * D, std::numeric_limits<T>::quiet_NaN());
+  return dx;
+}
+
+template <typename T>
+struct Tile {
+  int64_t i0, j0;      // first anchor and first reference, in sorted order
+  bool both;           // in batch, off the diagonal: the columns are anchors too
+  Matrix<T> distance;  // [rows, cols]
+  Matrix<T> weight;    // [rows, cols], 0: derivatives by the distances, for the loss to fill in
+  Matrix<T> spare;     // [cols, rows]
+};
+
+template <typename T>
+struct Sweep {
+  Labelled<T> rows;
+  Side<T> anchors;
+  std::optional<Side<T>> others;  // the references where they are not the anchors
+  Side<T>& references;
+  Distance distance;
+  // of a squared distance, relative to the squared norms: vectorised sums of D products
+  T tolerance = std::numeric_limits<T>::epsilon() * static_cast<T>(8 + anchors.sorted.x.cols / 8);
+  const Loops<T>& kernels = loops<T>();
+
+  // x: [B, D], r: [M, D], both contiguous and in T; where own, r is x
+  Sweep(const Tensor& x, const Tensor& labels, const Tensor& r, const Tensor& reference_labels,
+        bool own, Distance distance_, bool need_x, bool need_r)
+      : rows(x, labels, r, reference_labels, own),
+        anchors(rows.anchors, x, need_x),
+        others(own ? std::nullopt
+                   : std::optional<Side<T>>(std::in_place, rows.references, r, need_r)),
+        references(own ? anchors : *others),
+        distance(distance_) {
+    // So that 0 times such a row is 0; a sum that takes a distance to one is NaN all the same.
+    blank(rows.anchors);
+    if (rows.others) blank(*rows.others);
+  }
+  Sweep(const Sweep&) = delete;
+  Sweep& operator=(const Sweep&) = delete;
+
+  bool own() const { return rows.ranges.own; }
+  bool needs_gradient() const { return anchors.needed || references.needed; }
+
+  // From the difference of the rows as they were given.
+  double measure(int64_t i, int64_t j) const {
+    const double d2 = triplet::loops<T>().squared_difference(anchors.row(i), references.row(j),
+                                                             anchors.sorted.x.cols);
+    return triplet::from_squared(d2, distance);
+  }
+  T exact(int64_t i, int64_t j) const { return static_cast<T>(measure(i, j)); }
+
+  // How far the distance d > 0 of a pair may be from the exact one by the rounding of its products.
+  T slack(int64_t i, int64_t j, T d) const {
+    const T squared = tolerance * (anchors.sorted.norm[i] + references.sorted.norm[j]);
+    return distance == Distance::kEuclidean     ? squared / d
+           : distance == Distance::kSqEuclidean ? squared
+                                                : squared / 2;
+  }
+
+  // The loss offers
+  //   stretches(i, j0, n, f): f(begin, end) for the columns [0, n) of a tile, whose first one is
+  //                           reference j0, that it takes the distance of anchor i to
+  //   skips(i0, rows, j0, cols): whether it takes none of this tile
+  //   weigh(tile): fills in weights; false if all are 0
+  // and may keep results per row: no two calls at a time share rows, and each row meets its tiles
+  // in an order that depends on the shapes alone.
+  template <typename Loss>
+  void run(Loss& loss) {
+    const int64_t B = anchors.sorted.size(), M = references.sorted.size(),
+                  D = anchors.sorted.x.cols;
+    // Small batches are cut finer, so that there are tiles for all cores.
+    const auto tile_of = [](int64_t n, int64_t least) {
+      return std::clamp<int64_t>((n / 8 + 31) / 32 * 32, least, kTile);
+    };
+    const int64_t tile_i = tile_of(B, own() ? 64 : 32), tile_j = own() ? tile_i : tile_of(M, 64),
+                  n_i = (B + tile_i - 1) / tile_i, n_j = (M + tile_j - 1) / tile_j,
+                  size = tile_i * tile_j,
+                  memory = 3 * size + (needs_gradient() ? std::max(tile_i, tile_j) * D : 0);
+    const Scratch<T> scratch(thread_slots() * memory);
+    std::vector<Workspace> workspaces(thread_slots());
+    for (Workspace& workspace : workspaces) workspace.column_sums.resize(tile_j);
+    const auto visit = [&](int64_t ti, int64_t tj) {
+      const int64_t i0 = ti * tile_i, n_rows = std::min(tile_i, B - i0), j0 = tj * tile_j,
+                    n_cols = std::min(tile_j, M - j0), slot = thread_index();
+      if (loss.skips(i0, n_rows, j0, n_cols)) return;
+      T* at = scratch.data() + slot * memory;
+      const Tile<T> tile = {i0,
+                            j0,
+                            own() && ti != tj,
+                            Matrix<T>::contiguous(at, n_rows, n_cols),
+                            Matrix<T>::contiguous(at + size, n_rows, n_cols),
+                            Matrix<T>::contiguous(at + 2 * size, n_cols, n_rows)};
+      handle(loss, tile, at + 3 * size, workspaces[slot]);
+    };
+    const double ops = 2.0 * size * (D + 8);
+    if (own()) {
+      parallel_pairs(n_i, ops, visit);
+      return;
+    }
+    // Rounds in which no two tiles share rows or columns.
+    const int64_t longer = std::max(n_i, n_j), shorter = std::min(n_i, n_j);
+    for (int64_t round = 0; shorter > 0 && round < longer; ++round) {
+      parallel_each(shorter, ops, [&](int64_t k) {
+        const int64_t other = (k + round) % longer;
+        n_i < n_j ? visit(k, other) : visit(other, k);
+      });
+    }
+  }
+
+ private:
+  struct Pair {
+    int64_t i, j;  // within a tile
+  };
+  struct Workspace {
+    std::vector<Pair> close;
+    std::vector<double> column_sums;
+  };
+
+  static void blank(Sorted<T>& sorted) {
+    for (int64_t i = 0; i < sorted.size(); ++i) {
+      if (!sorted.finite(i))
+        std::fill_n(sorted.memory.data() + i * sorted.x.cols, sorted.x.cols, T(0));
+    }
+  }
+
+  template <typename Loss>
+  void handle(Loss& loss, const Tile<T>& tile, T* product, Workspace& workspace) {
+    const auto& d = tile.distance;
+    const auto x = anchors.sorted.x.row_block(tile.i0, d.rows),
+               y = references.sorted.x.row_block(tile.j0, d.cols);
+    gemm<T>(x, y.t(), d);
+    workspace.close.clear();
+    for (int64_t i = 0; i < d.rows; ++i) {
+      std::fill_n(tile.weight.row(i), d.cols, T(0));
+      loss.stretches(tile.i0 + i, tile.j0, d.cols, [&](int64_t begin, int64_t end) {
+        T* row = d.row(i);
+        const T* norms = references.sorted.norm.data() + tile.j0;
+        if (kernels.distances(row + begin, anchors.sorted.norm[tile.i0 + i], norms + begin,
+                              end - begin, distance) == 0)
+          return;
+        for (int64_t j = begin; j < end; ++j) {
+          if (!(row[j] < 0)) continue;
+          row[j] = exact(tile.i0 + i, tile.j0 + j);
+          workspace.close.push_back({i, j});
+        }
+      });
+    }
+    if (!loss.weigh(tile) || !needs_gradient()) return;
+    for (const Pair& pair : workspace.close) pull_close(tile, pair);
+    double* column_sums = workspace.column_sums.data();
+    std::fill_n(column_sums, d.cols, 0.0);
+    for (int64_t i = 0; i < d.rows; ++i) {
+      double sum = 0;
+      loss.stretches(tile.i0 + i, tile.j0, d.cols, [&](int64_t begin, int64_t end) {
+        sum += kernels.slopes(d.row(i) + begin, tile.weight.row(i) + begin, column_sums + begin,
+                              end - begin, distance);
+      });
+      if (anchors.needed) anchors.weight[tile.i0 + i] += sum;
+    }
+    if (anchors.needed) add_product(tile.weight, y, anchors, tile.i0, product);
+    if (!references.needed) return;
+    for (int64_t j = 0; j < d.cols; ++j) references.weight[tile.j0 + j] += column_sums[j];
+    add_product(tile.weight.t(), x, references, tile.j0, product);
+  }
+
+  void add_product(Matrix<const T> weight, Matrix<const T> other, const Side<T>& side, int64_t i0,
+                   T* memory) const {
+    gemm<T>(weight, other, Matrix<T>::contiguous(memory, weight.rows, other.cols));
+    kernels.add(memory, side.pull(i0), weight.rows * other.cols);
+  }
+
+  // The difference of close rows would be lost in (sum_j w_ij) x_i - sum_j w_ij y_j.
+  void pull_close(const Tile<T>& tile, const Pair& pair) {
+    T& weight = tile.weight.row(pair.i)[pair.j];
+    if (weight == 0) return;
+    const int64_t i = tile.i0 + pair.i, j = tile.j0 + pair.j, D = anchors.sorted.x.cols;
+    const double factor = weight * triplet::slope(tile.distance.row(pair.i)[pair.j], distance);
+    weight = 0;
+    if (anchors.needed) kernels.pull(factor, anchors.row(i), references.row(j), anchors.pull(i), D);
+    if (references.needed)
+      kernels.pull(factor, references.row(j), anchors.row(i), references.pull(j), D);
+  }
+};
+
+}  // namespace kdk::pairs

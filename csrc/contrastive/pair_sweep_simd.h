@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vectorised loops of the sweep over pairs, one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/matrix.h"
+#include "../common/simd.h"
+#include "../triplet/triplet_math.h"
+
+namespace kdk::pairs {
+
+using triplet::Distance;
+
+// A squared distance below this share of |x|^2 + |y|^2 is computed again from differences.
+//
+// |x|^2 + |y|^2 - 2 <x, y> is off by some eps (|x|^2 + |y|^2), so at or above the share s a
+// distance is relatively off by at most about eps / (2 s), 8 eps in fp32; and so is a weight
+// (margin - d) / d times d, which is what a pair contributes to a gradient. A pair from differences
+// costs as much as a few pairs of a product, so even where all pairs are close the sweep is only
+// some times slower.
+template <typename T>
+inline constexpr T kClose = sizeof(T) == sizeof(float) ? T(1) / 16 : T(1) / 1024;
+
+template <typename T>
+struct Loops {
+  // Products <x, y_j> become distances, and those of close pairs -1. Returns how many are close.
+  int64_t (*distances)(T* d, T norm, const T* norms, int64_t n, Distance distance);
+  // weight_j *= slope(d_j). Returns their sum, and adds each to column_sums_j.
+  double (*slopes)(const T* d, T* weight, double* column_sums, int64_t n, Distance distance);
+  // out = factor x - sum
+  void (*finish)(double factor, const T* x, const double* sum, T* out, int64_t n);
+  // sum += x
+  void (*add)(const T* x, double* sum, int64_t n);
+  // sum -= factor (x - y)
+  void (*pull)(double factor, const T* x, const T* y, double* sum, int64_t n);
+  // to = from^T, or to += from^T
+  void (*transpose)(Matrix<const T> from, Matrix<T> to);
+  void (*add_transpose)(Matrix<const T> from, Matrix<T> to);
+};
+
+KDK_SIMD_DECLARE(template <typename T> const Loops<T>& loops();)
+
+template <typename T>
+const Loops<T>& loops() {
+  return KDK_SIMD_CALL(loops<T>)();
+}
+
+}  // namespace kdk::pairs

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the losses over labelled rows share: rows in the order of their labels, and which of them
+// are candidates of an anchor.
+//
+// Rows of one label lie next to each other, so a row of a tile is one stretch of positives between
+// two of negatives, and no label is compared.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../common/stable.h"
+#include "triplet_math.h"
+
+namespace kdk::triplet {
+
+inline constexpr int64_t kTile = 256;  // rows and columns of a tile of distances
+
+Distance parse_distance(const std::string& name);
+
+// Rows in the order of their labels, less a point common to anchors and references.
+template <typename T>
+struct Sorted {
+  std::vector<int64_t> row;    // original row
+  std::vector<int64_t> label;  // ascending
+  Scratch<T> memory;
+  Matrix<const T> x;    // [n, D], contiguous
+  std::vector<T> norm;  // squared; NaN where the row is not finite, which makes its distances NaN
+
+  // features: [n, D] in T, labels: [n]; both contiguous
+  Sorted(const Tensor& features, const Tensor& labels);
+  void subtract(const std::vector<T>& point);  // [D]
+  bool finite(int64_t i) const { return !std::isnan(norm[i]); }
+  int64_t size() const { return static_cast<int64_t>(row.size()); }
+};
+
+// Which references have the label of an anchor; both in sorted order.
+struct LabelRanges {
+  bool own;                          // an anchor is not its own positive
+  std::vector<int64_t> first, last;  // of each anchor: references [first, last)
+
+  LabelRanges(const std::vector<int64_t>& anchors, const std::vector<int64_t>& references,
+              bool own);
+
+  // Whether reference j has the label of anchor i; also true of the anchor itself.
+  bool same(int64_t i, int64_t j) const { return j >= first[i] && j < last[i]; }
+
+  // Calls f(begin, end) for the stretches of columns [0, n) of a tile, whose first one is reference
+  // j0, that hold the positives (same_label) or the negatives of anchor i.
+  template <typename F>
+  void stretches(bool same_label, int64_t i, int64_t j0, int64_t n, const F& f) const {
+    const int64_t begin = std::clamp<int64_t>(first[i] - j0, 0, n),
+                  end = std::clamp<int64_t>(last[i] - j0, 0, n);
+    if (!same_label) {
+      if (begin > 0) f(0, begin);
+      if (end < n) f(end, n);
+      return;
+    }
+    const int64_t self = own ? i - j0 : -1;
+    if (self < begin || self >= end) {
+      if (begin < end) f(begin, end);
+      return;
+    }
+    if (begin < self) f(begin, self);
+    if (self + 1 < end) f(self + 1, end);
+  }
+};
+
+// Anchors and references of one call; where `own`, they are the same rows.
+template <typename T>
+struct Labelled {
+  Sorted<T> anchors;
+  std::optional<Sorted<T>> others;  // the references where they are not the anchors
+  const Sorted<T>& references;
+  LabelRanges ranges;
+
+  // x: [B, D], r: [M, D], both contiguous and in T; labels: [B] and [M], any stride
+  Labelled(const Tensor& x, const Tensor& labels, const Tensor& r, const Tensor& reference_labels,
+           bool own);
+  Labelled(const Labelled&) = delete;
+  Labelled& operator=(const Labelled&) = delete;
+};
+
+extern template struct Sorted<float>;
+extern template struct Sorted<double>;
+extern template struct Labelled<float>;
+extern template struct Labelled<double>;
+
+}  // namespace kdk::triplet

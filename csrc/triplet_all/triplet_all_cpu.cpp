@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU operator kdkernels_C::triplet_all_fwd. Arguments were checked by the public function.
+#include <limits>
+#include <string>
+#include <tuple>
+
+#include "triplet_all.h"
+
+namespace kdk::triplet_all {
+namespace {
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(
+    const Tensor& embeddings, const Tensor& labels, const Tensor& references,
+    const Tensor& reference_labels, bool own, bool semihard, const Options& options,
+    triplet::Distance distance, bool need_embeddings, bool need_references) {
+  const Tensor x = torch::stable::contiguous(in_type<T>(embeddings)),
+               r = own ? x : torch::stable::contiguous(in_type<T>(references));
+  Sweep<T> sweep(x, labels, r, reference_labels, own, distance, need_embeddings, need_references);
+  const Positives<T> positives(sweep, semihard);
+  auto [sum, dx, dr] =
+      semihard ? with_semihard(sweep, positives, options) : with_all(sweep, positives, options);
+  if (positives.nan) {
+    sum.total = std::numeric_limits<double>::quiet_NaN();
+    dx = pairs::nan_gradient(sweep.anchors);
+    if (!own) dr = pairs::nan_gradient(sweep.references);
+  }
+  const Tensor total = empty({}, scalar_type_of<T>), nonzero = empty({}, ScalarType::Long),
+               valid = empty({}, ScalarType::Long);
+  *static_cast<T*>(total.mutable_data_ptr()) = static_cast<T>(sum.total);
+  *static_cast<int64_t*>(nonzero.mutable_data_ptr()) = sum.nonzero;
+  *static_cast<int64_t*>(valid.mutable_data_ptr()) = positives.triplets;
+  return {total, nonzero, valid, dx, dr};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
+    Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool own,
+    std::string negatives, double margin, bool soft, std::string distance, bool need_embeddings,
+    bool need_references) {
+  const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
+  return run(embeddings, labels, references, reference_labels, own, negatives == "semihard",
+             {margin, soft}, triplet::parse_distance(distance), need_embeddings, need_references);
+}
+
+}  // namespace
+}  // namespace kdk::triplet_all
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
+  m.def(
+      "triplet_all_fwd(Tensor embeddings, Tensor labels, Tensor references, Tensor "
+      "reference_labels, bool own, str negatives, float margin, bool soft, str distance, bool "
+      "need_embeddings, bool need_references) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_C, CPU, m) {
+  m.impl("triplet_all_fwd", TORCH_BOX(&kdk::triplet_all::triplet_all_fwd));
+}

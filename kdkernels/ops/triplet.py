@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""triplet: the positive and the negative that each anchor is compared with, and their distances.
+
+Traffic of one forward and backward: the embeddings once per tile column, and O(B D) for the chosen
+triplets; nothing of size B x M is written. Derivation: docs/ops/triplet.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdkernels import _checks
+from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels._library import define_operator, first_order
+from kdkernels.ops._labelled import both_sides, labelled_rows
+
+STRATEGIES = ("hardest", "semihard", "easiest")
+
+# Results of the forward, the same for every backend; distances are fp64 for fp64 inputs, else fp32.
+#   positive  [B] int64  row of the references; -1 where the anchor lacks a positive or a negative
+#   negative  [B] int64  likewise, -1 at the same anchors
+#   d_ap      [B]        distance to the positive from the difference of the two rows; 0 where -1
+#   d_an      [B]        likewise
+# positives="paired" makes row i of the references the positive of anchor i, whatever its label.
+# Ties go to the lowest row. With `own` the references are the embeddings.
+# A row whose squared norm is not below a quarter of the largest number has distances NaN. NaN is
+# chosen before every other distance, is beyond every bound, and everything is beyond it.
+
+
+def _fwd_fake(
+    embeddings: Tensor, labels: Tensor, references: Tensor, reference_labels: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    B, acc = embeddings.shape[0], _checks.accumulation_dtype(embeddings.dtype)
+    dtypes = (torch.int64, torch.int64, acc, acc)
+    return tuple(embeddings.new_empty(B, dtype=dtype) for dtype in dtypes)
+
+
+def _bwd_fake(
+    dd_ap: Tensor, dd_an: Tensor, embeddings: Tensor, references: Tensor, positive: Tensor,
+    negative: Tensor, d_ap: Tensor, d_an: Tensor, own: bool, need_embeddings: bool,
+    need_references: bool, *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return (
+        embeddings.new_empty(embeddings.shape if need_embeddings else (0,)),
+        references.new_empty(references.shape if need_references and not own else (0,)),
+    )
+
+
+_fwd = define_operator(
+    "triplet",
+    "fwd",
+    "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool own, "
+    "str positives, str negatives, str distance, str backend) "
+    "-> (Tensor positive, Tensor negative, Tensor d_ap, Tensor d_an)",
+    _fwd_fake,
+)
+_bwd = define_operator(
+    "triplet",
+    "bwd",
+    "(Tensor dd_ap, Tensor dd_an, Tensor embeddings, Tensor references, Tensor positive, "
+    "Tensor negative, Tensor d_ap, Tensor d_an, bool own, bool need_embeddings, "
+    "bool need_references, str distance, str backend) -> (Tensor dembeddings, Tensor dreferences)",
+    _bwd_fake,
+)
+
+
+class TripletFunction(torch.autograd.Function):
+    """Attaches the operator pair to autograd."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embeddings: Tensor,
+        labels: Tensor,
+        references: Tensor | None,
+        reference_labels: Tensor | None,
+        positives: str,
+        negatives: str,
+        distance: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rows = both_sides(embeddings, labels, references, reference_labels)
+        results = _fwd(*rows, positives, negatives, distance, backend)
+        inputs = (embeddings,) if references is None else (embeddings, references)
+        ctx.save_for_backward(*inputs, *results)
+        ctx.options = (distance, backend)
+        ctx.mark_non_differentiable(results[0], results[1])
+        return results
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, _p: Any, _n: Any, dd_ap: Tensor, dd_an: Tensor) -> tuple[Any, ...]:
+        embeddings, *rest = ctx.saved_tensors
+        own = len(rest) == 4
+        references, *results = (embeddings, *rest) if own else rest
+        need_embeddings, need_references = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        dx, dr = _bwd(
+            dd_ap, dd_an, embeddings, references, *results, own, need_embeddings, need_references,
+            *ctx.options,
+        )  # fmt: skip
+        return (
+            dx if need_embeddings else None,
+            None,
+            dr if need_references else None,
+            *(None,) * 5,
+        )
+
+
+class MinedTriplets(NamedTuple):
+    """Triplets of rows: anchors and their labels' order is that of the batch; [K] each."""
+
+    anchors: Tensor  # int64, rows of the embeddings
+    positives: Tensor  # int64, rows of the references (the embeddings where there are none)
+    negatives: Tensor  # int64, likewise
+    d_ap: Tensor  # distance of anchor and positive
+    d_an: Tensor  # distance of anchor and negative
+
+
+def prepare(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    positives: str = "hardest",
+    negatives: str = "hardest",
+    distance: str = "euclidean",
+    **rows: Any,
+) -> tuple[Any, ...]:
+    """(embeddings, labels, references, reference_labels, positives, negatives, distance)"""
+    checked = labelled_rows(embeddings, labels, distance=distance, **rows)
+    _checks.choice("positives", positives, STRATEGIES)
+    _checks.choice("negatives", negatives, STRATEGIES)
+    if positives == negatives == "semihard":
+        raise ValueError(
+            "negatives must be 'hardest' or 'easiest' with positives='semihard', got 'semihard'"
+        )
+    return *checked, positives, negatives, distance
+
+
+def operator_args(*args: Any, **options: Any) -> tuple[Any, ...]:
+    """Those of the forward operator, less the backend."""
+    *rows, positives, negatives, distance = prepare(*args, **options)
+    return *both_sides(*rows), positives, negatives, distance
+
+
+def _choices(
+    *_: Any, positives: str = "hardest", negatives: str = "hardest", **__: Any
+) -> dict[str, str]:
+    return {"mining": f"{positives} positive, {negatives} negative per anchor"}
+
+
+@explained_by(operator_args, _choices)
+def mine_triplets(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    *,
+    references: Tensor | None = None,  # [M, D]
+    reference_labels: Tensor | None = None,  # [M]
+    positives: Literal["hardest", "semihard", "easiest"] = "hardest",
+    negatives: Literal["hardest", "semihard", "easiest"] = "hardest",
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
+    normalize_embeddings: bool = True,
+    backend: Backend = "auto",
+) -> MinedTriplets:
+    r"""One triplet per anchor: its positive (same label) and its negative (another label).
+
+    | strategy   | positive                              | negative                         |
+    |------------|---------------------------------------|----------------------------------|
+    | "hardest"  | the farthest                          | the nearest                      |
+    | "semihard" | the farthest nearer than the negative | the nearest beyond the positive  |
+    | "easiest"  | the nearest                           | the farthest                     |
+
+    "semihard" compares strictly, and one side at most can be "semihard". Anchors without a positive
+    or a negative of that kind are dropped. Equal distances go to the lowest row. Ranking uses
+    |x|^2 + |y|^2 - 2 <x, y> in the accumulation dtype, so among candidates closer to each other
+    than its rounding another one may win than in exact arithmetic; `d_ap` and `d_an` are then
+    computed from differences of the rows.
+
+    Args:
+        embeddings: Anchors, [B, D], fp16, bf16, fp32 or fp64.
+        labels: [B], any integer dtype, any values.
+        references, reference_labels: Where positives and negatives come from, [M, D] and [M]: a
+            memory bank, the teacher, another modality. None: the batch itself, where an anchor is
+            not its own positive.
+        distance: "euclidean", its square, or "cosine" (1 - cosine; normalises in any case).
+        normalize_embeddings: Divide each row by its norm first, clamped at 1e-12.
+        backend: See `kdkernels.explain`.
+
+    Returns:
+        `MinedTriplets`: rows of the anchors (ascending), positives and negatives, int64 [K], and
+        the two distances, fp32 (fp64 for fp64). None of them is differentiable. The number K of
+        anchors kept depends on the data, so on a GPU this call waits for the device;
+        `triplet_loss` does not.
+
+    Raises:
+        TypeError: labels that are not integers, embeddings that are not floating point.
+        ValueError: shapes, devices or options do not fit, naming the argument.
+        BackendUnavailableError: `backend` cannot run this call, with the reason.
+
+    Reference:
+        Hermans, Beyer and Leibe, In Defense of the Triplet Loss for Person Re-Identification, 2017,
+        arXiv:1703.07737; Schroff, Kalenichenko and Philbin, FaceNet, CVPR 2015, arXiv:1503.03832.
+    """
+    with torch.no_grad():
+        args = operator_args(
+            embeddings, labels, references=references, reference_labels=reference_labels,
+            positives=positives, negatives=negatives, distance=distance,
+            normalize_embeddings=normalize_embeddings,
+        )  # fmt: skip
+        positive, negative, d_ap, d_an = _fwd(*args, requested_backend(backend))
+    anchors = (positive >= 0).nonzero().squeeze(1)
+    return MinedTriplets(
+        anchors, positive[anchors], negative[anchors], d_ap[anchors], d_an[anchors]
+    )

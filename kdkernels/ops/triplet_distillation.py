@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""triplet_distillation: the teacher's row is the anchor, the student's row of the same sample its
+positive, a student's row of another class its negative.
+
+Random negatives cost O(B D) and need no kernel; the others are mined by the op `triplet`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels import _checks
+from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels.ops.triplet import TripletFunction
+
+NEGATIVES = ("random", "hardest", "semihard")
+
+
+def _prepare(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    *,
+    margin: float = 5.0,
+    negatives: str = "random",
+    generator: torch.Generator | None = None,
+) -> tuple[Any, ...]:
+    """(teacher, labels, student, None, positives, negatives, distance): see ops/triplet.py"""
+    _checks.matrix("student", student)
+    _checks.matrix("teacher", teacher)
+    _checks.same_device("teacher", teacher, "student", student)
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher must have shape {list(student.shape)} like student, got {list(teacher.shape)}"
+        )
+    teacher, student = _checks.same_dtype("teacher", teacher, "student", student)
+    _checks.labels("labels", labels, "student", student)
+    _checks.not_negative("margin", margin)
+    _checks.choice("negatives", negatives, NEGATIVES)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    labels = labels.to(torch.int64)
+    return teacher.detach(), labels, student, None, "paired", negatives, "euclidean"
+
+
+def _operator_args(*args: Any, **options: Any) -> tuple[Any, ...]:
+    x, y, references, _, positives, negatives, distance = _prepare(*args, **options)
+    mined = "hardest" if negatives == "random" else negatives
+    return x, y, references, y, False, positives, mined, distance
+
+
+def _choices(*_: Any, negatives: str = "random", **__: Any) -> dict[str, str]:
+    return {"negatives": "drawn, no kernel runs" if negatives == "random" else negatives}
+
+
+@explained_by(_operator_args, _choices, op="triplet")
+def triplet_distillation(
+    student: Tensor,  # [B, D]
+    teacher: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    *,
+    margin: float = 5.0,
+    negatives: Literal["random", "hardest", "semihard"] = "random",
+    generator: torch.Generator | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Triplet loss between a teacher's and a student's outputs.
+
+    With a_i the teacher's row, p_i the student's row of the same sample and n_i a student's row of
+    another class, the mean over samples of
+
+        max(|a_i - p_i| - |a_i - n_i| + margin, 0).
+
+    The authors apply it to logits, with margin 5 and weight 2 beside the cross-entropy, and draw
+    the negative anew in every step from the training set, at the price of a second forward pass of
+    the student. Here it comes from the batch. The gradient reaches the student through both rows;
+    the teacher is detached.
+
+    Args:
+        student, teacher: Outputs, [B, D] of one dtype, fp16, bf16, fp32 or fp64.
+        labels: [B], any integer dtype.
+        margin: Not negative; it is tied to the scale of the outputs, which are not normalised.
+        negatives: "random": uniformly among the rows of other classes, as the authors do; each
+            component of a difference is shifted by 1e-6 there, as in
+            `torch.nn.TripletMarginLoss`. "hardest", the nearest row of another class, and
+            "semihard", the nearest one farther than the positive, are extensions of this package.
+        generator: Source of the random negatives; None takes torch's default.
+        backend: What mines "hardest" and "semihard"; see `kdkernels.explain`.
+
+    Returns:
+        fp32 (fp64 for fp64) scalar: the mean over the samples that have such a negative, zeros
+        included; 0 with a gradient of 0 if none has.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, by name.
+        BackendUnavailableError: `backend` cannot run this call, with the reason.
+
+    Reference:
+        Oki, Abe, Miyao and Kurita, Triplet Loss for Knowledge Distillation, IJCNN 2020,
+        arXiv:2004.08116.
+    """
+    options: dict[str, Any] = {"margin": margin, "negatives": negatives, "generator": generator}
+    anchors, y, rows, _, *rest = _prepare(student, teacher, labels, **options)
+    chosen_backend = requested_backend(backend)
+    if negatives == "random":
+        acc = _checks.accumulation_dtype(rows.dtype)
+        anchors, rows = anchors.to(acc), rows.to(acc)
+        negative, kept = _draw(y, generator)
+        d_ap = F.pairwise_distance(anchors, rows)
+        d_an = F.pairwise_distance(anchors, rows[negative])
+    else:
+        _, index, d_ap, d_an = TripletFunction.apply(anchors, y, rows, None, *rest, chosen_backend)
+        kept = index >= 0
+    losses = torch.where(kept, (d_ap - d_an + margin).relu(), 0.0)
+    return losses.sum() / kept.sum().clamp_min(1)
+
+
+def _draw(labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """(a row of another label, drawn uniformly, or any row; whether there is one), each [B].
+
+    Nothing of size B x B, and no wait for the device.
+    """
+    B = len(labels)
+    ordered, order = labels.sort(stable=True)
+    first = torch.searchsorted(ordered, labels)
+    last = torch.searchsorted(ordered, labels, right=True)
+    others = B - (last - first)
+    device = labels.device if generator is None else generator.device
+    # fp64, or rows beyond 2^24 could not all be drawn
+    u = torch.rand(B, generator=generator, device=device, dtype=torch.float64).to(labels.device)
+    draw = torch.minimum((u * others).to(torch.int64), (others - 1).clamp_min(0))
+    position = torch.where(draw >= first, draw + (last - first), draw)
+    return order[position.clamp_max(max(B - 1, 0))] if B else order, others > 0

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""triplet_loss: one mined triplet per anchor (op `triplet`), or several (op `triplet_all`)."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from kdkernels import _checks
+from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels.ops import triplet
+from kdkernels.ops._labelled import SummedOverRows, both_sides, labelled_rows
+from kdkernels.ops.triplet_all import triplet_all_fwd
+
+# one triplet per anchor: (positives, negatives) of `mine_triplets`
+ONE = {"batch_hard": ("hardest", "hardest"), "batch_semihard": ("hardest", "semihard")}
+# several: negatives of the op `triplet_all`
+SEVERAL = {"batch_all": "all", "pair_semihard": "semihard"}
+MININGS = (*ONE, *SEVERAL)
+REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
+
+
+def _checked(mining: str, margin: float, soft: bool, reduction: str) -> float:
+    """The margin as a float."""
+    _checks.choice("mining", mining, MININGS)
+    margin = _checks.not_negative("margin", margin)
+    _checks.flag("soft", soft)
+    _checks.choice("reduction", reduction, REDUCTIONS)
+    if mining in SEVERAL and reduction == "none":
+        raise ValueError(
+            f"reduction must be 'mean_nonzero', 'mean' or 'sum' with mining={mining!r}, whose "
+            "triplets are summed as they are found, got 'none'"
+        )
+    return margin
+
+
+def _operator_args(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    mining: str = "batch_hard",
+    margin: float = 0.2,
+    soft: bool = False,
+    reduction: str = "mean_nonzero",
+    distance: str = "euclidean",
+    **options: Any,
+) -> tuple[Any, ...]:
+    margin = _checked(mining, margin, soft, reduction)
+    if mining in ONE:
+        positives, negatives = ONE[mining]
+        options |= {"positives": positives, "negatives": negatives}
+        return triplet.operator_args(embeddings, labels, distance=distance, **options)
+    rows = labelled_rows(embeddings, labels, distance=distance, **options)
+    need = [x is not None and x.requires_grad for x in (rows[0], rows[2])]
+    return *both_sides(*rows), SEVERAL[mining], margin, soft, distance, *need
+
+
+def _op(*_: Any, mining: str = "batch_hard", **__: Any) -> str:
+    return "triplet" if mining in ONE else "triplet_all"
+
+
+def _choices(*_: Any, mining: str = "batch_hard", **__: Any) -> dict[str, str]:
+    meanings = {
+        "batch_hard": "hardest positive, hardest negative per anchor",
+        "batch_semihard": "hardest positive, semihard negative per anchor",
+        "batch_all": "every positive with every negative, by thresholds",
+        "pair_semihard": "semihard negative per positive",
+    }
+    return {"mining": meanings[mining]}
+
+
+@explained_by(_operator_args, _choices, op=_op)
+def triplet_loss(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    *,
+    references: Tensor | None = None,  # [M, D]
+    reference_labels: Tensor | None = None,  # [M]
+    mining: Literal["batch_hard", "batch_semihard", "batch_all", "pair_semihard"] = "batch_hard",
+    margin: float = 0.2,
+    soft: bool = False,
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
+    normalize_embeddings: bool = True,
+    reduction: Literal["mean_nonzero", "mean", "sum", "none"] = "mean_nonzero",
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Triplet loss over triplets found in the batch.
+
+    With u = d(anchor, positive) - d(anchor, negative) + margin, a triplet costs max(u, 0), or
+    log(1 + e^u) if `soft`.
+
+    Args:
+        embeddings, labels, references, reference_labels: As in `mine_triplets`. Gradients reach the
+            embeddings and the references.
+        mining: Which triplets.
+            "batch_hard": per anchor the farthest positive and the nearest negative.
+            "batch_semihard": per anchor the farthest positive and the nearest negative strictly
+            beyond it; anchors without one are dropped.
+            "batch_all": every positive with every negative. The time of `soft` grows with the
+            number of triplets, that of the hinge with the number of pairs.
+            "pair_semihard": every positive with the nearest negative strictly beyond it, or with
+            the farthest one where there is none.
+        margin: Not negative. Kept under `soft` too, as pytorch-metric-learning does; Hermans et al.
+            use `soft` with margin 0.
+        soft: Softplus in place of the hinge.
+        distance, normalize_embeddings: As in `mine_triplets`.
+        reduction: "mean_nonzero" divides by the number of losses above 0, "mean" by the number of
+            triplets, "sum" by nothing; each is 0, with a gradient of 0, where there is none. "none"
+            gives [B], 0 where the anchor was dropped; only with one triplet per anchor.
+        backend: See `kdkernels.explain`.
+
+    Returns:
+        fp32 (fp64 for fp64): a scalar, or [B] for reduction="none".
+
+    Raises:
+        TypeError, ValueError, BackendUnavailableError: As in `mine_triplets`; and for a margin that
+            is negative or not a number.
+
+    Reference:
+        Hermans, Beyer and Leibe, In Defense of the Triplet Loss for Person Re-Identification, 2017,
+        arXiv:1703.07737, for "batch_hard" and "batch_all"; Schroff, Kalenichenko and Philbin,
+        FaceNet, CVPR 2015, arXiv:1503.03832, for the semi-hard negative.
+    """
+    margin = _checked(mining, margin, soft, reduction)
+    chosen_backend = requested_backend(backend)
+    rows: dict[str, Any] = {
+        "references": references,
+        "reference_labels": reference_labels,
+        "distance": distance,
+        "normalize_embeddings": normalize_embeddings,
+    }
+    if mining in SEVERAL:
+        x, y, r, r_y = labelled_rows(embeddings, labels, **rows)
+        options = SEVERAL[mining], margin, soft, distance
+        total, nonzero, valid = SummedOverRows.apply(
+            x, r, y, r_y, triplet_all_fwd, options, chosen_backend
+        )
+        if reduction == "sum":
+            return total
+        return total / (nonzero if reduction == "mean_nonzero" else valid).clamp_min(1)
+    positives, negatives = ONE[mining]
+    args = triplet.prepare(embeddings, labels, positives=positives, negatives=negatives, **rows)
+    positive, _, d_ap, d_an = triplet.TripletFunction.apply(*args, chosen_backend)
+    u = d_ap - d_an + margin
+    # softplus of torch turns linear at a threshold
+    losses = torch.logaddexp(u, u.new_zeros(())) if soft else u.relu()
+    kept = positive >= 0
+    losses = torch.where(kept, losses, 0.0)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    count = (losses > 0 if reduction == "mean_nonzero" else kept).sum().clamp_min(1)
+    return losses.sum() / count

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triplets mined among labelled embeddings, in plain PyTorch.
+
+`triplet` is the definition: all distances, and per anchor the positive and the negative asked for.
+`triplet_fwd` and `triplet_bwd` are the operator pair. Distances are those of exact differences,
+never |x|^2 + |y|^2 - 2 <x, y>. NaN counts as the extreme, and as beyond any other distance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.reference._distances import distances, wide
+
+
+def triplet(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    references: Tensor,  # [M, D]
+    reference_labels: Tensor,  # [M]
+    *,
+    own: bool,
+    positives: str = "hardest",
+    negatives: str = "hardest",
+    distance: str = "euclidean",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each [B]
+    """(index of the positive, of the negative, d_ap, d_an), differentiable by autograd.
+
+    `own` says that the references are the embeddings themselves: an anchor is not its own positive.
+    An anchor that lacks one of the two has index -1 twice and distances 0; ties go to the lowest
+    index. "cosine" takes unit vectors.
+    """
+    d = distances(embeddings, references, distance)
+    positive, negative, valid = pick(d, labels, reference_labels, own, positives, negatives)
+
+    def chosen(index: Tensor) -> Tensor:
+        if d.shape[1] == 0:
+            return d.sum(1)
+        return torch.where(valid, d.gather(1, index.clamp_min(0)[:, None]).squeeze(1), 0.0)
+
+    return positive, negative, chosen(positive), chosen(negative)
+
+
+def pick(
+    d: Tensor,  # [B, M]
+    labels: Tensor,
+    reference_labels: Tensor,
+    own: bool,
+    positives: str,
+    negatives: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(positive, negative, whether the anchor has both), each [B]; -1 where it has not."""
+    d = d.detach()
+    same = labels[:, None] == reference_labels[None]
+    is_positive, is_negative = same, ~same
+    if own:
+        is_positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=d.device)
+
+    def extreme(mask: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+        """(index of the extreme, or 0; its distance), both [B, 1]."""
+        if d.shape[1] == 0:
+            return torch.zeros_like(labels)[:, None], d.new_zeros(len(d), 1)
+        masked = torch.where(mask, d, -torch.inf if largest else torch.inf)
+        index = (masked.argmax(1) if largest else masked.argmin(1))[:, None]
+        # a masked row of infinities may have picked an index outside the mask
+        index = torch.where(mask.gather(1, index), index, mask.to(torch.int8).argmax(1)[:, None])
+        return index, d.gather(1, index)
+
+    if positives == "paired":
+        is_positive = torch.eye(*d.shape, dtype=torch.bool, device=d.device)
+    if positives == "semihard":
+        n, d_an = extreme(is_negative, negatives == "easiest")
+        is_positive = is_positive & ~(d >= d_an)
+        p, _ = extreme(is_positive, True)
+    else:
+        p, d_ap = extreme(is_positive, positives != "easiest")
+        if negatives == "semihard":
+            is_negative = is_negative & ~(d <= d_ap)
+            n, _ = extreme(is_negative, False)
+        else:
+            n, _ = extreme(is_negative, negatives == "easiest")
+    valid = is_positive.any(1) & is_negative.any(1)
+    return torch.where(valid, p[:, 0], -1), torch.where(valid, n[:, 0], -1), valid
+
+
+def triplet_fwd(
+    embeddings: Tensor,
+    labels: Tensor,
+    references: Tensor,
+    reference_labels: Tensor,
+    own: bool,
+    positives: str,
+    negatives: str,
+    distance: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return triplet(
+        embeddings, labels, references, reference_labels, own=own, positives=positives,
+        negatives=negatives, distance=distance,
+    )  # fmt: skip
+
+
+def triplet_bwd(
+    dd_ap: Tensor,  # [B]
+    dd_an: Tensor,  # [B]
+    embeddings: Tensor,
+    references: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    d_ap: Tensor,
+    d_an: Tensor,
+    own: bool,
+    need_embeddings: bool,
+    need_references: bool,
+    distance: str,
+) -> tuple[Tensor, Tensor]:
+    x, r = (wide(t) for t in (embeddings, references))
+    dx, dr = (t.new_zeros(t.shape) for t in (x, r))
+    valid = (positive >= 0).nonzero().squeeze(1)
+    for index, d, dd in ((positive, d_ap, dd_ap), (negative, d_an, dd_an)):
+        at, weight = index[valid], dd[valid].to(x.dtype)
+        if distance == "euclidean":  # 0 at coincident points
+            weight = torch.where(d[valid] == 0, 0.0, weight / d[valid])
+        elif distance == "sqeuclidean":
+            weight = 2 * weight
+        step = weight[:, None] * (x[valid] - r[at])
+        dx[valid] += step
+        (dx if own else dr).index_add_(0, at, step, alpha=-1)
+    nothing = embeddings.new_empty(0)
+    return (
+        dx.to(embeddings.dtype) if need_embeddings else nothing,
+        dr.to(references.dtype) if need_references and not own else nothing.clone(),
+    )

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples, bad inputs and workloads that the losses of labelled embeddings share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels.reference._distances import distances
+from kdkernels.testing.opinfo import BadInput, BenchShape, Sample, randn, rng
+
+# Least relative difference of two distances that no fp32 kernel confuses, by a factor of ten or so.
+CLEAR = 2e-6
+
+# (B, D, classes)
+SHAPES = {
+    "tiny": (4, 2, 2),
+    "aligned": (64, 32, 8),
+    "ragged_rows": (67, 32, 7),
+    "ragged_cols": (64, 37, 16),
+    "ragged_all": (71, 13, 9),
+    "one_row": (1, 7, 1),
+    "one_col": (19, 1, 4),
+    "wide": (7, 211, 3),
+}
+
+
+def labelled(
+    B: int, D: int, classes: int, device: torch.device, dtype: torch.dtype, seed: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and labels, of which some are negative."""
+    labels = torch.randint(classes, (B,), generator=rng(seed)) * 7 - 3
+    return randn(B, D, seed=seed, device=device, dtype=dtype), labels.to(device)
+
+
+def sides(
+    embeddings: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    unit: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
+    """(embeddings, labels, references, reference_labels, own) of the definitions."""
+
+    def rows(x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if unit else x
+
+    x = rows(embeddings)
+    if references is None or reference_labels is None:
+        return x, labels, x, labels, True
+    return x, labels, rows(references.to(x.dtype)), reference_labels, False
+
+
+def clear_of_kinks(sample: Sample) -> bool:
+    """Whether no triplet is so close to where a hinge bends, or a semihard negative begins, that
+    rounding would decide on which side it is."""
+    options = {"margin": 0.2, "distance": "euclidean", "normalize_embeddings": True}
+    options |= sample.kwargs
+    rows, bank = sample.args[0].double(), options.get("references")
+    unit = options["normalize_embeddings"] or options["distance"] == "cosine"
+    bank = None if bank is None else bank.double()
+    x, y, r, r_y, own = sides(rows, sample.args[1], bank, options.get("reference_labels"), unit)
+    d = distances(x, r, options["distance"])
+    same = y[:, None] == r_y[None]
+    positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device) if own else same
+    gaps = (d[:, :, None] - d[:, None, :])[positive[:, :, None] & ~same[:, None, :]]
+    gaps = torch.cat((gaps, gaps + options["margin"])).abs()
+    return bool((gaps > CLEAR * d.max()).all()) if gaps.numel() else True
+
+
+def first(draw: Callable[[int], Sample], accept: Callable[[Sample], bool] | None) -> int:
+    """The first seed whose sample is accepted."""
+    return next(seed for seed in itertools.count(1) if accept is None or accept(draw(seed)))
+
+
+def magnitude(sample: Sample) -> tuple[float, tuple[None]]:
+    """Size of the distances whose difference the loss of a triplet is."""
+    options = {"distance": "euclidean", "normalize_embeddings": True, "references": None}
+    options |= sample.kwargs
+    unit = options["normalize_embeddings"] or options["distance"] == "cosine"
+    y, bank = sample.args[1], options["references"]
+    bank = None if bank is None else bank.double()
+    x, _, r, *_ = sides(sample.args[0].double(), y, bank, y, unit)
+    d = distances(x, r, options["distance"])
+    return d.max().item() if d.numel() else 0.0, (None,)
+
+
+def samples(
+    device: torch.device,
+    dtype: torch.dtype,
+    forms: tuple[dict[str, Any], ...],
+    referred: tuple[dict[str, Any], ...],
+    accept: Callable[[Sample], bool] | None = None,
+    **always: Any,
+) -> Iterator[Sample]:
+    """Every shape; then each of the forms, and with references each of `referred`."""
+
+    cpu = torch.device("cpu")
+
+    def batch(name: str, shape: tuple[int, int, int], change: Any = None, **options: Any) -> Sample:
+        def draw(seed: int, device: torch.device = cpu) -> Sample:
+            x, y = labelled(*shape, device, dtype, seed)
+            return Sample(name, (x, y) if change is None else change(x, y), always | options)
+
+        return draw(first(draw, accept), device)
+
+    def referring(form: dict[str, Any]) -> Sample:
+        def draw(seed: int, device: torch.device = cpu) -> Sample:
+            bank, bank_labels = labelled(31, 24, 6, device, dtype, seed + 1)
+            options = always | {"references": bank, "reference_labels": bank_labels} | form
+            name = "-".join(("references", *map(str, form.values())))
+            return Sample(name, labelled(46, 24, 5, device, dtype, seed), options)
+
+        return draw(first(draw, accept), device)
+
+    for name, shape in SHAPES.items():
+        # a unit vector of one component cannot move
+        yield batch(name, shape, **({"normalize_embeddings": False} if shape[1] == 1 else {}))
+    for form in forms:
+        yield batch("-".join(str(value) for value in form.values()), (53, 11, 6), **form)
+    for form in referred:
+        yield referring(form)
+    other = (46, 24, 5)
+    yield batch("strided", other, lambda x, y: (x.T.contiguous().T[::2, ::2], y[::2]))
+    yield batch("int8_labels", other, lambda x, y: (x, y.to(torch.int8)))
+    yield batch("one_class", other, lambda x, y: (x, torch.zeros_like(y)))
+    yield batch("all_distinct", other, lambda x, y: (x, torch.arange(len(y), device=y.device)))
+    yield batch("empty", (0, 4, 1))
+
+
+def bad_inputs(device: torch.device, **always: Any) -> Iterator[BadInput]:
+    x, y = torch.ones(8, 4, device=device), torch.arange(8, device=device) // 2
+
+    def bad(name: str, args: Any, error: type[Exception], message: str, **kw: Any) -> BadInput:
+        return BadInput(name, args, always | kw, error, message)
+
+    yield bad("float_labels", (x, y.float()), TypeError, "labels must be an integer tensor")
+    yield bad("label_count", (x, y[:7]), ValueError, "labels must have shape [8]")
+    yield bad("label_dims", (x, y[:, None]), ValueError, "labels must have shape [8]")
+    yield bad("label_list", (x, y.tolist()), TypeError, "labels must be a torch.Tensor")
+    yield bad("dims", (x[None], y), ValueError, "embeddings must have 2 dimensions")
+    yield bad("integer", (x.long(), y), TypeError, "embeddings must be float16")
+    yield bad("no_labels", (x, y), ValueError, "reference_labels must be given", references=x)
+    yield bad("no_references", (x, y), ValueError, "references must be", reference_labels=y)
+    narrow: dict[str, Any] = {"references": x[:, :3], "reference_labels": y}
+    yield bad("columns", (x, y), ValueError, "references must have 4 columns", **narrow)
+    double: dict[str, Any] = {"references": x.double(), "reference_labels": y}
+    yield bad("dtypes", (x, y), TypeError, "references must be torch.float32", **double)
+    yield bad("margin", (x, y), ValueError, "margin must be", margin=-0.1)
+    yield bad("margin_nan", (x, y), ValueError, "margin must be", margin=float("nan"))
+    yield bad("margin_type", (x, y), TypeError, "margin must be a number", margin="0.2")
+    yield bad("distance", (x, y), ValueError, "distance must be one of", distance="l1")
+    yield bad("reduction", (x, y), ValueError, "reduction must be one of", reduction="max")
+    yield bad("backend", (x, y), ValueError, "backend must be one of", backend="gpu")
+
+
+def shape(name: str, B: int, D: int, classes: int, workload: str, **options: Any) -> BenchShape:
+    return BenchShape(name, {"B": B, "D": D, "classes": classes}, workload, options)
+
+
+def bench_sample(shape: BenchShape, device: torch.device, dtype: torch.dtype) -> Sample:
+    """Classes of equal size, in no order."""
+    B, D, classes = (shape.sizes[name] for name in ("B", "D", "classes"))
+    labels = torch.randperm(B, generator=rng(2)) % classes
+    x = randn(B, D, seed=1, device=device, dtype=dtype)
+    return Sample(shape.name, (x, labels.to(device)), dict(shape.kwargs))
+
+
+def memory(
+    squares: float, slow: tuple[str, ...] = ()
+) -> Callable[[BenchShape, torch.dtype, str], float]:
+    """Of a loss whose baselines hold so many B x B matrices; `slow` names peers that do too."""
+
+    def needed(shape: BenchShape, dtype: torch.dtype, variant: str) -> float:
+        B, D = shape.sizes["B"], shape.sizes["D"]
+        if variant in ("mm", "reference", "eager", "compile", *slow):
+            return (1 if variant == "mm" else squares) * B * B * dtype.itemsize
+        return 8.0 * B * D * dtype.itemsize
+
+    return needed

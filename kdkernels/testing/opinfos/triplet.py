@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples, bad inputs, workloads and cost of triplet_loss with one triplet per anchor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels.ops.triplet_loss import ONE, triplet_loss
+from kdkernels.reference import triplet as reference
+from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample
+from kdkernels.testing.opinfos import _labelled
+from kdkernels.testing.opinfos._labelled import shape, sides
+
+FORMS: tuple[dict[str, Any], ...] = (
+    {"mining": "batch_semihard"},
+    {"soft": True, "reduction": "mean"},
+    {"soft": True, "margin": 0.0, "mining": "batch_semihard", "reduction": "sum"},
+    {"distance": "sqeuclidean", "reduction": "sum"},
+    {"distance": "cosine", "margin": 0.05},
+    {"normalize_embeddings": False, "margin": 5.0, "reduction": "mean"},
+    {"reduction": "none"},
+)
+
+
+def definition(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    references: Tensor | None = None,
+    reference_labels: Tensor | None = None,
+    mining: str = "batch_hard",
+    margin: float = 0.2,
+    soft: bool = False,
+    distance: str = "euclidean",
+    normalize_embeddings: bool = True,
+    reduction: str = "mean_nonzero",
+) -> Tensor:
+    unit = normalize_embeddings or distance == "cosine"
+    *rows, own = sides(embeddings, labels, references, reference_labels, unit)
+    positives, negatives = ONE[mining]
+    positive, _, d_ap, d_an = reference.triplet(
+        *rows, own=own, positives=positives, negatives=negatives, distance=distance
+    )
+    u = d_ap - d_an + margin
+    kept = positive >= 0
+    losses = torch.where(kept, F.softplus(u, threshold=1e3) if soft else u.clamp_min(0), 0.0)
+    if reduction in ("none", "sum"):
+        return losses if reduction == "none" else losses.sum()
+    count = (losses > 0 if reduction == "mean_nonzero" else kept).sum()
+    return losses.sum() / count.clamp_min(1)
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    return _labelled.samples(device, dtype, FORMS, ({}, {"mining": "batch_semihard"}))
+
+
+def bad_inputs(device: torch.device) -> Iterator[BadInput]:
+    yield from _labelled.bad_inputs(device)
+    x, y = torch.ones(8, 4, device=device), torch.arange(8, device=device) // 2
+    wrong = {"mining": "hard"}
+    yield BadInput("mining", (x, y), wrong, ValueError, "mining must be one of")
+    yield BadInput("soft", (x, y), {"soft": 1}, TypeError, "soft must be True or False")
+
+
+BENCH = (
+    shape("small", 64, 128, 16, "16 identities of 4 images, the PK batch of re-identification"),
+    shape("embeddings", 8192, 128, 1024, "large-batch metric learning"),
+    shape("pooled", 8192, 512, 1024, "pooled ResNet-18/34 features at large batch"),
+    shape("huge", 65536, 128, 8192, "a batch whose distances would need 17 GB"),
+)
+
+
+def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
+    """Half of the products, by symmetry; one read of the embeddings, one write of the gradient."""
+    B, D = shape.sizes["B"], shape.sizes["D"]
+    return Cost(flops=1.0 * B * B * D, bytes=2.0 * B * D * dtype.itemsize)
+
+
+SQUARE_PEERS = ("pytorch-metric-learning",)  # which hold all distances
+PEERS = (*SQUARE_PEERS, "scikit-learn", "faiss-cpu", "pykeops")
+
+OPINFOS = [
+    OpInfo(
+        name="triplet_loss",
+        op="triplet",
+        function=triplet_loss,
+        definition=definition,
+        diff_args=("embeddings",),
+        samples=samples,
+        bad_inputs=bad_inputs,
+        bench=BENCH,
+        bench_sample=_labelled.bench_sample,
+        cost=cost,
+        memory=_labelled.memory(6, SQUARE_PEERS),
+        magnitude=_labelled.magnitude,
+        subtracts=True,
+        algorithm_options=(),
+        peers=PEERS,
+        selects=True,
+    )
+]

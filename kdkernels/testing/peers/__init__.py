@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other libraries that do the same work, for benchmarks and conformance tests only.
+
+A peer is named after its distribution, e.g. "pytorch-metric-learning", and is the module
+`kdkernels.testing.peers.pytorch_metric_learning`, which is imported only when the distribution is
+installed. Its dictionary `PEERS` says what it does for each public function whose `OpInfo` names
+it.
+
+faiss-cpu and scikit-learn bring an OpenMP runtime of their own, whose idle threads spin for some
+milliseconds after a call. Measured on two cores, torch is no slower right after them than right
+after a product of its own, so they take turns like all other variants.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What a library does where an op is timed."""
+
+    computes: str  # one sentence: what is timed, and what is not
+    function: Callable[[Sample], Callable[..., Tensor]]  # the function of the sample's tensors
+    # The op's value, with a gradient. A part has neither: it is timed in mode "fwd" only, and its
+    # result is judged by the tests instead of a benchmark's errors.
+    whole: bool = True
+    prepare: Callable[[Sample], Sample] = lambda sample: sample  # made before the clock starts
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    most_work: int | None = None  # largest B * B * D; beyond, measuring it takes minutes
+    why_not: Callable[[], str | None] = lambda: None  # what else this machine lacks
+
+
+def unit_rows(sample: Sample) -> Sample:
+    """The sample with its first tensor's rows divided by their norms, if its options say so."""
+    if not sample.kwargs.get("normalize_embeddings", True):
+        return sample
+    x, *rest = sample.args
+    return Sample(sample.name, (F.normalize(x, dim=-1), *rest), sample.kwargs)
+
+
+def version(peer: str) -> str | None:
+    """The installed version of a distribution; None if there is none."""
+    found = next(iter(metadata.distributions(name=peer)), None)
+    return None if found is None else found.version
+
+
+def get(info: OpInfo, peer: str) -> Peer:
+    """What an installed peer does for an op."""
+    module = importlib.import_module(f"{__name__}.{peer.replace('-', '_')}")
+    return module.PEERS[info.name]
+
+
+def why_not(
+    info: OpInfo,
+    peer: str,
+    shape: BenchShape,
+    dtype: torch.dtype,
+    mode: str,
+    device: torch.device,
+) -> str | None:
+    """Why a peer cannot be measured so and here; None if it can."""
+    if peer not in info.peers:
+        return f"{peer} has no {info.name}"
+    if version(peer) is None:
+        return f"{peer} is not installed"
+    found = get(info, peer)
+    if mode != "fwd" and not found.whole:
+        return f"{peer} has no gradient"
+    if device.type not in found.devices:
+        return f"{peer} is not timed on {device.type}"
+    if dtype not in found.dtypes:
+        return f"{peer} has no {str(dtype).removeprefix('torch.')}"
+    if found.most_work is not None and shape.sizes["B"] ** 2 * shape.sizes["D"] > found.most_work:
+        return f"{peer} would take minutes"
+    return found.why_not()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of triplet that together launch every kernel, for the ahead-of-time tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.triton._ahead import AotVariant, variants_of
+from kdkernels.triton._common import Arch
+
+# label -> B, M or None for the batch itself, D, positives, negatives, distance. `_CORE` launches
+# every kernel.
+_CORE = {
+    "own": (8192, None, 128, "hardest", "hardest", "euclidean"),
+    "semihard": (8192, None, 512, "hardest", "semihard", "euclidean"),
+}
+_MORE = {
+    "bank": (256, 65536, 512, "easiest", "easiest", "cosine"),
+    "bank-semihard": (256, 65536, 512, "semihard", "hardest", "sqeuclidean"),
+    "odd": (333, None, 37, "hardest", "hardest", "euclidean"),
+}
+
+
+def variants(
+    arch: Arch, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> Iterator[AotVariant]:
+    return variants_of(
+        arch,
+        partial(_call, forward, backward),
+        everywhere={"fp32": _CORE, "bf16": _CORE},
+        extra={"fp32": _MORE, "fp16": _CORE, "tf32": _CORE},
+    )
+
+
+def _call(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    dtype: torch.dtype,
+    B: int,
+    M: int | None,
+    D: int,
+    positives: str,
+    negatives: str,
+    distance: str,
+) -> None:
+    own = M is None
+    x, y = _labelled(B, D, dtype)
+    r, r_y = (x, y) if M is None else _labelled(M, D, dtype)
+    results = forward(x, y, r, r_y, own, positives, negatives, distance)
+    dd = torch.empty(B, device="meta")
+    backward(dd, dd, x, r, *results, own, True, True, distance)
+
+
+def _labelled(n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty((n, D), dtype=dtype, device="meta"),
+        torch.empty(n, dtype=torch.int64, device="meta"),
+    )

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""contrastive on Triton: the operator.
+
+Anchors are taken in chunks whose weights are held; they are made with the distances. What this
+shares with triplet_all is in the modules `_labelled_*` beside this one. Features are fp16, bf16 or
+fp32; everything accumulates in fp32. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels.triton import _contrastive_ahead
+from kdkernels.triton._ahead import AotVariant
+from kdkernels.triton._common import Arch, on_device
+from kdkernels.triton._labelled_call import Call, in_order
+from kdkernels.triton._labelled_kernels import distance_tile, pull_weight, store_close
+from kdkernels.triton.triplet import supports
+
+__all__ = ["aot_variants", "contrastive_fwd", "supports"]
+
+
+@triton.jit
+def _contrastive_pairs_kernel(
+    x_ptr,  # [B, D]
+    r_ptr,  # [M, D]
+    x_norm_ptr,  # [B] fp32, squared
+    r_norm_ptr,  # [M] fp32, squared
+    x_label_ptr,  # [B] int64
+    r_label_ptr,  # [M] int64
+    w_ptr,  # [rows, M] fp32: weights of the anchors from row `first` on
+    close_ptr,  # [tiles of rows, tiles of M] int32: whether two rows there are close
+    loss_ptr,  # [tiles] fp64
+    nonzero_ptr,  # [tiles] int64
+    margin,
+    first,
+    rows,
+    B,
+    M,
+    D,
+    OWN: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    m_blocks = tl.cdiv(rows, BLOCK_M)
+    local = (tl.program_id(0) % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) // m_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    at_m = tl.minimum(first + local, B - 1)
+    at_n = tl.minimum(offs_n, M - 1)
+    d, close = distance_tile(
+        x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, at_m, at_n, D, OWN, DISTANCE, PRECISION, BLOCK_M,
+        BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    same = tl.load(x_label_ptr + at_m)[:, None] == tl.load(r_label_ptr + at_n)[None, :]
+    short = margin - d
+    excess = tl.where(same, d, tl.where(short <= 0.0, 0.0, short))  # NaN stays
+    # few masks at a time, of which AMD devices hold few: a row past an end is in no pair
+    row = at_m if OWN else tl.full((BLOCK_M,), -1, tl.int32)
+    row = tl.where(local < rows, row, M)
+    column = tl.where(offs_n < M, offs_n, -1)
+    # with OWN a pair counts once, though it pulls both rows
+    loss = tl.where(row[:, None] < column[None, :], 0.5 * excess * excess, 0.0)
+    tl.store(loss_ptr + tl.program_id(0), tl.sum(loss).to(tl.float64))
+    count = tl.sum((loss > 0.0).to(tl.int32))
+    tl.store(nonzero_ptr + tl.program_id(0), count.to(tl.int64))
+    if WEIGHTS:
+        w = pull_weight(tl.where(same, excess, -excess), d, DISTANCE)
+        if OWN:
+            w = tl.where(at_m[:, None] == at_n[None, :], 0.0, w)
+        inside = (local < rows)[:, None] & (offs_n < M)[None, :]
+        tl.store(w_ptr + local.to(tl.int64)[:, None] * M + offs_n[None, :], w, mask=inside)
+        store_close(close_ptr, close, m_blocks, tl.cdiv(M, BLOCK_N))
+
+
+def contrastive_fwd(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B] int64
+    references: Tensor,  # [M, D]
+    reference_labels: Tensor,  # [M] int64
+    own: bool,
+    margin: float,
+    distance: str,
+    need_embeddings: bool,
+    need_references: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    B, M = len(embeddings), len(references)
+    need_references = need_references and not own
+    dx = embeddings.new_zeros(embeddings.shape if need_embeddings else (0,), dtype=torch.float32)
+    dr = references.new_zeros(references.shape if need_references else (0,), dtype=torch.float32)
+    if B == 0 or M == 0:
+        return dx.new_zeros(()), labels.new_zeros(()), dx, dr
+    weights = need_embeddings or need_references
+    with on_device(embeddings):
+        call = Call(embeddings, labels, references, reference_labels, own, distance)
+        chunks = list(call.chunks()) if weights else [(0, B)]
+        w = call.new(chunks[0][1] if weights else 0, M)
+        counts = [math.prod(call.tiles(rows)) for _, rows in chunks]
+        losses = call.new(sum(counts), dtype=torch.float64)
+        nonzero = call.new(sum(counts), dtype=torch.int64)
+        parts = zip(chunks, losses.split(counts), nonzero.split(counts), strict=True)
+        for (first, rows), loss, count in parts:
+            close = call.new(*(call.tiles(rows) if weights else (0, 0)), dtype=torch.int32)
+            _contrastive_pairs_kernel[(len(loss),)](
+                x_label_ptr=call.labels, r_label_ptr=call.reference_labels, w_ptr=w,
+                close_ptr=close, loss_ptr=loss, nonzero_ptr=count, margin=margin, first=first,
+                rows=rows, WEIGHTS=weights, **call.distance_arguments(),
+            )  # fmt: skip
+            if need_embeddings:  # with `own` from both halves of the weights, which are symmetric
+                dx[first : first + rows] = call.pull(w[:rows], first, close)
+            if need_references:
+                dr += call.pull(w[:rows], first, close, references=True)
+        return (
+            losses.sum().float(),
+            nonzero.sum(),
+            in_order(dx, call.order) if need_embeddings else dx,
+            in_order(dr, call.reference_order) if need_references else dr,
+        )
+
+
+def aot_variants(arch: Arch) -> Iterable[AotVariant]:
+    """Every kernel as launches on `arch` specialise and configure it."""
+    return _contrastive_ahead.variants(arch, contrastive_fwd)

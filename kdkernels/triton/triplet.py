@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""triplet on Triton: the operator pair.
+
+Kernels, configurations and what is compiled ahead of time are in the modules `_triplet_*` beside
+this one. Features are fp16, bf16 or fp32; everything accumulates in fp32. Nothing waits for the
+device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.triton import _triplet_ahead
+from kdkernels.triton import _triplet_kernels as kernels
+from kdkernels.triton._ahead import AotVariant
+from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
+from kdkernels.triton._triplet_config import COLUMNS, ENTRIES, ROWS, pick_config
+
+_DISTANCES = {
+    "euclidean": kernels.EUCLIDEAN.value,
+    "sqeuclidean": kernels.SQEUCLIDEAN.value,
+    "cosine": kernels.COSINE.value,
+}
+_POSITIVE, _NEGATIVE = 0, 1
+
+
+def supports(*args: Any) -> str | None:
+    """Why an operator's arguments cannot be handled; None if they can."""
+    first = args[0]  # the embeddings forward, the gradient of a distance backward
+    if first.dtype == torch.float64:
+        return "its products accumulate in fp32, which is not enough for fp64 features"
+    return None
+
+
+def triplet_fwd(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B] int64
+    references: Tensor,  # [M, D]
+    reference_labels: Tensor,  # [M] int64
+    own: bool,
+    positives: str,
+    negatives: str,
+    distance: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (B, D), M = embeddings.shape, len(references)
+    positive, negative = (_new(embeddings, B, dtype=torch.int64) for _ in range(2))
+    d_ap, d_an = (_new(embeddings, B) for _ in range(2))
+    if B == 0 or M == 0:
+        return positive.fill_(-1), negative.fill_(-1), d_ap.zero_(), d_an.zero_()
+    with on_device(embeddings):
+        keys, rows = _winners(
+            embeddings, labels, references, reference_labels, own, positives, negatives
+        )
+        kernels._triplet_distances_kernel[(cdiv(B, ROWS),)](
+            x_ptr=embeddings, r_ptr=references, key_ptr=keys, row_ptr=rows, positive_ptr=positive,
+            negative_ptr=negative, d_ap_ptr=d_ap, d_an_ptr=d_an, B=B, D=D, splits=keys.shape[1],
+            **_strides(embeddings, references), DISTANCE=_DISTANCES[distance], ROWS=ROWS,
+            COLUMNS=COLUMNS, num_warps=4,
+        )  # fmt: skip
+    return positive, negative, d_ap, d_an
+
+
+def _winners(
+    x: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    r: Tensor,  # [M, D]
+    reference_labels: Tensor,  # [M]
+    own: bool,
+    positives: str,
+    negatives: str,
+) -> tuple[Tensor, Tensor]:  # keys and rows, [2, splits, B]
+    """The best positive and negative of each anchor within each split of the references."""
+    (B, D), M = x.shape, len(r)
+    config = pick_config(
+        B, M, dtype=x.dtype, arch=arch_of(x), fp32_matmul=torch.get_float32_matmul_precision()
+    )
+    x_norm = _squared_norms(x)
+    r_norm = x_norm if own else _squared_norms(r)
+    keys = _new(x, 2, config.splits, B)
+    rows = _new(x, 2, config.splits, B, dtype=torch.int32)
+
+    def mine(signs: dict[int, int], bound: int = _POSITIVE, floor: int = 0) -> None:
+        """Search the sides in `signs`; with `floor`, beyond what side `bound` found before."""
+        kernels._triplet_mine_kernel[(cdiv(B, config.m), config.splits)](
+            x_ptr=x, r_ptr=r, x_norm_ptr=x_norm, r_norm_ptr=r_norm, x_label_ptr=labels,
+            r_label_ptr=reference_labels, key_ptr=keys, row_ptr=rows, floor_key_ptr=keys[bound],
+            floor_row_ptr=rows[bound], B=B, M=M, D=D, splits=config.splits,
+            split_length=config.split_length, **_strides(x, r), OWN=own,
+            POSITIVE=signs.get(_POSITIVE, 0), NEGATIVE=signs.get(_NEGATIVE, 0), FLOOR=floor,
+            PRECISION=config.precision, BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+    labels, reference_labels = labels.contiguous(), reference_labels.contiguous()
+    # a semihard positive is the farthest within its bound, a semihard negative the nearest beyond
+    signs = {
+        _POSITIVE: 1 if positives == "easiest" else -1,
+        _NEGATIVE: -1 if negatives == "easiest" else 1,
+    }
+    if positives == "paired":
+        del signs[_POSITIVE]
+        d2 = (x.float() - r.float()).square().sum(1)
+        keys[_POSITIVE].fill_(torch.inf)
+        rows[_POSITIVE].fill_(-1)
+        # a pair at a distance of NaN is a pair all the same
+        finite = torch.maximum(x_norm, r_norm) < kernels.FINITE.value
+        keys[_POSITIVE, 0] = torch.where(finite, -d2, -torch.inf)
+        rows[_POSITIVE, 0] = torch.arange(B, device=x.device, dtype=torch.int32)
+        mine(signs, _POSITIVE, -1 if negatives == "semihard" else 0)
+    elif "semihard" not in (positives, negatives):
+        mine(signs)
+    else:
+        free, bounded = (
+            (_NEGATIVE, _POSITIVE) if positives == "semihard" else (_POSITIVE, _NEGATIVE)
+        )
+        mine({free: signs[free]})
+        mine({bounded: signs[bounded]}, free, signs[free] * signs[bounded])
+    return keys, rows
+
+
+def triplet_bwd(
+    dd_ap: Tensor,  # [B]
+    dd_an: Tensor,  # [B]
+    embeddings: Tensor,  # [B, D]
+    references: Tensor,  # [M, D]
+    positive: Tensor,  # [B] int64
+    negative: Tensor,  # [B] int64
+    d_ap: Tensor,  # [B]
+    d_an: Tensor,  # [B]
+    own: bool,
+    need_embeddings: bool,
+    need_references: bool,
+    distance: str,
+) -> tuple[Tensor, Tensor]:
+    (B, D), M = embeddings.shape, len(references)
+    need_references = need_references and not own
+    dx = embeddings.new_empty(embeddings.shape if need_embeddings else (0,))
+    dr = references.new_empty(references.shape if need_references else (0,))
+    if dx.numel() == dr.numel() == 0:
+        return dx, dr
+    with on_device(embeddings):
+        chosen = torch.cat((positive, negative))
+        d, dd = torch.cat((d_ap, d_an)), torch.cat((dd_ap, dd_an))
+        order = begin = chosen  # pointers that no kernel follows, unless a chosen row is pulled
+        if own or need_references:
+            # stable, so that the pulls on a row are added in the order of their anchors
+            rows, order = torch.where(chosen < 0, M, chosen).sort(stable=True)
+            begin = torch.searchsorted(rows, torch.arange(M + 1, device=rows.device))
+        for out, anchor, pulled in ((dx, True, own), (dr, False, True)):
+            if out.numel() > 0:
+                kernels._triplet_bwd_kernel[(len(out), cdiv(D, COLUMNS))](
+                    x_ptr=embeddings, r_ptr=references, dout_ptr=out, chosen_ptr=chosen, d_ptr=d,
+                    dd_ptr=dd, order_ptr=order, begin_ptr=begin, B=B, D=D,
+                    **_strides(embeddings, references), DISTANCE=_DISTANCES[distance],
+                    ANCHOR=anchor, CHOSEN=pulled, ENTRIES=ENTRIES, COLUMNS=COLUMNS, num_warps=4,
+                )  # fmt: skip
+    return dx, dr
+
+
+def _squared_norms(x: Tensor) -> Tensor:  # [N]
+    (N, D), norm = x.shape, _new(x, len(x))
+    kernels._triplet_norms_kernel[(cdiv(N, ROWS),)](
+        x_ptr=x, norm_ptr=norm, N=N, D=D, stride_n=x.stride(0), stride_d=x.stride(1), ROWS=ROWS,
+        COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return norm
+
+
+def _strides(x: Tensor, r: Tensor) -> dict[str, int]:
+    names = ("stride_xb", "stride_xd", "stride_rm", "stride_rd")
+    return dict(zip(names, (*x.stride(), *r.stride()), strict=True))
+
+
+def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def aot_variants(arch: Arch) -> Iterable[AotVariant]:
+    """Every kernel as launches on `arch` specialise and configure it."""
+    return _triplet_ahead.variants(arch, triplet_fwd, triplet_bwd)
