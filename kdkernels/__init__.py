@@ -6,6 +6,7 @@ from kdkernels._dispatch import BackendUnavailableError, explain, use_backend
 from kdkernels._version import __version__
 from kdkernels.ops.contrastive import contrastive_loss
 from kdkernels.ops.gram_mse import gram_mse
+from kdkernels.ops.lsh_bce import lsh_bce, lsh_encode
 from kdkernels.ops.triplet import MinedTriplets, mine_triplets
 from kdkernels.ops.triplet_distillation import triplet_distillation
 from kdkernels.ops.triplet_loss import triplet_loss
@@ -17,6 +18,8 @@ __all__ = [
     "contrastive_loss",
     "explain",
     "gram_mse",
+    "lsh_bce",
+    "lsh_encode",
     "mine_triplets",
     "nn",
     "triplet_distillation",

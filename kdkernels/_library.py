@@ -81,7 +81,8 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(ctx: Any, *douts: Tensor) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, *douts)
-        sources = [tensor for tensor in (*ctx.saved_tensors, *douts) if tensor.requires_grad]
+        saved = (tensor for tensor in ctx.saved_tensors if tensor is not None)
+        sources = [tensor for tensor in (*saved, *douts) if tensor.requires_grad]
         with torch.no_grad():
             grads = backward(ctx, *douts)
         if not sources:

@@ -46,6 +46,11 @@ class Case:
         device = "" if self.device.type == "cpu" else f"{self.device.type}-"
         return f"{self.info.name}-{self.backend}-{device}{SHORT[self.dtype]}-{self.sample.name}"
 
+    @property
+    def places(self) -> dict[str, int]:
+        """Where the differentiable arguments are."""
+        return self.info.places(self.sample.args)
+
     def why_not(self) -> str | None:
         """Why this machine cannot run the case."""
         return _dispatch.why_not(self.info.op, self.backend, self.operator_args())
@@ -146,10 +151,16 @@ def each_info() -> pytest.MarkDecorator:
 def leaves(case: Case, need: Sequence[bool] | None = None) -> list[Any]:
     """The sample's arguments, those of diff_args requiring a gradient where `need` says so
     (default: all)."""
-    n = len(case.info.diff_args)
-    need = [True] * n if need is None else list(need)
+    places = list(case.places.values())
     args = [arg.detach() if isinstance(arg, Tensor) else arg for arg in case.sample.args]
-    return [arg.requires_grad_() if i < n and need[i] else arg for i, arg in enumerate(args)]
+    for place, needed in zip(places, [True] * len(places) if need is None else need, strict=True):
+        args[place].requires_grad_(needed)
+    return args
+
+
+def sources(args: Sequence[Any]) -> list[Tensor]:
+    """Those that require a gradient."""
+    return [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
 
 
 def is_float(arg: Any) -> bool:
@@ -158,11 +169,10 @@ def is_float(arg: Any) -> bool:
 
 def gradients(value: Tensor, args: Sequence[Any], seed: int = 0) -> list[Tensor]:
     """Gradients of the arguments that require one, under a fixed random dout."""
-    sources = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
     dout = torch.rand(
         value.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
     )
-    return list(torch.autograd.grad(value, sources, dout.to(value)))
+    return list(torch.autograd.grad(value, sources(args), dout.to(value)))
 
 
 def assert_within_budget(case: Case, errors: Sequence[numerics.Error]) -> None:

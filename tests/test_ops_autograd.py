@@ -17,6 +17,7 @@ from cases import (
     is_float,
     leaves,
     needed,
+    sources,
 )
 from torch import Tensor
 
@@ -27,11 +28,11 @@ ONE = {"pick": lambda found: few(found)[:1]}  # where the options of a call make
 
 @each_case(dtypes=(torch.float32, torch.float16))
 def test_every_subset_of_gradients(case: Case) -> None:
-    names = case.info.diff_args
+    places = case.places
     args = leaves(case)
     full_value = case.call(*args)
-    full = dict(zip(names, gradients(full_value, args), strict=True))
-    for need in itertools.product([False, True], repeat=len(names)):
+    full = dict(zip(places, gradients(full_value, args), strict=True))
+    for need in itertools.product([False, True], repeat=len(places)):
         args = leaves(case, need)
         with Calls() as calls:
             value = case.call(*args)
@@ -45,15 +46,15 @@ def test_every_subset_of_gradients(case: Case) -> None:
         assert [result.numel() > 0 for _, result in flags] == [flag for flag, _ in flags]
         args = leaves(case, need)
         got = iter(gradients(case.call(*args), args) if any(need) else [])
-        for name, wanted, arg in zip(names, need, args, strict=False):
-            assert arg.grad is None
+        for (name, place), wanted in zip(places.items(), need, strict=True):
+            assert args[place].grad is None
             if wanted:
                 assert torch.equal(next(got), full[name]), f"d{name} with requires_grad={need}"
 
 
 @each_case(**ONE)
 def test_backward_leaves_no_gradient_on_a_constant(case: Case) -> None:
-    first, *others = leaves(case, [True] + [False] * (len(case.info.diff_args) - 1))
+    first, *others = leaves(case, [True] + [False] * (len(case.places) - 1))
     value = case.call(first, *others)
     value.backward(torch.ones_like(value))
     assert first.grad is not None
@@ -66,7 +67,7 @@ def test_gradients_have_the_form_of_their_arguments(case: Case) -> None:
     args = leaves(case)
     value = case.call(*args)
     assert value.dtype == (torch.float64 if case.dtype == torch.float64 else torch.float32)
-    for arg, grad in zip(args, gradients(value, args), strict=False):
+    for arg, grad in zip(sources(args), gradients(value, args), strict=True):
         assert (grad.shape, grad.dtype, grad.device) == (arg.shape, arg.dtype, arg.device)
 
 
@@ -74,22 +75,21 @@ def test_gradients_have_the_form_of_their_arguments(case: Case) -> None:
 def test_double_backward_is_refused(case: Case) -> None:
     args = leaves(case)
     value = case.call(*args)
-    sources = args[: len(case.info.diff_args)]
     dout = torch.ones_like(value)
-    plain = torch.autograd.grad(value, sources, dout, retain_graph=True)
-    grads = torch.autograd.grad(value, sources, dout, create_graph=True)
+    plain = torch.autograd.grad(value, sources(args), dout, retain_graph=True)
+    grads = torch.autograd.grad(value, sources(args), dout, create_graph=True)
     for grad, expected in zip(grads, plain, strict=True):
         assert torch.equal(grad, expected)  # a first gradient is the same with create_graph=True
         with pytest.raises(RuntimeError, match="differentiable once"):
-            torch.autograd.grad(grad.sum(), sources, retain_graph=True)
+            torch.autograd.grad(grad.sum(), sources(args), retain_graph=True)
 
 
 @each_case(**ONE)
 def test_inputs_changed_before_backward_are_noticed(case: Case) -> None:
-    for index in range(len(case.info.diff_args)):
+    for index in case.places.values():
         args = [arg.clone() if isinstance(arg, Tensor) else arg for arg in case.sample.args]
-        for arg in args[: len(case.info.diff_args)]:
-            arg.requires_grad_()
+        for place in case.places.values():
+            args[place].requires_grad_()
         value = case.call(*args)
         with torch.no_grad():
             args[index].add_(1)
@@ -109,10 +109,9 @@ def test_inputs_are_left_as_they_were(case: Case) -> None:
 def test_backward_twice_through_one_graph(case: Case) -> None:
     args = leaves(case)
     value = case.call(*args)
-    sources = args[: len(case.info.diff_args)]
     dout = torch.rand_like(value)
-    first = torch.autograd.grad(value, sources, dout, retain_graph=True)
-    second = torch.autograd.grad(value, sources, dout)
+    first = torch.autograd.grad(value, sources(args), dout, retain_graph=True)
+    second = torch.autograd.grad(value, sources(args), dout)
     assert all(torch.equal(f, s) for f, s in zip(first, second, strict=True))
 
 

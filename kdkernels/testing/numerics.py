@@ -56,16 +56,13 @@ def cast(args: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
 def value_and_grads(
     call: Any, args: tuple[Any, ...], n_diff: int, seed: int = 0
 ) -> tuple[Tensor, list[Tensor]]:
-    """The result of `call(*args)` and the gradients of its first `n_diff` arguments under a fixed
-    random dout.
+    """The result of `call(*args)` and the gradients of its first `n_diff` floating-point arguments
+    under a fixed random dout.
     """
-    args = tuple(
-        a.detach().requires_grad_()
-        if i < n_diff and isinstance(a, Tensor) and a.is_floating_point()
-        else a
-        for i, a in enumerate(args)
-    )
-    sources = [a for a in args[:n_diff] if isinstance(a, Tensor) and a.requires_grad]
+    floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+    places = floats[:n_diff]
+    args = tuple(a.detach().requires_grad_() if i in places else a for i, a in enumerate(args))
+    sources = [args[i] for i in places]
     value = call(*args)
     generator = torch.Generator().manual_seed(seed)
     dout = (
@@ -116,7 +113,9 @@ def missing_rows(out: Tensor, hi: Tensor) -> list[int]:
     """
     if hi.numel() == 0:
         return []
-    size_out, size_hi = (g.double().flatten(0, -2).norm(dim=-1) for g in (out, hi))
+    size_out, size_hi = (
+        torch.atleast_2d(g.double()).flatten(0, -2).norm(dim=-1) for g in (out, hi)
+    )
     lost = (size_hi > ROW_SHARE * size_hi.max()) & (size_out * ROW_RATIO < size_hi)
     return lost.nonzero().flatten().tolist()
 
@@ -131,12 +130,13 @@ def check_sample(info: OpInfo, sample: Sample, dtype: torch.dtype, backend: str)
     out, grads = value_and_grads(
         lambda *a: info.function(*a, **sample.kwargs, backend=backend), sample.args, n
     )
-    loss_scale, grad_scales = None, (None,) * n
+    names = tuple(info.places(sample.args))
+    loss_scale, grad_scales = None, (None,) * len(names)
     if (sample.cancels or info.subtracts) and info.magnitude is not None:
         loss_scale, grad_scales = info.magnitude(sample)
     errors = [compare("loss", out, hi, low, dtype, loss_scale)]
     for name, g, g_hi, g_low, scale in zip(
-        info.diff_args, grads, hi_grads, low_grads, grad_scales, strict=True
+        names, grads, hi_grads, low_grads, grad_scales, strict=True
     ):
         result = compare(f"d{name}", g, g_hi, g_low, dtype, scale)
         lost = [] if sample.cancels else missing_rows(g, g_hi)

@@ -65,7 +65,7 @@ class OpInfo:
     definition: Callable[
         ..., Any
     ]  # literal mathematics in torch with the same arguments, less backend and algorithm
-    diff_args: tuple[str, ...]  # the leading positional arguments that can require a gradient
+    diff_args: tuple[str, ...]  # what can require a gradient: the first floating-point arguments
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
     bad_inputs: Callable[[torch.device], Iterable[BadInput]]
     bench: tuple[BenchShape, ...]
@@ -95,6 +95,11 @@ class OpInfo:
     def public(self) -> str:
         """Name of the public function."""
         return self.function.__name__
+
+    def places(self, args: tuple[Any, ...]) -> dict[str, int]:
+        """Where the differentiable arguments are; the last ones may be left out."""
+        floats = [i for i, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
+        return dict(zip(self.diff_args, floats, strict=False))
 
     def define(self, sample: Sample, args: tuple[Any, ...] | None = None) -> Any:
         """The definition's value of a sample, on other arguments if given."""

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// CPU operators kdkernels_C::lsh_bce_{encode,fwd,bwd}. Arguments were checked by the public
+// functions.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../common/parallel.h"
+#include "lsh_bce.h"
+#include "lsh_bce_simd.h"
+
+namespace kdk::lsh_bce {
+namespace {
+
+// x in fp32 or fp64, in a layout that BLAS takes; where it lies if it is so already.
+template <typename T>
+Tensor plain(const Tensor& x) {
+  const Tensor wide = in_type<T>(x);
+  const int64_t row = wide.stride(0), column = wide.stride(1);
+  const bool fits = (column == 1 && row >= wide.size(1)) || (row == 1 && column >= wide.size(0));
+  return fits ? wide : torch::stable::contiguous(wide);
+}
+
+template <typename T>
+Matrix<T> matrix(const Tensor& x) {
+  return {static_cast<T*>(x.mutable_data_ptr()), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+}
+
+// Tensors that a projection's view points into.
+template <typename T>
+struct Operands {
+  Tensor features, weight, bias;
+
+  Operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b)
+      : features(plain<T>(x)), weight(plain<T>(w)) {
+    if (b) {
+      bias = torch::stable::contiguous(in_type<T>(*b));
+    } else {
+      bias = empty({w.size(0)}, scalar_type_of<T>);
+      std::fill_n(static_cast<T*>(bias.mutable_data_ptr()), w.size(0), T(0));
+    }
+  }
+
+  Projection<T> view() const {
+    return {matrix<const T>(features), matrix<const T>(weight),
+            static_cast<const T*>(bias.const_data_ptr())};
+  }
+};
+
+std::optional<std::vector<int64_t>> selected(const std::optional<Tensor>& mask) {
+  if (!mask) return std::nullopt;
+  std::vector<int64_t> rows;
+  const auto* keep = static_cast<const bool*>(mask->const_data_ptr());
+  for (int64_t i = 0; i < mask->size(0); ++i) {
+    if (keep[i * mask->stride(0)]) rows.push_back(i);
+  }
+  return rows;
+}
+
+template <typename T>
+Tensor encode(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Operands<T> operands(features, weight, bias);
+  const Tensor codes = kdk::empty({features.size(0), (weight.size(0) + 7) / 8}, ScalarType::Byte);
+  encode<T>(operands.view(), matrix<uint8_t>(codes));
+  return codes;
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor> fwd(const Tensor& student, const Tensor& codes, const Tensor& weight,
+                               const std::optional<Tensor>& bias,
+                               const std::optional<Tensor>& sample_mask, bool with_dloss) {
+  const int64_t B = student.size(0), D = student.size(1);
+  constexpr ScalarType type = scalar_type_of<T>;
+  const Tensor loss = empty({B}, type);
+  const Tensor dloss = with_dloss ? empty({B, D}, type) : empty({0}, type);
+  const Operands<T> operands(student, weight, bias);
+  const Tensor bits = torch::stable::contiguous(codes);
+  const auto rows = selected(sample_mask);
+  auto* losses = static_cast<T*>(loss.mutable_data_ptr());
+  if (rows) {
+    std::fill_n(losses, B, T(0));
+    std::fill_n(static_cast<T*>(dloss.mutable_data_ptr()), dloss.numel(), T(0));
+  }
+  const Matrix<T> gradient =
+      Matrix<T>::contiguous(static_cast<T*>(dloss.mutable_data_ptr()), with_dloss ? B : 0, D);
+  forward<T>({operands.view(), matrix<const uint8_t>(bits), rows ? &*rows : nullptr}, losses,
+             with_dloss ? &gradient : nullptr);
+  return {loss, dloss};
+}
+
+template <typename T>
+Tensor scaled_rows(const Tensor& dloss, const T* factors, int64_t stride) {
+  const Tensor rows = torch::stable::contiguous(dloss);
+  const int64_t B = rows.size(0), D = rows.size(1);
+  const Tensor result = empty({B, D}, scalar_type_of<T>);
+  const auto from = matrix<const T>(rows);
+  const auto to = matrix<T>(result);
+  parallel_each(B, D, [&](int64_t i) {
+    epilogues<T>().scale(from.row(i), factors[i * stride], to.row(i), D);
+  });
+  return result;
+}
+
+Tensor in_dtype_of(const Tensor& x, const Tensor& like) {
+  return x.scalar_type() == like.scalar_type() ? x : torch::stable::to(x, like.scalar_type());
+}
+
+template <typename T>
+std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& student,
+                                       const Tensor& codes, const Tensor& weight,
+                                       const std::optional<Tensor>& bias,
+                                       const std::optional<Tensor>& sample_mask,
+                                       const Tensor& dloss, bool need_student, bool need_weight,
+                                       bool need_bias) {
+  constexpr ScalarType type = scalar_type_of<T>;
+  const int64_t N = weight.size(0), D = weight.size(1);
+  const auto* factors = static_cast<const T*>(dout.const_data_ptr());
+  const Tensor ds =
+      need_student ? scaled_rows<T>(dloss, factors, dout.stride(0)) : empty({0}, type);
+  const Tensor dw = need_weight ? empty({N, D}, type) : empty({0}, type);
+  const Tensor db = empty({need_bias ? N : 0}, type);
+  if (need_weight || need_bias) {
+    const Operands<T> operands(student, weight, bias);
+    const Tensor bits = torch::stable::contiguous(codes);
+    const auto rows = selected(sample_mask);
+    const Matrix<T> dweight =
+        Matrix<T>::contiguous(static_cast<T*>(dw.mutable_data_ptr()), need_weight ? N : 0, D);
+    backward<T>({operands.view(), matrix<const uint8_t>(bits), rows ? &*rows : nullptr}, factors,
+                dout.stride(0), need_weight ? &dweight : nullptr,
+                need_bias ? static_cast<T*>(db.mutable_data_ptr()) : nullptr);
+  }
+  return {in_dtype_of(ds, student), in_dtype_of(dw, weight), in_dtype_of(db, weight)};
+}
+
+Tensor lsh_bce_encode(Tensor features, Tensor weight, std::optional<Tensor> bias) {
+  return features.scalar_type() == ScalarType::Double ? encode<double>(features, weight, bias)
+                                                      : encode<float>(features, weight, bias);
+}
+
+std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight,
+                                       std::optional<Tensor> bias,
+                                       std::optional<Tensor> sample_mask, bool with_dloss) {
+  const auto run = student.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
+  return run(student, codes, weight, bias, sample_mask, with_dloss);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes,
+                                               Tensor weight, std::optional<Tensor> bias,
+                                               std::optional<Tensor> sample_mask, Tensor dloss,
+                                               bool need_student, bool need_weight,
+                                               bool need_bias) {
+  const auto run = student.scalar_type() == ScalarType::Double ? bwd<double> : bwd<float>;
+  return run(dout, student, codes, weight, bias, sample_mask, dloss, need_student, need_weight,
+             need_bias);
+}
+
+}  // namespace
+}  // namespace kdk::lsh_bce
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
+  m.def("lsh_bce_encode(Tensor features, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? sample_mask, "
+      "bool with_dloss) -> (Tensor, Tensor)");
+  m.def(
+      "lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? "
+      "sample_mask, Tensor dloss, bool need_student, bool need_weight, bool need_bias) -> "
+      "(Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_C, CPU, m) {
+  m.impl("lsh_bce_encode", TORCH_BOX(&kdk::lsh_bce::lsh_bce_encode));
+  m.impl("lsh_bce_fwd", TORCH_BOX(&kdk::lsh_bce::lsh_bce_fwd));
+  m.impl("lsh_bce_bwd", TORCH_BOX(&kdk::lsh_bce::lsh_bce_bwd));
+}
