@@ -34,6 +34,7 @@ _POINTERS = {
     torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
 _OPTIONS = ("num_warps", "num_stages")
 
