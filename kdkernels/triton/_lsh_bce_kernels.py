@@ -121,7 +121,7 @@ def _lsh_bce_project_kernel(
     codes_ptr,  # [B, ceil(N / 8)] uint8
     w_ptr,  # [N, D]
     b_ptr,  # [N], or unused
-    keep_ptr,  # [B] uint8, or unused
+    keep_ptr,  # [B] int32, or unused
     factor_ptr,  # [B] fp32, or unused
     loss_ptr,  # [tiles of N, B] fp32, or unused: sums over the directions of a tile
     dz_ptr,  # [B, N], or unused: factor times the derivatives
@@ -199,7 +199,7 @@ def _lsh_bce_project_kernel(
 def _lsh_bce_product_kernel(
     a_ptr,  # [M, K]
     x_ptr,  # [K, N]
-    keep_ptr,  # [K] uint8, or unused: which rows of x are read
+    keep_ptr,  # [K] int32, or unused: which rows of x are read
     out_ptr,  # [splits, M, N]
     M,
     N,

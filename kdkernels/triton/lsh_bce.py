@@ -70,10 +70,11 @@ def lsh_bce_fwd(
     row_bytes = N * student.itemsize if with_dloss else 0
     step = config.chunk(B, row_bytes, config.project.m)
     with on_device(student):
+        mask = _loadable(sample_mask)
         dz = student.new_empty((step, N)) if with_dloss else None
         for first in range(0, B, step):
             rows = slice(first, min(first + step, B))
-            keep = None if sample_mask is None else sample_mask[rows]
+            keep = None if mask is None else mask[rows]
             derivatives = None if dz is None else dz[: rows.stop - first]
             _project(
                 config, student[rows], codes[rows], weight, bias, keep,
@@ -129,6 +130,7 @@ def _weight_gradients(
     step = config.chunk(N, B * dtype.itemsize, tile.n)
     columns = torch.empty((cdiv(B, tile.m), N), dtype=torch.float32, device=student.device)
     dz = student.new_empty(B * step, dtype=dtype) if dweight.numel() > 0 else None
+    mask = _loadable(sample_mask)
     for first in range(0, N, step):
         part = slice(first, min(first + step, N))
         count = part.stop - first
@@ -136,11 +138,11 @@ def _weight_gradients(
         sums = columns.view(-1)[: len(columns) * count].view(-1, count)
         _project(
             config, student, codes[:, first // 8 :], weight[part],
-            None if bias is None else bias[part], sample_mask,
+            None if bias is None else bias[part], mask,
             factor=dout, dz=derivatives, db=sums if dbias.numel() > 0 else None,
         )  # fmt: skip
         if derivatives is not None:
-            _multiply(config, derivatives.T, student, sample_mask, dweight[part])
+            _multiply(config, derivatives.T, student, mask, dweight[part])
         if dbias.numel() > 0:
             dbias[part] = sums.sum(0)
 
@@ -159,8 +161,11 @@ def _blocks(tile: Tile) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _bytes(mask: Tensor) -> Tensor:
-    return mask.view(torch.uint8)
+def _loadable(sample_mask: Tensor | None) -> Tensor | None:
+    """In 32 bits: a load of 8 bits on the way to a fp32 operand makes the compiler for sm_100
+    (triton 3.7) multiply in tf32 whatever the precision that is asked for.
+    """
+    return None if sample_mask is None else sample_mask.to(torch.int32)
 
 
 def _project(
@@ -188,7 +193,7 @@ def _project(
 
     kernels._lsh_bce_project_kernel[(cdiv(B, tile.m) * cdiv(N, tile.n),)](
         s_ptr=student, codes_ptr=codes, w_ptr=weight, b_ptr=given(bias),
-        keep_ptr=codes if keep is None else _bytes(keep), factor_ptr=given(factor),
+        keep_ptr=given(keep), factor_ptr=given(factor),
         loss_ptr=given(loss), dz_ptr=given(dz), db_ptr=given(db),
         B=B, N=N, D=D,
         stride_sm=student.stride(0), stride_sd=student.stride(1),
@@ -219,7 +224,7 @@ def _multiply(
     splits = cdiv(K, length)
     target = out if splits == 1 else out.new_empty((splits, M, N), dtype=torch.float32)
     kernels._lsh_bce_product_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n), splits)](
-        a_ptr=a, x_ptr=x, keep_ptr=a if keep is None else _bytes(keep), out_ptr=target,
+        a_ptr=a, x_ptr=x, keep_ptr=a if keep is None else keep, out_ptr=target,
         M=M, N=N, K=K, split_k=length,
         stride_am=a.stride(0), stride_ak=a.stride(1),
         stride_xk=x.stride(0), stride_xn=x.stride(1),
