@@ -122,3 +122,17 @@ def labels(name: str, y: Any, of_name: str, of: Tensor) -> None:
             f"got {list(y.shape)}"
         )
     same_device(name, y, of_name, of)
+
+
+def sample_mask(mask: Any, of_name: str, of: Tensor) -> None:
+    """One bool per row of another tensor, on its device."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"sample_mask must be a torch.Tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"sample_mask must be torch.bool, got {mask.dtype}")
+    same_device("sample_mask", mask, of_name, of)
+    if mask.shape != of.shape[:1]:
+        raise ValueError(
+            f"sample_mask must have shape {list(of.shape[:1])} like the rows of {of_name}, "
+            f"got {list(mask.shape)}"
+        )

@@ -9,6 +9,7 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
+from kdkernels.nn.lsh import LSHFeatureMimickingLoss
 from kdkernels.nn.similarity_preserving import SimilarityPreservingLoss
 from kdkernels.nn.triplet import (
     BatchAllTripletLoss,
@@ -24,6 +25,7 @@ __all__ = [
     "ContrastiveLoss",
     "CorrelationCongruenceLoss",
     "IntraUtteranceSimilarityLoss",
+    "LSHFeatureMimickingLoss",
     "PairDistillationLoss",
     "SimilarityPreservingLoss",
     "TripletDistillationLoss",

@@ -175,16 +175,7 @@ def _prepare(
             f"got {list(codes.shape)}"
         )
     if sample_mask is not None:
-        if not isinstance(sample_mask, Tensor):
-            raise TypeError(f"sample_mask must be a torch.Tensor, got {type(sample_mask).__name__}")
-        if sample_mask.dtype != torch.bool:
-            raise TypeError(f"sample_mask must be torch.bool, got {sample_mask.dtype}")
-        _checks.same_device("sample_mask", sample_mask, "student", x)
-        if sample_mask.shape != (B,):
-            raise ValueError(
-                f"sample_mask must have shape {[B]} like the rows of student, "
-                f"got {list(sample_mask.shape)}"
-            )
+        _checks.sample_mask(sample_mask, "student", x)
     _checks.choice("reduction", reduction, REDUCTIONS)
     return x, codes, w, b, sample_mask
 
