@@ -7,6 +7,7 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 """
 
 from kdkernels.nn.contrastive import ContrastiveLoss
+from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
@@ -22,6 +23,7 @@ __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
     "BatchSemiHardTripletLoss",
+    "CodeCache",
     "ContrastiveLoss",
     "CorrelationCongruenceLoss",
     "IntraUtteranceSimilarityLoss",
@@ -29,4 +31,6 @@ __all__ = [
     "PairDistillationLoss",
     "SimilarityPreservingLoss",
     "TripletDistillationLoss",
+    "encode_dataset",
+    "fingerprint",
 ]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _checks
+from kdkernels.nn._raw import raw_bytes
 
 ROWS = 8192  # of features projected at a time
 # Of a projection: itself, the copy that is partitioned, and the indices that go with it.
@@ -89,8 +89,3 @@ def _spooled(features: Iterable[Tensor], weight: Tensor, stack: ExitStack) -> Te
         return weight.new_empty((0, weight.shape[1]), device="cpu")
     mapped = torch.from_file(str(path), shared=False, size=count, dtype=weight.dtype)
     return mapped.view(-1, weight.shape[1])
-
-
-def raw_bytes(x: Tensor) -> ctypes.Array[ctypes.c_uint8]:
-    """The memory of a contiguous CPU tensor; valid while the tensor lives."""
-    return (ctypes.c_uint8 * (x.numel() * x.itemsize)).from_address(x.data_ptr())

@@ -159,9 +159,19 @@ class LSHFeatureMimickingLoss(nn.Module):
         self.hash_bias = -centre
         self._fitted = True
 
+    def hash(self) -> tuple[Tensor, Tensor]:
+        """Directions and bias, if they are ready."""
+        if self.hash_weight is None or self.hash_bias is None:
+            raise ValueError("form must be one with hash bits, got 'l2'")
+        if not self._fitted:
+            raise RuntimeError(
+                f"fit_bias(features) must be called before the first step: bias={self.bias!r}"
+            )
+        return self.hash_weight, self.hash_bias
+
     def encode(self, teacher: Tensor) -> Tensor:
         """The teacher's bits, uint8 [B, ceil(N / 8)], of features [B, ...]."""
-        weight, bias = self._hash()
+        weight, bias = self.hash()
         _checks.features("teacher", teacher)
         return lsh_encode(teacher.detach().flatten(1), weight, bias, backend=self.backend)
 
@@ -185,7 +195,7 @@ class LSHFeatureMimickingLoss(nn.Module):
         if "l2" in self.form:
             loss = _squared_difference(s, teacher, sample_mask, self.dim)
         if self.form != "l2":
-            weight, bias = self._hash()
+            weight, bias = self.hash()
             codes = self.encode(teacher) if codes is None else codes
             bits = lsh_bce(s, codes, weight, bias, sample_mask=sample_mask, backend=self.backend)
             loss = bits if loss is None else loss + bits
@@ -203,15 +213,6 @@ class LSHFeatureMimickingLoss(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self._fitted = bool(state)
-
-    def _hash(self) -> tuple[Tensor, Tensor]:
-        if self.hash_weight is None or self.hash_bias is None:
-            raise RuntimeError("form='l2' has no hash bits")
-        if not self._fitted:
-            raise RuntimeError(
-                f"fit_bias(features) must be called before the first step: bias={self.bias!r}"
-            )
-        return self.hash_weight, self.hash_bias
 
     def _check(
         self, teacher: Tensor | None, codes: Tensor | None, sample_mask: Tensor | None

@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hash bits of a frozen teacher over a whole data set, computed once and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Sized
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+
+from kdkernels.cli.progress import Progress
+from kdkernels.nn._raw import raw_bytes
+from kdkernels.nn.lsh import LSHFeatureMimickingLoss
+
+# A header block (magic, then JSON padded with spaces), and behind it weight, bias and codes, each
+# from a multiple of ALIGNMENT on.
+MAGIC = b"kdkernels codes\n"
+VERSION = 1
+HEADER_BYTES = 4096
+ALIGNMENT = 64
+DTYPES = {
+    str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+
+
+class CodeCache:
+    """Codes of a data set in a memory-mapped file written by `encode_dataset`, indexed by sample.
+
+    Only what is read is loaded. Copies in other processes (the workers of a data loader) map the
+    same file.
+
+    Args:
+        path: The file.
+        criterion: The loss that the codes are used with; its directions and bias must be those in
+            the file.
+        teacher: Must be the teacher that was hashed, judged by its `fingerprint`.
+        samples: How many samples the data set has.
+
+    Attributes:
+        codes: uint8 [samples, ceil(N / 8)].
+        weight, bias: [N, D] and [N], as they were.
+        teacher: The fingerprint of the teacher.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not such a file, truncated, or it does not match what it is used with.
+
+    Example:
+        >>> cache = CodeCache("train.codes", criterion=criterion, teacher=teacher)
+        >>> loss = criterion(student(images), codes=cache[index].to(device))  # form="lsh"
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        criterion: LSHFeatureMimickingLoss | None = None,
+        teacher: nn.Module | None = None,
+        samples: int | None = None,
+    ) -> None:
+        self.path = Path(path).resolve()
+        header = _read_header(self.path)
+        N, D = header["bits"], header["dim"]
+        memory = torch.from_file(
+            str(self.path), shared=False, size=header["bytes"], dtype=torch.uint8
+        )
+
+        def part(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
+            first, count = header["offsets"][name], dtype.itemsize
+            for size in shape:
+                count *= size
+            return memory[first : first + count].view(dtype).view(shape)
+
+        dtype = DTYPES[header["dtype"]]
+        self.weight = part("weight", dtype, N, D)
+        self.bias = part("bias", dtype, N)
+        self.codes = part("codes", torch.uint8, header["samples"], (N + 7) // 8)
+        self.teacher: str = header["teacher"]
+        self._refuse_mismatch(criterion, teacher, samples)
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, samples: Any) -> Tensor:
+        """Codes of a sample (an int), or of several (a slice, a list or an integer tensor)."""
+        return self.codes[samples.cpu() if isinstance(samples, Tensor) else samples]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CodeCache, (str(self.path),)
+
+    def _refuse_mismatch(
+        self,
+        criterion: LSHFeatureMimickingLoss | None,
+        teacher: nn.Module | None,
+        samples: int | None,
+    ) -> None:
+        if criterion is not None:
+            weight, bias = criterion.hash()
+            for name, own, given in (("weight", self.weight, weight), ("bias", self.bias, bias)):
+                given = given.detach().cpu()
+                if given.shape != own.shape or given.dtype != own.dtype:
+                    expected = f"{own.dtype} {list(own.shape)}"
+                    got = f"{given.dtype} {list(given.shape)}"
+                    raise ValueError(
+                        f"criterion must have the hash_{name} that {self.path.name} was made with, "
+                        f"{expected}, got {got}"
+                    )
+                if not torch.equal(own, given):
+                    raise ValueError(
+                        f"criterion must have the hash_{name} that {self.path.name} was made with, "
+                        "got other numbers of the same shape"
+                    )
+        if teacher is not None and fingerprint(teacher) != self.teacher:
+            raise ValueError(
+                f"teacher must be the one that {self.path.name} was made with (fingerprint "
+                f"{self.teacher[:12]}...), got {fingerprint(teacher)[:12]}..."
+            )
+        if samples is not None and samples != len(self):
+            raise ValueError(f"samples must be {len(self)} as in {self.path.name}, got {samples}")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """SHA-256 of the names, shapes, dtypes and numbers of everything in the module's state_dict."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(f"{name} {plain.dtype} {list(plain.shape)}\n".encode())
+            digest.update(raw_bytes(plain))
+        else:
+            digest.update(f"{name} {value!r}\n".encode())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_dataset(
+    teacher: nn.Module,
+    loader: Iterable[Any],
+    criterion: LSHFeatureMimickingLoss,
+    path: str | os.PathLike[str],
+    *,
+    inputs: Callable[[Any], Any] | None = None,
+    features: Callable[[Any], Tensor] | None = None,
+    progress: bool = True,
+) -> CodeCache:
+    """Hash a frozen teacher's features of a data set into a file, once.
+
+    The teacher runs in evaluation mode and is left as it was. The file appears when it is complete,
+    in place of an older one of that name; an error leaves neither a part of it nor changes the old
+    one.
+
+    Args:
+        teacher: Any module. Sees the data as the loader gives it: with random augmentation, each
+            sample's code is that of the one view drawn here.
+        loader: Batches in the order of the data set, so that code i is that of sample i: a
+            `DataLoader` with shuffle=False and drop_last=False, or any iterable.
+        criterion: Owner of the directions and the (fitted) bias.
+        path: The file to write.
+        inputs: What the teacher is called with, from a batch; by default the batch, or its first
+            entry if it is a tuple or list. Moved to the teacher's device if it is a tensor.
+        features: The features [B, ...] in the teacher's output; by default the output.
+        progress: A bar on standard error, where that is a terminal.
+
+    Returns:
+        The opened file.
+
+    Raises:
+        TypeError, ValueError: a loader that shuffles or leaves samples out, or features that do not
+            fit the criterion.
+    """
+    _refuse_order(loader)
+    weight, bias = (x.detach().cpu().contiguous() for x in criterion.hash())
+    device = next((x.device for x in teacher.parameters()), criterion.hash()[0].device)
+    header: dict[str, Any] = {
+        "version": VERSION,
+        "bits": weight.shape[0],
+        "dim": weight.shape[1],
+        "dtype": str(weight.dtype),
+        "teacher": fingerprint(teacher),
+        "offsets": {},
+    }
+    target, count = Path(path), 0
+    total = _batches(loader) if progress else 0
+    with _replacing(target) as file, _evaluating(teacher), Progress(total, "hashing") as bar:
+        file.seek(HEADER_BYTES)
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            header["offsets"][name] = _align(file)
+            file.write(raw_bytes(tensor))
+        header["offsets"]["codes"] = _align(file)
+        for batch in loader:
+            x = _first(batch) if inputs is None else inputs(batch)
+            output = teacher(x.to(device) if isinstance(x, Tensor) else x)
+            found = output if features is None else features(output)
+            codes = criterion.encode(found.to(criterion.hash()[0])).cpu()
+            file.write(raw_bytes(codes))
+            count += len(codes)
+            if progress:
+                bar.step(f"{count} samples")
+        _refuse_missing(loader, count)
+        header["samples"], header["bytes"] = count, file.tell()
+        file.truncate(header["bytes"])  # without codes it would end before the alignment does
+        text = MAGIC + json.dumps(header).encode()
+        file.seek(0)
+        file.write(text.ljust(HEADER_BYTES))
+    return CodeCache(target)
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        block = file.read(HEADER_BYTES)
+    if not block.startswith(MAGIC):
+        raise ValueError(f"{path.name} is not a file of codes written by encode_dataset")
+    size = path.stat().st_size
+    if len(block) < HEADER_BYTES:
+        raise ValueError(f"{path.name} is truncated: {size} bytes, not even its header")
+    header = json.loads(block[len(MAGIC) :])
+    if header["version"] != VERSION:
+        raise ValueError(
+            f"{path.name} has version {header['version']} of the format, expected {VERSION}"
+        )
+    if size != header["bytes"]:
+        kind = "is truncated" if size < header["bytes"] else "has been written to"
+        raise ValueError(f"{path.name} {kind}: {size} bytes, expected {header['bytes']}")
+    return header
+
+
+@contextmanager
+def _replacing(target: Path) -> Any:
+    """A file beside the target, which becomes the target if all goes well."""
+    part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Any:
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, training in modes:
+            child.training = training
+
+
+def _align(file: BinaryIO) -> int:
+    position = -(-file.tell() // ALIGNMENT) * ALIGNMENT
+    file.seek(position)
+    return position
+
+
+def _batches(loader: Iterable[Any]) -> int:
+    """0 where nobody knows, as for a DataLoader over a stream."""
+    stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
+    return len(loader) if isinstance(loader, Sized) and not stream else 0
+
+
+def _first(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, (tuple, list)) else batch
+
+
+def _refuse_order(loader: Iterable[Any]) -> None:
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return
+    if not isinstance(loader.sampler, SequentialSampler):
+        raise ValueError(
+            "loader must give the samples in the order of the data set (shuffle=False), got a "
+            f"{type(loader.sampler).__name__}"
+        )
+
+
+def _refuse_missing(loader: Iterable[Any], count: int) -> None:
+    data = loader.dataset if isinstance(loader, DataLoader) else None
+    if isinstance(data, Sized) and len(data) != count:
+        raise ValueError(
+            f"loader must give each of the {len(data)} samples once (drop_last=False), got {count}"
+        )
