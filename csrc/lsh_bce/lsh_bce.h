@@ -30,8 +30,7 @@ struct Problem {
 template <typename T>
 void encode(const Projection<T>& projection, Matrix<uint8_t> codes);
 
-// loss [B] and, unless it has no data, gradient [B, D] of each row. Only rows that count are
-// written.
+// loss [B] and, unless null, gradient [B, D] of each row. Only rows that count are written.
 template <typename T>
 void forward(const Problem<T>& problem, T* loss, const Matrix<T>* gradient);
 

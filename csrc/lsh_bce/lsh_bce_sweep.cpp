@@ -55,13 +55,15 @@ template <typename T>
 class Tiles {
  public:
   explicit Tiles(const Problem<T>& problem)
-      : size_(kRows * (kBits + (problem.rows ? problem.projection.features.cols : 0))),
+      : rows_(std::min(kRows, problem.count())),
+        bits_(std::min(kBits, problem.projection.weight.rows)),
+        size_(rows_ * (bits_ + (problem.rows ? problem.projection.features.cols : 0))),
         scratch_(thread_slots() * size_) {}
   T* projections() const { return scratch_.data() + thread_index() * size_; }
-  T* features() const { return projections() + kRows * kBits; }
+  T* features() const { return projections() + rows_ * bits_; }
 
  private:
-  int64_t size_;
+  int64_t rows_, bits_, size_;
   Scratch<T> scratch_;
 };
 
