@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, each_case, gradients, leaves
+from cases import Case, each_case, gradients, leaves, sources
 
 import kdkernels as kd
 
@@ -25,7 +25,7 @@ def test_nothing_waits_for_the_device(case: Case) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        torch.autograd.grad(case.call(*args), args, dout)
+        torch.autograd.grad(case.call(*args), sources(args), dout)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -37,21 +37,21 @@ def test_capture_and_replay(case: Case) -> None:
     warm_up.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(warm_up):
         for _ in range(2):
-            torch.autograd.grad(case.call(*args).sum(), args)
+            torch.autograd.grad(case.call(*args).sum(), sources(args))
     torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         value = case.call(*args)
-        grads = torch.autograd.grad(value.sum(), args)
+        grads = torch.autograd.grad(value.sum(), sources(args))
     with torch.no_grad():
-        for arg in args:
+        for arg in sources(args):
             arg.copy_(arg.flip(-1))  # other numbers at the same addresses
     graph.replay()
     torch.cuda.synchronize()
-    fresh = [arg.detach().clone().requires_grad_() for arg in args]
+    fresh = [arg.detach().clone().requires_grad_(arg.requires_grad) for arg in args]
     wanted = case.call(*fresh)
     assert torch.equal(value, wanted)
-    for got, expected in zip(grads, torch.autograd.grad(wanted.sum(), fresh), strict=True):
+    for got, expected in zip(grads, torch.autograd.grad(wanted.sum(), sources(fresh)), strict=True):
         assert torch.equal(got, expected)
 
 
