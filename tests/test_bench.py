@@ -92,7 +92,7 @@ def test_record(info: OpInfo, mode: str) -> None:
 
 @each_info()
 def test_what_needs_too_much_memory_is_skipped_before_it_starts(info: OpInfo) -> None:
-    huge = dataclasses.replace(info.bench[0], sizes={**info.bench[0].sizes, "B": 1 << 17})
+    huge = dataclasses.replace(info.bench[0], sizes={**info.bench[0].sizes, "B": 1 << 20})
     assert info.memory is not None
     sample = info.bench_sample(_tiny(info), CPU, torch.float32)
     reason = bench.why_skip(info, huge, sample, "eager", torch.float32, 8 * bench.GIB)

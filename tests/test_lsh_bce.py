@@ -257,6 +257,41 @@ def test_small_losses_keep_their_digits(case: Case, bit: int) -> None:
     torch.testing.assert_close(gradient[:, 0].double() * sign, e / (1 + e), rtol=eight_eps, atol=0)
 
 
+@each_backend(torch.float32, backends=("cpu",))
+def test_series_are_within_their_bounds(case: Case) -> None:
+    """With one feature and a direction of 1, z is the student itself."""
+    z = torch.linspace(-80, 80, 100_001, device=case.device)
+    roundoff = torch.finfo(torch.float32).eps / 2
+    for bit in (0, 1):
+        codes = torch.full((len(z), 1), bit, dtype=torch.uint8, device=case.device)
+        args = (z[:, None], codes, torch.ones(1, 1, device=case.device))
+        value, gradient, _ = value_and_gradients(case, *args, reduction="none")
+        wrong = (1 - 2 * bit) * z.double()  # positive where sign and bit disagree
+        e = torch.exp(-wrong.abs())
+        loss = wrong.clamp_min(0) + torch.log1p(e)
+        slope = torch.where(wrong >= 0, 1 / (1 + e), e / (1 + e)) * (1 - 2 * bit)
+        assert ((value.double() - loss).abs() <= 6 * roundoff * loss).all()
+        assert ((gradient[:, 0].double() - slope).abs() <= 4 * roundoff * slope.abs()).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("B", "N"), [(700, 1100), (3, 9001), (5000, 9)])
+@each_backend(torch.float32, torch.float64, backends=("cpu",))
+def test_several_blocks_of_rows_and_directions(case: Case, B: int, N: int, masked: bool) -> None:
+    """More than one tile along each axis, and axes that are cut into pieces for threads to
+    share."""
+    student, weight, bias = (
+        randn(*shape, seed=seed, device=case.device, dtype=case.dtype)
+        for seed, shape in enumerate(((B, 3), (N, 3), (N,)))
+    )
+    codes = reference.lsh_encode(-student.double(), weight.double())
+    assert torch.equal(encode(case, -student.double(), weight.double()), codes)
+    options = {"sample_mask": torch.arange(B, device=case.device) % 3 != 1} if masked else {}
+    sample = Sample("blocks", (student, codes, weight, bias), {**options, "reduction": "none"})
+    errors = numerics.check_sample(INFO, sample, case.dtype, case.backend)
+    assert all(error.ok for error in errors), [error.detail for error in errors]
+
+
 @each_backend(torch.float32, torch.bfloat16)
 def test_agreement_without_limit_is_a_loss_of_zero(case: Case) -> None:
     student, _, weight, bias = case.sample.args
