@@ -29,7 +29,7 @@ def define_operator(
 
     Args:
         op: Base name of the op, the same in every layer.
-        direction: "fwd" or "bwd".
+        direction: "fwd" or "bwd", or the name of what else the op has, e.g. "encode".
         schema: Arguments and results, e.g. `"(Tensor x, str backend) -> Tensor"`. The last argument
             is `str backend`; a backend's launcher receives the others.
         fake: Shapes and dtypes of the results, from the same arguments.
