@@ -6,8 +6,8 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 `state_dict`; the mathematics is in `kdkernels.ops`.
 """
 
-from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
+from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
