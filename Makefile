@@ -5,6 +5,7 @@
 
 VENV := .venv
 BIN := $(abspath $(VENV)/bin)
+PROCESSES := $(shell nproc 2>/dev/null || echo 2)
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f 2>/dev/null)
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,8 +37,9 @@ $(VENV)/.built: $(VENV)/.installed pyproject.toml $(NATIVE_SOURCES)
 demo: $(VENV)/.built
 	$(BIN)/kdkernels demo $(DEMO)
 
+# Waiting threads sleep: those of two test processes would otherwise spin on each other's cores.
 test: $(VENV)/.built
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(PROCESSES) $(PYTEST)
 
 bench: $(VENV)/.built
 	$(BIN)/kdkernels bench --output benchmarks/results $(BENCH)

@@ -21,7 +21,7 @@ RESULTS = HERE / "results"
 TARGETS = HERE / "targets.json"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 QUANTITIES = {
-    "times_mm": "time over one mm",
+    "times_mm": "time over mm",
     "speedup_over_eager": "speed-up over eager",
     "speedup_over": "speed-up over",  # the target names the peer
     "peak_extra_mib": "peak extra memory, MiB",

@@ -15,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 from cases import each_info
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdkernels.cli import bench as command
 from kdkernels.cli.main import main
-from kdkernels.testing import bench, peak, record
+from kdkernels.reference import lsh_bce as reference
+from kdkernels.testing import bench, numerics, peak, record
 from kdkernels.testing.opinfo import OpInfo, opinfos
 
 CPU = torch.device("cpu")
+INFOS = {info.name: info for info in opinfos()}
 ROOT = Path(__file__).parents[1]
 
 
@@ -88,6 +91,63 @@ def test_record(info: OpInfo, mode: str) -> None:
         eager["time_us"]["p50"] / entry["variants"]["mm"]["time_us"]["p50"], abs=2e-2, rel=1e-2
     )
     assert not any(str(value).startswith("/") for value in entry["environment"].values())
+
+
+@each_info()
+def test_eager_computes_what_the_op_defines(info: OpInfo) -> None:
+    sample = info.bench_sample(_tiny(info), CPU, torch.float64)
+    hi, hi_gradients = numerics.value_and_grads(
+        lambda *args: info.define(sample, args), sample.args, 1
+    )
+    prepared = bench.variant_sample(info, sample, "eager")
+    function = bench.variant_function(info, sample, "eager")
+    out, gradients = numerics.value_and_grads(function, prepared.args, 1)
+    for what, computed, wanted in (("loss", out, hi), ("gradient", gradients[0], hi_gradients[0])):
+        error = numerics.compare(what, computed, wanted, wanted, torch.float64)
+        assert error.ok, error.detail
+
+
+def test_eager_of_lsh_bce_is_given_float_targets() -> None:
+    info = INFOS["lsh_bce"]
+    sample = info.bench_sample(_tiny(info), CPU, torch.float32)
+    for name in ("eager", "compile"):
+        prepared = bench.variant_sample(info, sample, name)
+        student, targets, weight = prepared.args
+        assert student is sample.args[0]
+        assert weight is sample.args[2]
+        assert targets.dtype == torch.float32
+        assert torch.equal(reference.pack(targets.bool()), sample.args[1])
+    assert bench.variant_sample(info, sample, "reference") is sample
+    summed = dataclasses.replace(sample, kwargs={"reduction": "sum"})
+    with pytest.raises(ValueError, match="sample must have no option"):
+        bench.variant_function(info, summed, "eager")
+
+
+@pytest.mark.parametrize("op", ["gram_mse", "lsh_bce"])
+def test_the_product_and_a_part_of_it(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = INFOS[op]
+    monkeypatch.setattr(bench, "PART_ROWS", 5)
+    sample = info.bench_sample(_tiny(info), CPU, torch.float32)
+    flops = {}
+    for name in ("mm", "mm_part"):
+        prepared = bench.variant_sample(info, sample, name)
+        x, *rest = prepared.args
+        product = bench.variant_function(info, sample, name)(*prepared.args)
+        with FlopCounterMode(display=False) as counter:
+            expected = x @ x.mT if op == "gram_mse" else x @ rest[1].mT @ rest[1]
+        assert torch.equal(product, expected)
+        flops[name] = info.product.flops(*prepared.args)
+        assert flops[name] == counter.get_total_flops()
+    assert len(product) == 5
+    # where the full product is skipped, the part gives the rate
+    ask = {"device": CPU, "variants": ("reference", "mm"), "rounds": 5, "memory": False}
+    entry = record.run(info, _tiny(info), torch.float32, "fwd_bwd", **ask, memory_limit=0.0)
+    assert {name for name, result in entry["variants"].items() if "time_us" in result} == {
+        "mm_part"
+    }
+    part = entry["variants"]["mm_part"]
+    rate = flops["mm_part"] / part["time_us"]["p50"] * 1e-3
+    assert part["gflops_per_second"] == pytest.approx(rate, rel=2e-2, abs=0.1)
 
 
 @each_info()

@@ -17,6 +17,7 @@ from test_bench import _entry, _report
 
 import kdkernels as kd
 from kdkernels.cli import bench as command
+from kdkernels.reference import lsh_bce as reference
 from kdkernels.testing import bench, numerics, peers, record
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos, randn
 
@@ -25,6 +26,7 @@ TARGETS = Path(__file__).parents[1] / "benchmarks" / "targets.json"
 INFOS = {info.name: info for info in opinfos()}
 PAIRS = [(info, peer) for info in opinfos() for peer in info.peers]
 SEARCHERS = ("faiss-cpu", "scikit-learn")
+LACKED = {"lsh_bce": "reduction"}  # an option that peers lack; references elsewhere
 WHOLE = [(info, peer) for info, peer in PAIRS if peer not in SEARCHERS]
 
 
@@ -59,7 +61,8 @@ def test_a_whole_peer_computes_what_the_op_defines(info: OpInfo, peer: str) -> N
     hi, hi_gradients = numerics.value_and_grads(
         lambda *args: info.define(sample, args), sample.args, 1
     )
-    out, gradients = numerics.value_and_grads(found.function(sample), sample.args, 1)
+    prepared = found.prepare(sample)
+    out, gradients = numerics.value_and_grads(found.function(prepared), prepared.args, 1)
     for what, computed, wanted in (("loss", out, hi), ("gradient", gradients[0], hi_gradients[0])):
         error = numerics.compare(what, computed, wanted, wanted, dtype)
         assert error.ok, error.detail
@@ -171,10 +174,27 @@ def test_an_absent_peer_is_skipped_with_the_reason() -> None:
 @_each(PAIRS)
 def test_options_that_a_peer_lacks_are_refused(info: OpInfo, peer: str) -> None:
     found, _, dtype = _usable(info, peer)
-    with_bank = next((s for s in samples(info, CPU, dtype) if "references" in s.kwargs), None)
-    assert with_bank is not None
+    option = LACKED.get(info.name, "references")
+    with_option = next((s for s in samples(info, CPU, dtype) if option in s.kwargs), None)
+    assert with_option is not None
     with pytest.raises(ValueError, match="sample must have"):
-        found.function(with_bank)
+        found.function(with_option)
+
+
+def test_the_projected_teacher_has_the_codes_of_the_sample() -> None:
+    info = INFOS["lsh_bce"]
+    found = peers.get(info, "eager-with-teacher")
+    for dtype in found.dtypes:
+        sample = info.bench_sample(_tiny(info), CPU, dtype)
+        student, teacher, weight = found.prepare(sample).args
+        assert student is sample.args[0]
+        assert teacher.shape == student.shape
+        assert not torch.equal(teacher, student)
+        assert torch.equal(reference.lsh_encode(teacher, weight), sample.args[1])
+        other = dataclasses.replace(sample, args=(student, ~sample.args[1], weight))
+        with pytest.raises(ValueError, match="must have the codes of the teacher"):
+            found.prepare(other)
+    assert peers.version("eager-with-teacher") == peers.version("torch")
 
 
 def test_targets_over_a_peer() -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kdkernels bench`: time, memory and error of the ops against eager PyTorch, torch.compile, one
-matrix product and other libraries."""
+"""`kdkernels bench`: time, memory and error of the ops against eager PyTorch, torch.compile, the
+matrix products of the obvious way and other libraries."""
 
 from __future__ import annotations
 

@@ -4,10 +4,11 @@ measure.
 
 A time is the median over rounds in one process in which all variants take turns, so that what
 disturbs one disturbs all. Variants are the backends, three baselines and the op's peers: "eager"
-(the definition with autograd), "compile" (torch.compile of it), "mm" (the product of the first
-argument with its own transpose, which the obvious way starts with) and other libraries by name,
-some of which do a part of the work. Only the first argument asks for a gradient: a teacher is
-frozen.
+(the definition with autograd, or where `OpInfo.eager` says so what a user writes instead, whose
+preparations are no part of the time), "compile" (torch.compile of it), "mm" (the products in
+`OpInfo.product`, in every mode all of them; by default that of the first argument with its own
+transpose, which the obvious way starts with) and other libraries by name, some of which do a part
+of the work. Only the first argument asks for a gradient: a teacher is frozen.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
 
 MODES = ("fwd_bwd", "fwd", "bwd")
 BASELINES = ("eager", "compile", "mm")
-PART_ROWS = 4096  # of the product that gives the machine's rate where the full one does not fit
+# Of the first argument of the product that gives the rate of the machine where all do not fit.
+PART_ROWS = 4096
 SETS = 3  # of inputs in rotation; on a GPU as many as exceed three times its L2 cache
 BLOCK_SECONDS = 2e-3  # a clock reading every few milliseconds, whatever a call takes
 GIB = 1024.0**3
@@ -128,27 +130,32 @@ def _gpu_seconds(call: Call, first: int, count: int) -> float:
 
 
 def variant_function(info: OpInfo, sample: Sample, variant: str) -> Callable[..., Tensor]:
-    """The function of the sample's tensors that a variant names."""
-
-    def define(*args: Any) -> Tensor:
-        return info.define(sample, args)
-
+    """The function that a variant names, of the tensors of `variant_sample`."""
     if variant == "eager":
-        return define
+        return _definition(info, sample) if info.eager is None else info.eager.function(sample)
     if variant == "compile":
-        return torch.compile(define, dynamic=False)
-    if variant == "mm":
-        return lambda x, *_: x @ x.mT
-    if variant == "mm_part":
-        return lambda x, *_: x[..., :PART_ROWS, :] @ x[..., :PART_ROWS, :].mT
+        return torch.compile(variant_function(info, sample, "eager"), dynamic=False)
+    if variant in ("mm", "mm_part"):
+        return info.product.function
     if variant in info.peers:
         return peers.get(info, variant).function(sample)
     return lambda *args: info.function(*args, **sample.kwargs, backend=variant)
 
 
+def _definition(info: OpInfo, sample: Sample) -> Callable[..., Tensor]:
+    return lambda *args: info.define(sample, args)
+
+
 def variant_sample(info: OpInfo, sample: Sample, variant: str) -> Sample:
-    """What a variant is timed on: a peer's preparations are no part of its time."""
-    return peers.get(info, variant).prepare(sample) if variant in info.peers else sample
+    """What a variant is timed on: preparations are no part of its time."""
+    if variant in info.peers:
+        return peers.get(info, variant).prepare(sample)
+    if variant in ("eager", "compile") and info.eager is not None:
+        return info.eager.prepare(sample)
+    if variant == "mm_part":
+        x, *rest = sample.args
+        return replace(sample, args=(x[..., :PART_ROWS, :], *rest))
+    return sample
 
 
 def timed(
@@ -274,12 +281,11 @@ def oracle(info: OpInfo, shape: BenchShape, sample: Sample) -> Oracle:
         return info.memory is None or info.memory(shape, torch.float64, variant) <= limit
 
     if fits("eager", ORACLE_BYTES):
-        variant, name = "eager", "definition in fp64"
+        function, name = _definition(info, sample), "definition in fp64"
     else:
         held = fits("reference", memory_limit(sample.args[0].device))
         variant = "reference" if held else "cpu"
-        name = f"{variant} backend in fp64"
-    function = variant_function(info, sample, variant)
+        function, name = variant_function(info, sample, variant), f"{variant} backend in fp64"
     return Oracle(name, *_value_and_gradient(function, numerics.cast(sample.args, torch.float64)))
 
 
@@ -295,7 +301,7 @@ def relative_errors(
     function: Callable[..., Tensor], sample: Sample, truth: Oracle, name: str
 ) -> dict[str, float]:
     """Largest error of the value and of the first gradient, each over the largest true
-    magnitude."""
+    magnitude. The sample is the function's own, of `variant_sample`."""
     value, gradient = _value_and_gradient(function, sample.args)
     pairs = (("loss", value, truth.value), (f"d{name}", gradient, truth.gradient))
     return {

@@ -47,6 +47,30 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Product:
+    """The matrix products that an op's time is compared with, "mm" in a benchmark. Rows of the
+    result belong to rows of the first tensor, so that a part of those is a part of the work."""
+
+    function: Callable[..., Tensor]  # of the sample's tensors
+    flops: Callable[..., float]  # of the same
+
+
+def _gram_flops(x: Tensor, *_: Any) -> float:
+    return 2.0 * x.numel() * x.shape[-2]
+
+
+GRAM = Product(lambda x, *_: x @ x.mT, _gram_flops)  # which the obvious way starts with
+
+
+@dataclass(frozen=True)
+class Eager:
+    """How a user writes an op in torch, where that is not the definition on the same tensors."""
+
+    function: Callable[[Sample], Callable[..., Tensor]]  # of the prepared sample's tensors
+    prepare: Callable[[Sample], Sample]  # what is kept between steps, made before the clock starts
+
+
+@dataclass(frozen=True)
 class BenchShape:
     """A named workload."""
 
@@ -84,10 +108,12 @@ class OpInfo:
     selects: bool = False
     # What `bench.BASELINES` names, less what makes no sense for the op.
     baselines: tuple[str, ...] = ("eager", "compile", "mm")
+    eager: Eager | None = None  # what "eager" and "compile" time; None: the definition
+    product: Product = GRAM  # what "mm" times
     # Options that choose an algorithm, not a meaning: the definition does not take them.
     algorithm_options: tuple[str, ...] = ("algorithm",)
-    # Distributions that do the same work or a part, timed where installed
-    # (kdkernels.testing.peers).
+    # Distributions that do the same work or a part, timed where installed, and other ways to do
+    # it in torch (kdkernels.testing.peers).
     peers: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

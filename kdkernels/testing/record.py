@@ -22,7 +22,7 @@ import torch
 from kdkernels import _dispatch, _native
 from kdkernels._version import __version__
 from kdkernels.testing import bench, peak, peers
-from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
+from kdkernels.testing.opinfo import BenchShape, OpInfo
 
 SCHEMA = 1
 Progress = Callable[[str, float], None]  # what is being done, and the finished share of it
@@ -150,13 +150,14 @@ def run(
         results["mm_part"] = {}
     torch._dynamo.reset()
     functions = {name: bench.variant_function(info, sample, name) for name in able}
+    prepared = {name: bench.variant_sample(info, sample, name) for name in able}
 
     say("error", 0.0)
     truth = bench.oracle(info, shape, sample)
     timed = [name for name in able if not name.startswith("mm")]
     judged = [n for n in timed if n not in info.peers or peers.get(info, n).whole]
     for i, name in enumerate(judged):
-        errors = bench.relative_errors(functions[name], sample, truth, info.diff_args[0])
+        errors = bench.relative_errors(functions[name], prepared[name], truth, info.diff_args[0])
         # JSON has no NaN; a baseline in half precision may overflow
         results[name]["error"] = {
             what: e if math.isfinite(e) else str(e) for what, e in errors.items()
@@ -167,22 +168,26 @@ def run(
 
     calls = {}
     for name in able:
-        sets = bench.input_sets(bench.variant_sample(info, sample, name), device)
-        calls[name] = bench.timed(functions[name], sets, mode, name)
+        calls[name] = bench.timed(
+            functions[name], bench.input_sets(prepared[name], device), mode, name
+        )
     say("time", 0.0)
     exactly = {} if rounds is None else {"min_rounds": rounds, "max_rounds": rounds}
     timings = bench.measure(
         calls, seconds=seconds, device=device, on_round=lambda share: say("time", share), **exactly
     )
+    products = {
+        name: info.product.flops(*prepared[name].args) for name in able if name.startswith("mm")
+    }
     for name, timing in timings.items():
         results[name]["time_us"] = {
             key: round(value, 2) for key, value in asdict(timing).items() if key != "rounds"
         }
         results[name]["rounds"] = timing.rounds
-    del calls
+    del calls, prepared
     if memory:
         _add_memory(info, shape, dtype, mode, device, timed, results, say)
-    _add_ratios(info, shape, dtype, mode, sample, results)
+    _add_ratios(info, shape, dtype, mode, products, results)
     cost = info.cost(shape, dtype)
     return {
         "schema": SCHEMA,
@@ -233,21 +238,18 @@ def _add_ratios(
     shape: BenchShape,
     dtype: torch.dtype,
     mode: str,
-    sample: Sample,
+    products: dict[str, float],
     results: dict[str, dict[str, Any]],
 ) -> None:
     """Speed-up over eager and over each peer, time in units of the product, and the share of the
-    limit that is reached."""
+    limit that is reached. `products` are the operations of each product timed."""
     median = {
         name: result["time_us"]["p50"] for name, result in results.items() if "time_us" in result
     }
     rate = None  # flops per microsecond
-    for name in ("mm", "mm_part"):
-        if name in median and rate is None:
-            *groups, rows, width = sample.args[0].shape
-            rows = rows if name == "mm" else min(rows, bench.PART_ROWS)
-            rate = 2.0 * torch.Size(groups).numel() * rows * rows * width / median[name]
-            results[name]["gflops_per_second"] = round(rate * 1e-3, 1)
+    for name, flops in products.items():
+        rate = flops / median[name]
+        results[name]["gflops_per_second"] = round(rate * 1e-3, 1)
     for name, time_us in median.items():
         if name.startswith("mm"):
             continue

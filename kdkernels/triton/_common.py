@@ -86,6 +86,17 @@ def cdiv(a: int, b: int) -> int:
 
 
 @dataclass(frozen=True)
+class Tile:
+    """Output tile m x n of a product, its contraction step, and how the program is compiled."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
 class Precision:
     """`input_precision` of the products whose operands are not both in bf16, or both in fp16."""
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kdkernels.triton import _gram_mse_product as kernels
-from kdkernels.triton._common import arch_of, cdiv
-from kdkernels.triton._gram_mse_config import COLUMNS, ELEMENTS, GramMseConfig, Tile, pick_config
+from kdkernels.triton._common import Tile, arch_of, cdiv
+from kdkernels.triton._gram_mse_config import COLUMNS, ELEMENTS, GramMseConfig, pick_config
 from kdkernels.triton._gram_mse_tile import PLAIN, ROW, TAYLOR
 
 

@@ -7,18 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kdkernels.triton._common import Arch, Precision, cdiv, pick_precision
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Output tile m x n of a product, its contraction step, and how the program is compiled."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
+from kdkernels.triton._common import Arch, Precision, Tile, cdiv, pick_precision
 
 
 @dataclass(frozen=True)

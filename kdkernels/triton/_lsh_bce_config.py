@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kdkernels.triton._common import Arch, cdiv, pick_precision
-from kdkernels.triton._gram_mse_config import Tile
+from kdkernels.triton._common import Arch, Tile, cdiv, pick_precision
 
 ELEMENTS = 1024  # per program of an element-wise kernel
 MOST_SPLITS = 64

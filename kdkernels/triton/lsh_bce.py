@@ -16,8 +16,7 @@ from torch import Tensor
 from kdkernels.triton import _lsh_bce_ahead
 from kdkernels.triton import _lsh_bce_kernels as kernels
 from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
-from kdkernels.triton._gram_mse_config import Tile
+from kdkernels.triton._common import Arch, Tile, arch_of, cdiv, on_device
 from kdkernels.triton._lsh_bce_config import ELEMENTS, LshBceConfig, pick_config
 
 

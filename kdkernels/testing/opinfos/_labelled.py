@@ -159,8 +159,16 @@ def bad_inputs(device: torch.device, **always: Any) -> Iterator[BadInput]:
     yield bad("backend", (x, y), ValueError, "backend must be one of", backend="gpu")
 
 
-def shape(name: str, B: int, D: int, classes: int, workload: str, **options: Any) -> BenchShape:
-    return BenchShape(name, {"B": B, "D": D, "classes": classes}, workload, options)
+def shape(
+    name: str,
+    B: int,
+    D: int,
+    classes: int,
+    workload: str,
+    device: str | None = None,
+    **options: Any,
+) -> BenchShape:
+    return BenchShape(name, {"B": B, "D": D, "classes": classes}, workload, options, device)
 
 
 def bench_sample(shape: BenchShape, device: torch.device, dtype: torch.dtype) -> Sample:

@@ -71,6 +71,7 @@ BENCH = (
     shape("small", 64, 128, 16, "16 identities of 4 images, the PK batch of re-identification"),
     shape("embeddings", 8192, 128, 1024, "large-batch metric learning"),
     shape("pooled", 8192, 512, 1024, "pooled ResNet-18/34 features at large batch"),
+    shape("pooled_32k", 32768, 512, 4096, "the same on a GPU", "cuda"),
     shape("huge", 65536, 128, 8192, "a batch whose distances would need 17 GB"),
 )
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other libraries that do the same work, for benchmarks and conformance tests only.
+"""Other libraries that do the same work, and other ways to do it in torch, for benchmarks and
+conformance tests only.
 
 A peer is named after its distribution, e.g. "pytorch-metric-learning", and is the module
 `kdkernels.testing.peers.pytorch_metric_learning`, which is imported only when the distribution is
-installed. Its dictionary `PEERS` says what it does for each public function whose `OpInfo` names
-it.
+installed; or it is one of `WAYS`, which has the version of torch. Its dictionary `PEERS` says what
+it does for each public function whose `OpInfo` names it.
 
 faiss-cpu and scikit-learn bring an OpenMP runtime of their own, whose idle threads spin for some
 milliseconds after a call. Measured on two cores, torch is no slower right after them than right
@@ -23,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
+
+WAYS = ("eager-with-teacher",)  # peers that need no other distribution than torch
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,9 @@ def unit_rows(sample: Sample) -> Sample:
 
 
 def version(peer: str) -> str | None:
-    """The installed version of a distribution; None if there is none."""
-    found = next(iter(metadata.distributions(name=peer)), None)
+    """The installed version of a peer's distribution; None if there is none."""
+    distribution = "torch" if peer in WAYS else peer
+    found = next(iter(metadata.distributions(name=distribution)), None)
     return None if found is None else found.version
 
 
