@@ -4,15 +4,19 @@
 Trains a convolutional teacher, then the same small student with cross-entropy only, with logit
 distillation, with a triplet loss mined among its own features, with triplet distillation (the
 teacher's logits as anchors, the student's as positives and negatives), and with similarity
-preservation (SP) twice: as it is usually written, and by the kernels of this package. All students
-start from the same weights and see the same batches, so the last two have to follow the same curve.
-Then the losses are timed and their memory measured on the outputs of a real step. Results as a
-table, JSON and a plot.
+preservation (SP) twice, as it is usually written and by the kernels of this package, and with
+feature mimicking through hash bits (LSH) twice: beside the distance of the features, and alone,
+from a file in which the teacher's bits are written once, so that the teacher need not run again.
+All students start from the same weights and see the same batches, so both trainings with SP have to
+follow the same curve. For LSH, the share of hash bits that student and teacher have in common on
+the test set is followed too. Then the losses are timed and their memory measured on the outputs of
+a real step. Results as a table, JSON and a plot.
 
 examples:
   kdkernels demo
   kdkernels demo --data digits --epochs 40
-  kdkernels demo --losses ce sp-kernels --batch-size 4000 --output /tmp/results"""
+  kdkernels demo --losses ce sp-kernels --batch-size 4000 --output /tmp/results
+  kdkernels demo --losses ce lshl2 lsh-cached"""
 
 from __future__ import annotations
 
@@ -34,8 +38,7 @@ from kdkernels.cli.progress import Progress
 from kdkernels.cli.table import Table, report_stream, write_json
 from kdkernels.demo import measure, training
 from kdkernels.demo.data import SOURCES, Data, missing_package
-from kdkernels.demo.losses import ENTRIES, Entry
-from kdkernels.demo.losses import entry as entry_named
+from kdkernels.demo.losses import ENTRIES, Criterion, Entry, Setting
 from kdkernels.demo.models import RECIPES, ConvNet, Outputs, Recipe, parameter_count
 from kdkernels.demo.training import Curves
 
@@ -113,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     )
 
     begin = time.perf_counter()
-    record = _distil(data, recipe, entries, epochs, batch_size, args.seed)
+    record = _distil(data, recipe, entries, epochs, batch_size, args.seed, args.output)
     record["seconds"] = time.perf_counter() - begin
     from kdkernels.demo import plots  # needs matplotlib, which _require_packages has made sure of
 
@@ -146,7 +149,13 @@ def _require_packages(data: str) -> None:
 
 
 def _distil(
-    data: Data, recipe: Recipe, entries: list[Entry], epochs: int, batch_size: int, seed: int
+    data: Data,
+    recipe: Recipe,
+    entries: list[Entry],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Train, measure, and return the record that the table, the JSON and the plot show."""
     shape, device = data.x.shape[1:], data.x.device
@@ -173,17 +182,23 @@ def _distil(
             after_epoch=reporter("teacher", teacher_epochs),
         )
         taught = training.outputs(teacher, data.x)
+        held_out = training.outputs(teacher, data.x_test)
         students: list[dict[str, Any]] = []
+        criteria: dict[str, Criterion] = {}
         for entry in entries:
             torch.manual_seed(seed)
             student = recipe.student(shape).to(device)
+            if entry.build is not None:
+                setting = Setting(data, teacher, taught, held_out, student.head.in_features, folder)
+                criteria[entry.name] = entry.build(setting).to(device)
             curves = training.train_student(
-                student, entry, taught, data, epochs=epochs, batch_size=batch_size, seed=seed,
-                after_epoch=reporter(entry.label, epochs),
+                student, criteria.get(entry.name), taught, data,
+                cross_entropy_weight=entry.cross_entropy_weight, epochs=epochs,
+                batch_size=batch_size, seed=seed, after_epoch=reporter(entry.label, epochs),
             )  # fmt: skip
             students.append(_student_record(entry, curves))
         batch = _real_batch(student, taught, data, batch_size)
-        _add_costs(students, entries, batch, progress)
+        _add_costs(students, criteria, batch, progress)
     return {
         "settings": {"data": data.name, "epochs": epochs, "batch_size": batch_size, "seed": seed},
         "device": _device_words(device),
@@ -230,21 +245,25 @@ def _student_record(entry: Entry, curves: Curves) -> dict[str, Any]:
         "peak_bytes": None,
         "curve_loss": curves.loss,
         "curve_accuracy": curves.accuracy,
+        "curve_agreement": curves.agreement or None,  # of hash bits, where the loss has them
     }
 
 
 def _real_batch(student: ConvNet, taught: Outputs, data: Data, batch_size: int) -> measure.Batch:
     """The first batch as the last student sees it after training."""
     index = torch.arange(batch_size, device=data.x.device)
-    return measure.Batch(training.outputs(student, data.x[index]), taught[index], data.y[index])
+    found = training.outputs(student, data.x[index])
+    return measure.Batch(found, taught[index], data.y[index], index)
 
 
 def _add_costs(
-    students: list[dict[str, Any]], entries: list[Entry], batch: measure.Batch, progress: Progress
+    students: list[dict[str, Any]],
+    criteria: dict[str, Criterion],
+    batch: measure.Batch,
+    progress: Progress,
 ) -> None:
-    costed = [entry for entry in entries if entry.build is not None]
-    progress.step("time of each loss", count=len(entries) - len(costed))
-    times = measure.step_times(costed, batch) if costed else {}
+    progress.step("time of each loss", count=len(students) - len(criteria))
+    times = measure.step_times(criteria, batch) if criteria else {}
     for student in students:
         if student["name"] in times:
             time_ = times[student["name"]]
@@ -253,7 +272,7 @@ def _add_costs(
                 "p20_ms": time_.p20_ms,
                 "p80_ms": time_.p80_ms,
             }
-            student["peak_bytes"] = measure.peak_bytes(entry_named(student["name"]), batch)
+            student["peak_bytes"] = measure.peak_bytes(criteria[student["name"]], batch)
             progress.step(f"memory of {student['label']}")
 
 
@@ -322,7 +341,13 @@ def _remarks(record: dict[str, Any]) -> list[str]:
             "Rounding differs, and training amplifies it.",
             "",
         ]
-    return [*lines, record["explain"]]
+    agreements = [
+        f"{student['label']}: {student['curve_agreement'][0]:.1%} of the hash bits on the test set "
+        f"are the teacher's after the first epoch, {student['curve_agreement'][-1]:.1%} at the end."
+        for student in record["students"]
+        if student["curve_agreement"] is not None
+    ]
+    return [*lines, *agreements, *([""] if agreements else []), record["explain"]]
 
 
 def _next_steps(data: str) -> str:

@@ -5,21 +5,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kdkernels as kd
-from kdkernels.demo.models import Outputs
+from kdkernels.demo.data import Data
+from kdkernels.demo.models import EVALUATION_BATCH, ConvNet, Outputs
 from kdkernels.reference import gram_mse as reference
 
 
 @dataclass(frozen=True)
-class Widths:
-    """Of the flattened features; for losses with projections."""
+class Setting:
+    """What a criterion can be made from, all of it known before the student trains."""
 
-    student: int
-    teacher: int
+    data: Data
+    teacher: ConvNet  # frozen
+    taught: Outputs  # the teacher's, on the training set
+    held_out: Outputs  # the teacher's, on the test set
+    student_width: int  # of the flattened features
+    folder: Path  # for files that a criterion keeps
+
+    @property
+    def teacher_width(self) -> int:
+        return self.teacher.head.in_features
+
+
+class Criterion(nn.Module):
+    """A loss of what student and teacher say about the training samples of a batch.
+
+    Its parameters are trained with the student.
+    """
+
+    def forward(
+        self,
+        student: Outputs,  # of B samples
+        teacher: Outputs,  # of the same
+        labels: Tensor,  # [B]
+        index: Tensor,  # [B] where the samples are in the training set
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def agreement(self, student: Outputs) -> float | None:
+        """Share of the hash bits on the test set that student and teacher have in common; None of
+        a loss without hash bits."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -28,16 +60,14 @@ class Entry:
 
     name: str  # for --losses
     label: str  # for tables and plots
-    # Makes the criterion, a module of (student, teacher, labels) whose parameters are trained with
-    # the student; None trains with cross-entropy only
-    build: Callable[[Widths], nn.Module] | None
+    build: Callable[[Setting], Criterion] | None  # None trains with cross-entropy only
     cross_entropy_weight: float = 1.0
     twin: str | None = (
         None  # the entry of the same loss by the reference, whose curves this one has to follow
     )
 
 
-class LogitDistillation(nn.Module):
+class LogitDistillation(Criterion):
     """Hinton et al., 2015 (arXiv:1503.02531): mean KL of softened logits, times T^2."""
 
     def __init__(self, weight: float, temperature: float) -> None:
@@ -45,59 +75,120 @@ class LogitDistillation(nn.Module):
         self.weight = weight
         self.temperature = temperature
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
         log_q = F.log_softmax(student.logits / self.temperature, dim=1)
         p = F.softmax(teacher.logits / self.temperature, dim=1)
         return self.weight * self.temperature**2 * F.kl_div(log_q, p, reduction="batchmean")
 
 
-class ReferenceSimilarity(nn.Module):
+class ReferenceSimilarity(Criterion):
     """Similarity preservation as usually written: B x B matrices in memory, and autograd."""
 
     def __init__(self, weight: float) -> None:
         super().__init__()
         self.weight = weight
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
         squares = reference.gram_mse(student.features.flatten(1), teacher.features.flatten(1))
         return self.weight * squares / len(student.features) ** 2
 
 
-class OnFeatures(nn.Module):
+class OnFeatures(Criterion):
     """Applies a loss of this package to the features."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.loss = loss
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
         return self.loss(student.features, teacher.features)
 
 
-class OnLogits(nn.Module):
+class OnLogits(Criterion):
     """Applies a loss of this package to the logits and the labels."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.loss = loss
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
         return self.loss(student.logits, teacher.logits, labels)
 
 
-class OnLabels(nn.Module):
+class OnLabels(Criterion):
     """Applies a loss of embeddings and labels to the student's features; no teacher is asked."""
 
     def __init__(self, loss: nn.Module) -> None:
         super().__init__()
         self.loss = loss
 
-    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor) -> Tensor:
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
         return self.loss(student.features.flatten(1), labels)
+
+
+class HashBits(Criterion):
+    """Mimicking of features and of their hash bits, which the teacher's features give in each
+    step, where the teacher classifies the sample correctly."""
+
+    def __init__(self, setting: Setting, form: str = "lshl2_s") -> None:
+        super().__init__()
+        widths_differ = setting.student_width != setting.teacher_width
+        loss = kd.nn.LSHFeatureMimickingLoss(
+            setting.teacher_width,
+            HASH_WEIGHT,
+            form,
+            hash_bits=HASH_BITS,
+            classifier_weight=setting.teacher.head.weight,
+            student_dim=setting.student_width if widths_differ else None,
+        )
+        self.loss = loss.to(setting.data.x.device)
+        self.loss.fit_bias(setting.taught.features.flatten(1))
+        self.register_buffer("held_out_codes", self.loss.encode(setting.held_out.features))
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
+        correct = teacher.logits.argmax(1) == labels
+        return self.loss(student.features, teacher.features, sample_mask=correct)
+
+    @torch.no_grad()
+    def agreement(self, student: Outputs) -> float:
+        features = student.features.flatten(1)
+        if self.loss.adapter is not None:
+            features = self.loss.adapter(features)
+        different = self.loss.encode(features) ^ self.held_out_codes
+        places = torch.arange(8, dtype=torch.uint8, device=different.device)
+        each = different[:, :, None] >> places & 1  # [N_test, bytes, 8]
+        return 1 - each.sum().item() / (len(features) * self.loss.hash_bits)
+
+
+class CachedHashBits(HashBits):
+    """Hash bits only, from a file in which the frozen teacher's are written once. They are those
+    of the samples as they are: this demo trains without augmentation."""
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting, "lsh")
+        path, x = setting.folder / CODES_NAME, setting.data.x
+        kd.nn.encode_dataset(
+            setting.teacher,
+            x.split(EVALUATION_BATCH),
+            self.loss,
+            path,
+            features=lambda outputs: outputs.features,
+            progress=False,
+        )
+        self.cache = kd.nn.CodeCache(
+            path, criterion=self.loss, teacher=setting.teacher, samples=len(x)
+        )
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
+        codes = self.cache[index].to(student.features.device)
+        return self.loss(student.features, codes=codes)
 
 
 SP_WEIGHT = 3000.0  # the published one
 TRIPLET_WEIGHT = 0.1  # ours: nothing is published for this loss beside a cross-entropy on this data
+HASH_WEIGHT = 6.0  # the published one for CIFAR-100
+HASH_BITS = 512  # the published 32 a feature would take most of the demo's time
+CODES_NAME = "teacher.codes"
 
 ENTRIES = (
     Entry("ce", "cross-entropy only", None),
@@ -125,6 +216,8 @@ ENTRIES = (
         lambda _: OnFeatures(kd.nn.SimilarityPreservingLoss(SP_WEIGHT)),
         twin="sp-reference",
     ),
+    Entry("lshl2", "LSH (with L2)", HashBits),
+    Entry("lsh-cached", "LSH, cached codes", CachedHashBits),
 )
 
 

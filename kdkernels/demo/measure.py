@@ -22,10 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import kdkernels
-from kdkernels.demo.losses import Entry, Widths
+from kdkernels.demo.losses import Criterion
 from kdkernels.demo.models import Outputs
 
 _WARM_UP = 2
@@ -39,6 +39,7 @@ class Batch:
     student: Outputs
     teacher: Outputs
     labels: Tensor  # [B]
+    index: Tensor  # [B] in the training set
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -47,6 +48,7 @@ class Batch:
             "teacher_features": self.teacher.features,
             "teacher_logits": self.teacher.logits,
             "labels": self.labels,
+            "index": self.index,
         }
 
     @staticmethod
@@ -57,6 +59,7 @@ class Batch:
             Outputs(part["student_features"], part["student_logits"]),
             Outputs(part["teacher_features"], part["teacher_logits"]),
             part["labels"],
+            part["index"],
         )
 
 
@@ -69,27 +72,23 @@ class StepTime:
     p80_ms: float
 
 
-def step_of(entry: Entry, batch: Batch) -> Callable[[], None]:
+def step_of(criterion: Criterion, batch: Batch) -> Callable[[], None]:
     """A function that runs the criterion forward and backward once."""
-    if entry.build is None:
-        raise ValueError(f"entry must have a criterion, got {entry.name!r}")
-    student, teacher = batch.student, batch.teacher
-    widths = Widths(student.features.flatten(1).shape[1], teacher.features.flatten(1).shape[1])
-    criterion: nn.Module = entry.build(widths).to(student.features.device)
+    student = batch.student
     sources = student.features.detach().requires_grad_(), student.logits.detach().requires_grad_()
     outputs = Outputs(*sources)
 
     def step() -> None:
-        loss = criterion(outputs, teacher, batch.labels)
+        loss = criterion(outputs, batch.teacher, batch.labels, batch.index)
         torch.autograd.grad(loss, (*sources, *criterion.parameters()), allow_unused=True)
 
     return step
 
 
-def step_times(entries: list[Entry], batch: Batch) -> dict[str, StepTime]:
-    """Times of each entry's criterion, interleaved: what slows the machine slows all of them."""
+def step_times(criteria: dict[str, Criterion], batch: Batch) -> dict[str, StepTime]:
+    """Times of each criterion, interleaved: what slows the machine slows all of them."""
     device = batch.labels.device
-    steps = {entry.name: step_of(entry, batch) for entry in entries}
+    steps = {name: step_of(criterion, batch) for name, criterion in criteria.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(_WARM_UP + _ROUNDS):
         for name, step in steps.items():
@@ -106,11 +105,11 @@ def step_times(entries: list[Entry], batch: Batch) -> dict[str, StepTime]:
     return found
 
 
-def peak_bytes(entry: Entry, batch: Batch) -> int:
+def peak_bytes(criterion: Criterion, batch: Batch) -> int:
     """Most memory that a step holds at once above its inputs."""
     device = batch.labels.device
     if device.type == "cuda":
-        step = step_of(entry, batch)
+        step = step_of(criterion, batch)
         step()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -118,14 +117,13 @@ def peak_bytes(entry: Entry, batch: Batch) -> int:
         _synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "batch.pt"
-        torch.save(batch.tensors(), path)
+        path = Path(directory) / "step.pt"
+        torch.save((criterion, batch.tensors()), path)
         command = [
             sys.executable,
             "-m",
             "kdkernels.demo.memory",
             str(path),
-            entry.name,
             str(torch.get_num_threads()),
         ]
         search = [str(Path(kdkernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -138,7 +136,9 @@ def peak_bytes(entry: Entry, batch: Batch) -> int:
         }
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"measuring the memory of {entry.name} failed:\n{done.stderr}")
+        raise RuntimeError(
+            f"measuring the memory of {type(criterion).__name__} failed:\n{done.stderr}"
+        )
     return json.loads(done.stdout)["peak_bytes"]
 
 

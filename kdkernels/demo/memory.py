@@ -2,7 +2,7 @@
 """Peak memory of one step of a loss on the CPU; `measure.peak_bytes` runs it in a process of its
 own.
 
-    python -m kdkernels.demo.memory BATCH.pt ENTRY THREADS
+    python -m kdkernels.demo.memory STEP.pt THREADS
 
 The system keeps only the highest resident size so far, and importing torch may have peaked above
 what is held now. So before the step, memory is taken and touched until that record starts to rise:
@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 import torch
 
-from kdkernels.demo.losses import entry
 from kdkernels.demo.measure import Batch, step_of
 
 _BLOCK_BYTES = 256 * 1024
@@ -43,11 +42,12 @@ def fill_to_the_record() -> list[bytearray]:
 
 
 def main(argv: Sequence[str]) -> None:
-    path, name, threads = argv
+    path, threads = argv
     torch.set_num_threads(int(threads))
-    tensors = torch.load(path)
-    step_of(entry(name), Batch.of(tensors, _WARM_UP_ROWS))()
-    step = step_of(entry(name), Batch.of(tensors))
+    # the criterion is a module, hence more than weights; the parent has just written it
+    criterion, tensors = torch.load(path, weights_only=False)
+    step_of(criterion, Batch.of(tensors, _WARM_UP_ROWS))()
+    step = step_of(criterion, Batch.of(tensors))
     ballast = fill_to_the_record()
     before = highest_resident_bytes()
     step()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 CLASSES = 10
+EVALUATION_BATCH = 2000
 
 
 @dataclass(frozen=True)

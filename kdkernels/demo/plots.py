@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the record of a demo run: accuracy against epoch, and time and memory of each loss."""
+"""Draws the record of a demo run: accuracy and agreement of hash bits against epoch, and time and
+memory of each loss."""
 
 from __future__ import annotations
 
@@ -19,7 +20,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
     students = record["students"]
     colours = _colours(students)
     costed = [student for student in students if student["step_time"] is not None]
-    figure = Figure(figsize=(14, 7 if costed else 5), dpi=120, layout="constrained")
+    hashed = [student for student in students if student["curve_agreement"] is not None]
+    height = 9 if hashed else 7 if costed else 5
+    figure = Figure(figsize=(14, height), dpi=120, layout="constrained")
     settings = record["settings"]
     figure.suptitle(
         f"Distilling on {settings['data']}: batch {settings['batch_size']}, "
@@ -28,20 +31,23 @@ def draw(record: dict[str, Any], path: Path) -> None:
         fontsize=13,
     )
     if costed:
-        grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
-        _accuracy(figure.add_subplot(grid[:, 0]), record, colours)
+        grid = figure.add_gridspec(6, 2, width_ratios=(3, 2))
+        last = 4 if hashed else 6
+        _accuracy(figure.add_subplot(grid[:last, 0]), record, colours)
+        if hashed:
+            _agreement(figure.add_subplot(grid[last:, 0]), hashed, colours)
         times = {student["label"]: student["step_time"]["median_ms"] for student in costed}
         memory = {student["label"]: student["peak_bytes"] / 2**20 for student in costed}
         bar_colours = [colours[student["name"]] for student in costed]
         _bars(
-            figure.add_subplot(grid[0, 1]),
+            figure.add_subplot(grid[:3, 1]),
             times,
             bar_colours,
             "Time of the loss, forward and backward",
             "ms per step",
         )
         _bars(
-            figure.add_subplot(grid[1, 1]),
+            figure.add_subplot(grid[3:, 1]),
             memory,
             bar_colours,
             "Peak memory of the loss above its inputs",
@@ -79,6 +85,27 @@ def _accuracy(axes: Axes, record: dict[str, Any], colours: dict[str, Any]) -> No
             zorder=4 if dashed else 3,
         )
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", title="Accuracy of the student")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", framealpha=0.95)
+
+
+def _agreement(axes: Axes, hashed: list[dict[str, Any]], colours: dict[str, Any]) -> None:
+    axes.axhline(50, color=_GREY, linestyle=":", linewidth=1.5, label="chance (50%)")
+    for student in hashed:
+        values = [100 * value for value in student["curve_agreement"]]
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            label=f"{student['label']} ({values[-1]:.1f}%)",
+            color=colours[student["name"]],
+            linewidth=1.8,
+            marker="o" if len(values) == 1 else None,
+        )
+    axes.set(
+        xlabel="epoch",
+        ylabel="equal bits (%)",
+        title="Hash bits that student and teacher have in common on the test set",
+    )
     axes.grid(alpha=0.3)
     axes.legend(loc="best", framealpha=0.95)
 

@@ -9,18 +9,17 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdkernels.demo.data import Data
-from kdkernels.demo.losses import Entry, Widths
-from kdkernels.demo.models import ConvNet, Outputs
+from kdkernels.demo.losses import Criterion
+from kdkernels.demo.models import EVALUATION_BATCH, ConvNet, Outputs
 
 LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 1e-2
-_EVALUATION_BATCH = 2000
 
-# Loss of the network's outputs on the training samples with the given indices
-Criterion = Callable[[Outputs, Tensor], Tensor]
+# Of the network's outputs on the training samples with the given indices
+Loss = Callable[[Outputs, Tensor], Tensor]
 
 
 @dataclass
@@ -29,6 +28,8 @@ class Curves:
 
     loss: list[float] = field(default_factory=list)  # mean over the steps of the epoch
     accuracy: list[float] = field(default_factory=list)  # on the test set, after the epoch
+    # of hash bits on the test set, after the epoch; empty for a criterion without hash bits
+    agreement: list[float] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -43,45 +44,40 @@ def train_teacher(
 ) -> Curves:
     """Cross-entropy only."""
 
-    def criterion(outputs: Outputs, index: Tensor) -> Tensor:
+    def loss(outputs: Outputs, index: Tensor) -> Tensor:
         return F.cross_entropy(outputs.logits, data.y[index])
 
-    return _train(
-        model, list(model.parameters()), criterion, data, epochs, batch_size, seed, after_epoch
-    )
+    return _train(model, None, loss, data, epochs, batch_size, seed, after_epoch)
 
 
 def train_student(
     model: ConvNet,
-    entry: Entry,
+    criterion: Criterion | None,
     teacher: Outputs,
     data: Data,
     *,
+    cross_entropy_weight: float,
     epochs: int,
     batch_size: int,
     seed: int,
     after_epoch: Callable[[int, Curves], None],
 ) -> Curves:
     """`teacher`: outputs on the whole training set, which do not change without augmentation."""
-    distil: nn.Module | None = None
-    if entry.build is not None:
-        student_width = model.head.in_features
-        distil = entry.build(Widths(student_width, teacher.features.flatten(1).shape[1])).to(
-            data.x.device
-        )
 
-    def criterion(outputs: Outputs, index: Tensor) -> Tensor:
-        loss = entry.cross_entropy_weight * F.cross_entropy(outputs.logits, data.y[index])
-        return loss if distil is None else loss + distil(outputs, teacher[index], data.y[index])
+    def loss(outputs: Outputs, index: Tensor) -> Tensor:
+        labels = data.y[index]
+        found = cross_entropy_weight * F.cross_entropy(outputs.logits, labels)
+        if criterion is None:
+            return found
+        return found + criterion(outputs, teacher[index], labels, index)
 
-    parameters = [*model.parameters(), *(() if distil is None else distil.parameters())]
-    return _train(model, parameters, criterion, data, epochs, batch_size, seed, after_epoch)
+    return _train(model, criterion, loss, data, epochs, batch_size, seed, after_epoch)
 
 
 def _train(
     model: ConvNet,
-    parameters: list[nn.Parameter],
-    criterion: Criterion,
+    criterion: Criterion | None,
+    loss_of: Loss,
     data: Data,
     epochs: int,
     batch_size: int,
@@ -91,6 +87,7 @@ def _train(
     """AdamW on a one-cycle schedule; the last, smaller batch of an epoch is dropped."""
     steps = len(data.x) // batch_size
     generator = torch.Generator().manual_seed(seed)
+    parameters = [*model.parameters(), *(() if criterion is None else criterion.parameters())]
     optimiser = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, LEARNING_RATE, total_steps=epochs * steps
@@ -102,14 +99,18 @@ def _train(
         order = torch.randperm(len(data.x), generator=generator).to(data.x.device)
         losses = []
         for index in order[: steps * batch_size].split(batch_size):
-            loss = criterion(model(data.x[index]), index)
+            loss = loss_of(model(data.x[index]), index)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
             losses.append(loss.detach())
         curves.loss.append(torch.stack(losses).mean().item())
-        curves.accuracy.append(accuracy(model, data))
+        found = outputs(model, data.x_test)
+        curves.accuracy.append(accuracy(found, data))
+        agreement = None if criterion is None else criterion.agreement(found)
+        if agreement is not None:
+            curves.agreement.append(agreement)
         curves.seconds = time.perf_counter() - begin
         after_epoch(epoch, curves)
     return curves
@@ -122,12 +123,12 @@ def outputs(
     """In evaluation mode, without gradients."""
     model.eval()
     with torch.no_grad():
-        found = [model(part) for part in x.split(_EVALUATION_BATCH)]
+        found = [model(part) for part in x.split(EVALUATION_BATCH)]
     return Outputs(
         torch.cat([part.features for part in found]), torch.cat([part.logits for part in found])
     )
 
 
-def accuracy(model: ConvNet, data: Data) -> float:
-    """Share of the test set that is classified right."""
-    return (outputs(model, data.x_test).logits.argmax(1) == data.y_test).float().mean().item()
+def accuracy(found: Outputs, data: Data) -> float:
+    """Share of the test set that is classified right, from the outputs on it."""
+    return (found.logits.argmax(1) == data.y_test).float().mean().item()
