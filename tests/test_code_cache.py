@@ -208,7 +208,7 @@ def test_fingerprints_tell_teachers_apart() -> None:
     assert before != fingerprint(teacher)
 
 
-def test_an_empty_data_set(path: Path) -> None:
-    cache = encode_dataset(make_teacher(), [], make_criterion(), path)
-    assert cache.codes.shape == (0, 3)
-    assert kd.nn.CodeCache(path, samples=0).weight.shape == (BITS, DIM)
+def test_an_empty_data_set_is_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="loader must give at least one sample, got none"):
+        encode_dataset(make_teacher(), [], make_criterion(), path)
+    assert list(path.parent.iterdir()) == []

@@ -173,8 +173,8 @@ def encode_dataset(
         The opened file.
 
     Raises:
-        TypeError, ValueError: a loader that shuffles or leaves samples out, or features that do not
-            fit the criterion.
+        TypeError, ValueError: a loader that shuffles, leaves samples out or is empty, or features
+            that do not fit the criterion.
     """
     _refuse_order(loader)
     weight, bias = (x.detach().cpu().contiguous() for x in criterion.hash())
@@ -206,7 +206,6 @@ def encode_dataset(
                 bar.step(f"{count} samples")
         _refuse_missing(loader, count)
         header["samples"], header["bytes"] = count, file.tell()
-        file.truncate(header["bytes"])  # without codes it would end before the alignment does
         text = MAGIC + json.dumps(header).encode()
         file.seek(0)
         file.write(text.ljust(HEADER_BYTES))
@@ -284,6 +283,8 @@ def _refuse_order(loader: Iterable[Any]) -> None:
 
 
 def _refuse_missing(loader: Iterable[Any], count: int) -> None:
+    if count == 0:
+        raise ValueError("loader must give at least one sample, got none")
     data = loader.dataset if isinstance(loader, DataLoader) else None
     if isinstance(data, Sized) and len(data) != count:
         raise ValueError(

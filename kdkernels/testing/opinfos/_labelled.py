@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.reference._distances import distances
-from kdkernels.testing.opinfo import BadInput, BenchShape, Sample, randn, rng
+from kdkernels.testing.opinfo import BadInput, BenchShape, Eager, Sample, randn, rng
 
 # Least relative difference of two distances that no fp32 kernel confuses, by a factor of ten or so.
 CLEAR = 2e-6
@@ -177,6 +177,21 @@ def bench_sample(shape: BenchShape, device: torch.device, dtype: torch.dtype) ->
     labels = torch.randperm(B, generator=rng(2)) % classes
     x = randn(B, D, seed=1, device=device, dtype=dtype)
     return Sample(shape.name, (x, labels.to(device)), dict(shape.kwargs))
+
+
+def eager(loss: Callable[..., Tensor]) -> Eager:
+    """As users write it: `loss(distances of the unit rows, same label, is another row, options)`,
+    with distances from a product."""
+
+    def function(sample: Sample) -> Callable[..., Tensor]:
+        def call(x: Tensor, y: Tensor) -> Tensor:
+            x = F.normalize(x, dim=-1)
+            other = ~torch.eye(len(x), dtype=torch.bool, device=x.device)
+            return loss(torch.cdist(x, x), y[:, None] == y[None], other, **sample.kwargs)
+
+        return call
+
+    return Eager(function, prepare=lambda sample: sample)
 
 
 def memory(

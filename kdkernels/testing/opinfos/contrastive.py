@@ -68,6 +68,12 @@ def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
     return Cost(flops=3.0 * B * B * D, bytes=2.0 * B * D * dtype.itemsize)
 
 
+def eager(d: Tensor, same: Tensor, other: Tensor, margin: float = 1.0) -> Tensor:
+    losses = torch.where(same, d, (margin - d).relu()).square() / 2
+    pairs = len(d) * (len(d) - 1)
+    return torch.where(other, losses, 0.0).sum() / max(pairs, 1)
+
+
 OPINFOS = [
     OpInfo(
         name="contrastive_loss",
@@ -82,5 +88,6 @@ OPINFOS = [
         cost=cost,
         memory=_labelled.memory(6),
         algorithm_options=(),
+        eager=_labelled.eager(eager),
     )
 ]

@@ -82,6 +82,13 @@ def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
     return Cost(flops=1.0 * B * B * D, bytes=2.0 * B * D * dtype.itemsize)
 
 
+def eager(d: Tensor, same: Tensor, other: Tensor) -> Tensor:
+    d_ap = torch.where(same & other, d, -torch.inf).amax(1)
+    d_an = torch.where(~same, d, torch.inf).amin(1)
+    losses = (d_ap - d_an + 0.2).relu()
+    return losses.sum() / (losses > 0).sum().clamp_min(1)
+
+
 SQUARE_PEERS = ("pytorch-metric-learning",)  # which hold all distances
 PEERS = (*SQUARE_PEERS, "scikit-learn", "faiss-cpu", "pykeops")
 
@@ -98,6 +105,7 @@ OPINFOS = [
         bench_sample=_labelled.bench_sample,
         cost=cost,
         memory=_labelled.memory(6, SQUARE_PEERS),
+        eager=_labelled.eager(eager),
         magnitude=_labelled.magnitude,
         subtracts=True,
         algorithm_options=(),
