@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import kdkernels as kd
 from kdkernels.nn import CodeCache, LSHFeatureMimickingLoss, encode_dataset, fingerprint
 
 SAMPLES, DIM, BITS = 23, 6, 21
