@@ -39,7 +39,7 @@ demo: $(VENV)/.built
 
 # Waiting threads sleep: those of two test processes would otherwise spin on each other's cores.
 test: $(VENV)/.built
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(PROCESSES) $(PYTEST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(PROCESSES) --dist loadgroup $(PYTEST)
 
 bench: $(VENV)/.built
 	$(BIN)/kdkernels bench --output benchmarks/results $(BENCH)

@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 from kdkernels.testing import triton_targets
 from kdkernels.testing.triton_targets import SHARED_KIB, TARGETS, Compiled, variant_names
 
+pytestmark = pytest.mark.xdist_group("triton targets")  # which would compile them once each
+
 # enumerated here, where kernels may be interpreted; compiled by processes where they are not
 CASES = [(target, name) for target in TARGETS for name in variant_names(target)]
 

@@ -99,7 +99,8 @@ def triplet_loss(
             "batch_semihard": per anchor the farthest positive and the nearest negative strictly
             beyond it; anchors without one are dropped.
             "batch_all": every positive with every negative. The time of `soft` grows with the
-            number of triplets, that of the hinge with the number of pairs.
+            number of triplets, as does that of the hinge on Triton; on the CPU it grows with the
+            number of pairs.
             "pair_semihard": every positive with the nearest negative strictly beyond it, or with
             the farthest one where there is none.
         margin: Not negative. Kept under `soft` too, as pytorch-metric-learning does; Hermans et al.
