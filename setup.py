@@ -3,8 +3,10 @@
 them.
 
 Environment: KDKERNELS_NATIVE=0 skips the native build, =1 makes its failure an error (default:
-    build if there is a
-compiler, and say so if it does not work). KDKERNELS_WERROR=1 treats compiler warnings as errors.
+build if there is a compiler, and say so if it does not work). KDKERNELS_CUDA=0 leaves out the CUDA
+library, which is otherwise built if nvcc is found. KDKERNELS_CUDA_ARCHITECTURES names what for, as
+CMAKE_CUDA_ARCHITECTURES does (default: 80-real;90-real;100, or 80 alone for a development build).
+KDKERNELS_WERROR=1 treats compiler warnings as errors.
 """
 
 from __future__ import annotations
@@ -64,6 +66,10 @@ class CMakeBuild(build_ext):
             "CMAKE_INSTALL_PREFIX": target,
             "KDK_TORCH_DIR": Path(torch.__file__).parent,
             "KDK_TORCH_VERSION": torch.__version__,
+            "KDK_CUDA": "OFF" if os.environ.get("KDKERNELS_CUDA") == "0" else "ON",
+            "KDK_CUDA_ARCHITECTURES": os.environ.get(
+                "KDKERNELS_CUDA_ARCHITECTURES", "80" if self.inplace else "80-real;90-real;100"
+            ),
             "KDK_WERROR": "ON" if os.environ.get("KDKERNELS_WERROR") == "1" else "OFF",
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),

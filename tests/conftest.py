@@ -12,11 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import cuda_host
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+cuda_host.use()  # before cases are enumerated; processes of xdist inherit it
 
 NOT_RUN = pytest.StashKey[Counter]()
 ALLOCATORS = (

@@ -19,17 +19,18 @@ namespace kdk {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// An uninitialised contiguous tensor on the CPU. Straight through the C shim:
+// An uninitialised contiguous tensor, by default on the CPU. Straight through the C shim:
 // torch::stable::new_empty looks its operator up by name in every call, which shows at small batch.
-inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
+                    int32_t device_type = aoti_torch_device_type_cpu(), int32_t device = 0) {
   int64_t strides[8], stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1))
     strides[i] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device,
+      &handle));
   return Tensor(handle);
 }
 

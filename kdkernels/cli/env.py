@@ -106,6 +106,7 @@ def _libraries() -> dict[str, str | None]:
     module = _native.build_module()
     return {
         "libkdkernels_cpu": _native.load_error("kdkernels_cpu"),
+        "libkdkernels_cuda": _native.cuda_load_error(),
         "kdkernels._C": module if isinstance(module, str) else None,
     }
 

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA, or what stands in for it where kernels run on the host (docs/cuda.md). Kernels include no
+// torch header: nvcc takes seconds for a file without one, and minutes with.
+#pragma once
+
+#if defined(KDK_CUDA_HOST)
+#include "cuda_host.h"
+#define KDK_UNROLL
+#else
+#include <cuda_runtime.h>
+#define KDK_UNROLL _Pragma("unroll")
+#endif
+
+#include <cstdint>
+
+namespace kdk::cuda {
+
+// Dynamic shared memory of the block, aligned to 128 bytes. Kernels use no other.
+__device__ __forceinline__ unsigned char* shared_memory() {
+#if defined(KDK_CUDA_HOST)
+  return kdk::host::shared_memory();
+#else
+  extern __shared__ __align__(128) unsigned char bytes[];
+  return bytes;
+#endif
+}
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace kdk::cuda

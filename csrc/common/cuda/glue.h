@@ -1,0 +1,161 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between tensors and launches: where a call runs, its memory, and tensors as kernels read them.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+
+#include "../stable.h"
+#include "product.h"
+
+#if defined(KDK_CUDA_HOST)
+#define KDK_CUDA_DISPATCH_KEY CPU
+#else
+#define KDK_CUDA_DISPATCH_KEY CUDA
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace kdk::cuda {
+
+#if defined(KDK_CUDA_HOST)
+struct OnDevice {
+  explicit OnDevice(int32_t) {}
+};
+inline cudaStream_t current_stream(int32_t) { return nullptr; }
+#else
+using OnDevice = torch::stable::accelerator::DeviceGuard;
+inline cudaStream_t current_stream(int32_t device) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+#endif
+
+// The device of a tensor, current until this goes, and its current stream.
+class Device {
+ public:
+  explicit Device(const Tensor& like)
+      : index_(like.get_device_index()), guard_(index_), stream_(current_stream(index_)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type_));
+  }
+
+  cudaStream_t stream() const { return stream_; }
+
+  // Uninitialised and contiguous.
+  Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
+    const Tensor x = kdk::empty(sizes, dtype, type_, index_);
+#if defined(KDK_CUDA_HOST)
+    // NaN, so that reading what was never written shows
+    if (x.numel() > 0) std::memset(x.mutable_data_ptr(), 0xff, x.numel() * x.element_size());
+#endif
+    return x;
+  }
+
+  Tensor zeros(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
+    Tensor x = empty(sizes, dtype);
+    return torch::stable::zero_(x);
+  }
+
+ private:
+  int32_t index_, type_ = 0;
+  OnDevice guard_;
+  cudaStream_t stream_;
+};
+
+template <typename T>
+T* data_of(const Tensor& x) {
+  return static_cast<T*>(x.mutable_data_ptr());
+}
+
+// With `exact`, fp32 features are multiplied as they are.
+inline Math math_of(const Tensor& x, bool exact) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return Math::kBFloat16;
+    case ScalarType::Half: return Math::kFloat16;
+    default: return exact ? Math::kExact : Math::kTf32x3;
+  }
+}
+
+inline ScalarType dtype_of(Math math) {
+  return math == Math::kBFloat16  ? ScalarType::BFloat16
+         : math == Math::kFloat16 ? ScalarType::Half
+                                  : ScalarType::Float;
+}
+
+inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+}
+
+// x, the last axis of unit stride; copied only if it is not so already.
+inline Tensor with_contiguous_rows(const Tensor& x) {
+  return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// Of a matrix, or of groups of them, with contiguous rows. `sample_mask` says which rows are read.
+inline Source source_of(const Tensor& x, const std::optional<Tensor>& sample_mask = {}) {
+  const int64_t dim = x.dim(), size = x.element_size();
+  Source source{};
+  source.data = x.mutable_data_ptr();
+  source.rows = x.size(dim - 2);
+  source.cols = x.size(dim - 1);
+  source.stride = x.stride(dim - 2);
+  source.group = dim > 2 ? x.stride(0) : 0;
+  source.aligned = reinterpret_cast<uintptr_t>(source.data) % kChunkBytes == 0 &&
+                   (source.rows <= 1 || source.stride * size % kChunkBytes == 0) &&
+                   (dim <= 2 || x.size(0) <= 1 || source.group * size % kChunkBytes == 0);
+  if (sample_mask) {
+    source.keep = data_of<const bool>(*sample_mask);
+    source.keep_stride = sample_mask->stride(0);
+  }
+  return source;
+}
+
+// Rows first ... first + count of a source.
+inline Source rows_of(Source source, int64_t first, int64_t count, Math math) {
+  source.data = static_cast<const char*>(source.data) +
+                first * source.stride * static_cast<int64_t>(element_bytes(math));
+  if (source.keep != nullptr) source.keep += first * source.keep_stride;
+  source.rows = count;
+  return source;
+}
+
+// A product and the memory that its splits need. The launch before it, on the same stream, sets its
+// tickets to 0.
+class Product {
+ public:
+  Product(const Device& device, int64_t groups, int64_t M, int64_t N, int64_t K, Math math)
+      : groups_(groups), math_(math) {
+    const int64_t tiles = ceil_div(M, kTile) * ceil_div(N, kTile);
+    const Splits splits = split_contraction(groups * tiles, K, math);
+    params.M = M;
+    params.N = N;
+    params.K = K;
+    params.tiles = tiles;
+    params.splits = splits.count;
+    params.split_length = splits.length;
+    if (splits.count > 1) {
+      partials_ = device.empty({splits.count * groups * tiles * kTile * kTile}, ScalarType::Float);
+      tickets_ = device.empty({ticket_count()}, ScalarType::Int);
+      params.partials = data_of<float>(*partials_);
+      params.tickets = data_of<unsigned>(*tickets_);
+    }
+  }
+
+  int64_t ticket_count() const { return params.splits > 1 ? groups_ * params.tiles : 0; }
+
+  void launch(Along a_along, const Device& device) const {
+    launch_product(params, groups_, a_along, math_, device.stream());
+  }
+
+  ProductParams params{};
+
+ private:
+  int64_t groups_;
+  Math math_;
+  std::optional<Tensor> partials_, tickets_;
+};
+
+}  // namespace kdk::cuda

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// The main loop of a product: a block makes a tile of a b^T in registers, its steps copied kStages
+// - 1 ahead. Eight warps, two down and four across, have 64 x 32 of the tile each.
+#pragma once
+
+#include "tile.h"
+
+namespace kdk::cuda {
+
+inline constexpr int kStages = 4;
+inline constexpr int kSharedBytes = kStages * 2 * kTileBytes;
+inline constexpr int kWarpsAcross = 4;
+inline constexpr int kWarpRows = 64, kWarpColumns = 32;
+
+// Blocks on a multiprocessor, which caps the registers of a thread: at 128 for two. Two are what
+// shared memory of sm_80 has room for; fp32 operands need the registers of one.
+template <Math kMath>
+inline constexpr int kBlocks = sizeof(Element<kMath>) == 2 ? 2 : 1;
+static_assert(2 * kSharedBytes <= 163 << 10, "two blocks have to fit a multiprocessor of sm_80");
+
+// A thread's part of the tile: [i][j][c] is at row first_row() + 16 i + 8 (c / 2) and column
+// first_column() + 8 j + c % 2.
+using Accumulators = float[4][4][4];
+
+__device__ __forceinline__ int first_row() {
+  return static_cast<int>(threadIdx.x) / 32 / kWarpsAcross * kWarpRows + threadIdx.x % 32 / 4;
+}
+
+__device__ __forceinline__ int first_column() {
+  return static_cast<int>(threadIdx.x) / 32 % kWarpsAcross * kWarpColumns + threadIdx.x % 4 * 2;
+}
+
+// f(i, j, c, row, column) of every accumulator of this thread.
+template <typename F>
+__device__ __forceinline__ void for_each_accumulator(const F& f) {
+  KDK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    KDK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      KDK_UNROLL
+      for (int c = 0; c < 4; ++c)
+        f(i, j, c, first_row() + 16 * i + c / 2 * 8, first_column() + 8 * j + c % 2);
+    }
+  }
+}
+
+__device__ __forceinline__ void fill(Accumulators& acc, float value) {
+  for_each_accumulator([&](int i, int j, int c, int, int) { acc[i][j][c] = value; });
+}
+
+// The two tf32 pieces of fp32 registers.
+template <int kCount>
+__device__ __forceinline__ void split(const uint32_t (&x)[kCount], uint32_t (&high)[kCount],
+                                      uint32_t (&low)[kCount]) {
+  KDK_UNROLL
+  for (int r = 0; r < kCount; ++r) {
+    high[r] = to_tf32(float_of(x[r]));
+    low[r] = to_tf32(float_of(x[r]) - float_of(high[r]));
+  }
+}
+
+template <Math kMath, Along kA, Along kB>
+__device__ __forceinline__ void multiply_step(Accumulators& acc, const unsigned char* a_tile,
+                                              const unsigned char* b_tile) {
+  using A = OperandTile<kMath, kA>;
+  using B = OperandTile<kMath, kB>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int m = warp / kWarpsAcross * kWarpRows, n = warp % kWarpsAcross * kWarpColumns;
+  if constexpr (kMath == Math::kExact) {
+    for (int k = 0; k < A::kStep; k += 4) {
+      Float4 a[8];
+      KDK_UNROLL
+      for (int i = 0; i < 8; ++i) a[i] = A::load_four(a_tile, m + lane / 4 + 8 * i, k);
+      KDK_UNROLL
+      for (int j = 0; j < 8; ++j) {
+        const Float4 b = B::load_four(b_tile, n + lane % 4 * 2 + j / 2 * 8 + j % 2, k);
+        KDK_UNROLL
+        for (int i = 0; i < 8; ++i) {
+          KDK_UNROLL
+          for (int e = 0; e < 4; ++e) acc[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i].x[e] * b.x[e];
+        }
+      }
+    }
+  } else {
+    KDK_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      uint32_t b[4][2];
+      KDK_UNROLL
+      for (int j = 0; j < 4; j += 2) B::load_b(b + j, b_tile, n + 8 * j, half);
+      KDK_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        uint32_t a[4];
+        A::load_a(a, a_tile, m + 16 * i, half);
+        if constexpr (kMath == Math::kTf32x3) {
+          uint32_t a_high[4], a_low[4];
+          split(a, a_high, a_low);
+          KDK_UNROLL
+          for (int j = 0; j < 4; ++j) {
+            uint32_t b_high[2], b_low[2];
+            split(b[j], b_high, b_low);
+            mma<kMath>(acc[i][j], a_low, b_high);
+            mma<kMath>(acc[i][j], a_high, b_low);
+            mma<kMath>(acc[i][j], a_high, b_high);
+          }
+        } else {
+          KDK_UNROLL
+          for (int j = 0; j < 4; ++j) mma<kMath>(acc[i][j], a, b[j]);
+        }
+      }
+    }
+  }
+}
+
+// acc += sum over k_begin <= k < k_end of a(m0 + row, k) b(n0 + column, k). The block has kThreads
+// threads; `shared` holds kSharedBytes and may be used again afterwards.
+template <Math kMath, Along kA, Along kB>
+__device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* shared, const Source& a,
+                                         const Source& b, int64_t group, int64_t m0, int64_t n0,
+                                         int64_t k_begin, int64_t k_end) {
+  using T = Element<kMath>;
+  using A = OperandTile<kMath, kA>;
+  using B = OperandTile<kMath, kB>;
+  const T* a_data = static_cast<const T*>(a.data) + group * a.group;
+  const T* b_data = static_cast<const T*>(b.data) + group * b.group;
+  const int64_t steps = k_end > k_begin ? ceil_div(k_end - k_begin, A::kStep) : 0;
+  const auto begin_step = [&](int64_t step) {
+    if (step < steps) {
+      unsigned char* stage = shared + step % kStages * 2 * kTileBytes;
+      A::load(stage, a, a_data, m0, k_begin + step * A::kStep, k_end);
+      B::load(stage + kTileBytes, b, b_data, n0, k_begin + step * A::kStep, k_end);
+    }
+    copy_async_commit();
+  };
+  for (int step = 0; step < kStages - 1; ++step) begin_step(step);
+  for (int64_t step = 0; step < steps; ++step) {
+    copy_async_wait<kStages - 2>();
+    // every thread's copies of this step are there, and nobody reads the stage that is filled next
+    __syncthreads();
+    begin_step(step + kStages - 1);
+    const unsigned char* stage = shared + step % kStages * 2 * kTileBytes;
+    multiply_step<kMath, kA, kB>(acc, stage, stage + kTileBytes);
+  }
+  copy_async_wait<0>();
+  __syncthreads();
+}
+
+// The tile in shared memory, for epilogues that work along its rows: [kTile, kTile], and swizzled.
+// Nobody else may still use `shared`.
+static_assert(kSharedBytes >= kTile * kTile * 4, "an fp32 tile has to fit the operands' memory");
+
+__device__ __forceinline__ float* staged(float* shared, int row, int column) {
+  return shared + row * kTile + ((column / 4 ^ (row & 7)) * 4 + column % 4);
+}
+
+__device__ __forceinline__ void stage(const Accumulators& acc, float* shared) {
+  struct alignas(8) Pair {
+    float x, y;
+  };
+  KDK_UNROLL
+  for (int i = 0; i < 8; ++i) {
+    KDK_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const float* from = acc[i / 2][j] + i % 2 * 2;
+      *reinterpret_cast<Pair*>(staged(shared, first_row() + 8 * i, first_column() + 8 * j)) = {
+          from[0], from[1]};
+    }
+  }
+  __syncthreads();
+}
+
+// Columns `column` ... `column` + 7, a multiple of 8, of a row.
+__device__ __forceinline__ void load_eight(float (&x)[8], float* shared, int row, int column) {
+  KDK_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    const auto four = *reinterpret_cast<const Float4*>(staged(shared, row, column + 4 * half));
+    KDK_UNROLL
+    for (int e = 0; e < 4; ++e) x[4 * half + e] = four.x[e];
+  }
+}
+
+}  // namespace kdk::cuda

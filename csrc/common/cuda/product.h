@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products that end in memory: out = a b, in groups, with the contraction split over blocks where
+// there are few tiles.
+#pragma once
+
+#include "operand.h"
+
+namespace kdk::cuda {
+
+// out[i] = sum over p of parts[p, i], in order.
+struct PartSums {
+  const float* parts;  // [count, size]
+  float* out;          // [size]
+  int64_t count, size;
+};
+
+struct ProductParams {
+  Source a;           // [M, K], or [K, M] if a_along is kOutput
+  Source b;           // [K, N]
+  void* out;          // [G, M, N] contiguous, fp32 if out_float, else of the operands' dtype
+  float* partials;    // [splits, G, tiles, kTile^2] if splits > 1
+  unsigned* tickets;  // [G, tiles], zeros, if splits > 1
+  int64_t M, N, K;
+  int64_t split_length;
+  const float* scale;  // [G], scale_stride apart; null for 1
+  int64_t scale_stride;
+  int64_t tiles;  // of M x N
+  int splits;
+  bool out_float;
+  PartSums sums;  // done by further blocks of the same launch; size 0 for none
+};
+
+// Into how many pieces a contraction is cut, and their length.
+struct Splits {
+  int count;
+  int64_t length;
+};
+
+// Enough to fill the device twice, while each still takes several steps.
+Splits split_contraction(int64_t tiles, int64_t K, Math math);
+
+void launch_product(const ProductParams& params, int64_t groups, Along a_along, Math math,
+                    cudaStream_t stream);
+
+void launch_part_sums(const PartSums& sums, cudaStream_t stream);
+
+}  // namespace kdk::cuda

@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA operators kdkernels_cuda::lsh_bce_{encode,fwd,bwd}. Arguments were checked by the public
+// functions.
+#include "lsh_bce_cuda.h"
+
+#include <tuple>
+
+#include "../common/cuda/glue.h"
+#include "../common/cuda/properties.h"
+
+namespace kdk::lsh_bce {
+namespace {
+
+using namespace kdk::cuda;
+
+// Tensors that a projection's view points into, in the dtype that they are multiplied in.
+struct Operands {
+  Tensor features, weight;
+  std::optional<Tensor> bias;
+  Math math;
+
+  Operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, Math math_)
+      : features(with_contiguous_rows(in_dtype(x, dtype_of(math_)))),
+        weight(with_contiguous_rows(in_dtype(w, dtype_of(math_)))),
+        math(math_) {
+    if (b) bias = in_dtype(*b, dtype_of(math));
+  }
+
+  CudaProjection view(const std::optional<Tensor>& sample_mask = {}) const {
+    return {source_of(features, sample_mask), source_of(weight),
+            bias ? bias->mutable_data_ptr() : nullptr, bias ? bias->stride(0) : 0};
+  }
+};
+
+// How many of `count` rows (or columns) of derivatives are made at a time: what stays in half of
+// the L2 cache until the product has read it.
+int64_t chunk_of(int64_t count, int64_t row_bytes) {
+  const int64_t fitting = l2_bytes() / 2 / std::max<int64_t>(row_bytes, 1) / kTile * kTile;
+  return std::min(count, std::max<int64_t>(kTile, fitting));
+}
+
+Tensor lsh_bce_encode(Tensor features, Tensor weight, std::optional<Tensor> bias, bool exact) {
+  const Device device(features);
+  const int64_t B = features.size(0), N = weight.size(0);
+  const Tensor codes = device.empty({B, ceil_div(N, 8)}, ScalarType::Byte);
+  if (codes.numel() == 0) return codes;
+  const Operands operands(features, weight, bias, math_of(features, exact));
+  launch_lsh_bce_encode({operands.view(), data_of<uint8_t>(codes)}, operands.math, device.stream());
+  return codes;
+}
+
+ProjectParams project_params(const Operands& operands, const Tensor& codes,
+                             const std::optional<Tensor>& sample_mask) {
+  ProjectParams params{};
+  params.projection = operands.view(sample_mask);
+  params.codes = data_of<const uint8_t>(codes);
+  params.codes_stride_b = codes.stride(0);
+  params.codes_stride_n = codes.stride(1);
+  return params;
+}
+
+std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight,
+                                       std::optional<Tensor> bias,
+                                       std::optional<Tensor> sample_mask, bool with_dloss,
+                                       bool exact) {
+  const Device device(student);
+  const int64_t B = student.size(0), D = student.size(1), N = weight.size(0);
+  if (B == 0 || N == 0)
+    return {device.zeros({B}, ScalarType::Float), with_dloss
+                                                      ? device.zeros({B, D}, ScalarType::Float)
+                                                      : device.empty({0}, ScalarType::Float)};
+  const Tensor loss = device.empty({B}, ScalarType::Float);
+  const Tensor dloss =
+      with_dloss ? device.empty({B, D}, ScalarType::Float) : device.empty({0}, ScalarType::Float);
+  const Math math = math_of(student, exact);
+  const Operands operands(student, weight, bias, math);
+  const auto all = project_params(operands, codes, sample_mask);
+  const int64_t step = with_dloss ? chunk_of(B, N * static_cast<int64_t>(element_bytes(math))) : B;
+  const int64_t across = ceil_div(N, kTile);
+  const Tensor parts = device.empty({across, step}, ScalarType::Float);
+  const Tensor dz = device.empty({with_dloss ? step : 0, N}, dtype_of(math));
+  for (int64_t first = 0; first < B; first += step) {
+    const int64_t rows = std::min(step, B - first);
+    auto params = all;
+    params.projection.features = rows_of(all.projection.features, first, rows, math);
+    params.codes += first * params.codes_stride_b;
+    params.loss = data_of<float>(parts);
+    params.loss_stride = rows;
+    const PartSums sums{params.loss, data_of<float>(loss) + first, across, rows};
+    if (!with_dloss) {
+      launch_lsh_bce_project(params, math, device.stream());
+      launch_part_sums(sums, device.stream());
+      continue;
+    }
+    Product product(device, 1, rows, D, N, math);
+    product.params.a = source_of(dz);
+    product.params.a.rows = rows;
+    product.params.b = all.projection.weight;
+    product.params.out = data_of<float>(dloss) + first * D;
+    product.params.out_float = true;
+    product.params.sums = sums;
+    params.dz = dz.mutable_data_ptr();
+    params.tickets = product.params.tickets;
+    params.ticket_count = product.ticket_count();
+    launch_lsh_bce_project(params, math, device.stream());
+    product.launch(Along::kContraction, device);
+  }
+  return {loss, dloss};
+}
+
+// In chunks of directions, of which each row of dweight needs one only.
+void weight_gradients(const Device& device, const Tensor& dout, const Operands& operands,
+                      const Tensor& codes, const std::optional<Tensor>& sample_mask,
+                      const Tensor& dweight,  // [N, D], of the operands' dtype, or empty
+                      const Tensor& dbias) {  // [N] fp32, or empty
+  const Math math = operands.math;
+  const auto all = project_params(operands, codes, sample_mask);
+  const int64_t B = operands.features.size(0), N = operands.weight.size(0),
+                D = operands.weight.size(1);
+  const int64_t size = static_cast<int64_t>(element_bytes(math));
+  const int64_t step = chunk_of(N, B * size), down = ceil_div(B, kTile);
+  const bool need_weight = dweight.numel() > 0, need_bias = dbias.numel() > 0;
+  const Tensor dz = device.empty({need_weight ? B : 0, step}, dtype_of(math));
+  const Tensor columns = device.empty({need_bias ? down : 0, step}, ScalarType::Float);
+  for (int64_t first = 0; first < N; first += step) {
+    const int64_t count = std::min(step, N - first);
+    auto params = all;
+    params.projection.weight = rows_of(all.projection.weight, first, count, math);
+    if (params.projection.bias != nullptr)
+      params.projection.bias = static_cast<const char*>(params.projection.bias) +
+                               first * params.projection.bias_stride * size;
+    params.codes += first / 8 * params.codes_stride_n;
+    params.factor = data_of<const float>(dout);
+    params.factor_stride = dout.stride(0);
+    PartSums sums{};
+    if (need_bias) {
+      params.dbias = data_of<float>(columns);
+      sums = {params.dbias, data_of<float>(dbias) + first, down, count};
+    }
+    if (!need_weight) {
+      launch_lsh_bce_project(params, math, device.stream());
+      launch_part_sums(sums, device.stream());
+      continue;
+    }
+    Product product(device, 1, count, D, B, math);
+    product.params.a = source_of(dz);
+    product.params.a.cols = product.params.a.stride = count;
+    product.params.a.aligned = product.params.a.aligned && count * size % kChunkBytes == 0;
+    product.params.b = all.projection.features;
+    product.params.out = data_of<char>(dweight) + first * D * size;
+    product.params.sums = sums;
+    params.dz = dz.mutable_data_ptr();
+    params.tickets = product.params.tickets;
+    params.ticket_count = product.ticket_count();
+    launch_lsh_bce_project(params, math, device.stream());
+    product.launch(Along::kOutput, device);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes,
+                                               Tensor weight, std::optional<Tensor> bias,
+                                               std::optional<Tensor> sample_mask, Tensor dloss,
+                                               bool need_student, bool need_weight, bool need_bias,
+                                               bool exact) {
+  const Device device(student);
+  const int64_t B = student.size(0), N = weight.size(0), D = weight.size(1);
+  const ScalarType dtype = student.scalar_type();
+  const Tensor ds = need_student ? device.empty({B, D}, dtype) : device.empty({0}, dtype);
+  if (ds.numel() > 0) {
+    const Tensor rows = torch::stable::contiguous(dloss);
+    launch_lsh_bce_bwd_scale({data_of<const float>(dout), dout.stride(0),
+                              data_of<const float>(rows), ds.mutable_data_ptr(), B, D},
+                             math_of(student, exact), device.stream());
+  }
+  // fp16 could not hold what dout makes of a derivative
+  Math math = math_of(student, exact);
+  if (math == Math::kFloat16) math = exact ? Math::kExact : Math::kTf32x3;
+  const auto result = [&](std::initializer_list<int64_t> sizes, ScalarType type, bool need) {
+    if (!need) return device.empty({0}, type);
+    return B == 0 ? device.zeros(sizes, type) : device.empty(sizes, type);
+  };
+  const Tensor dw = result({N, D}, dtype_of(math), need_weight);
+  const Tensor db = result({N}, ScalarType::Float, need_bias);
+  if (B > 0 && dw.numel() + db.numel() > 0)
+    weight_gradients(device, dout, Operands(student, weight, bias, math), codes, sample_mask, dw,
+                     db);
+  return {ds, in_dtype(dw, dtype), in_dtype(db, dtype)};
+}
+
+}  // namespace
+}  // namespace kdk::lsh_bce
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
+  m.def("lsh_bce_encode(Tensor features, Tensor weight, Tensor? bias, bool exact) -> Tensor");
+  m.def(
+      "lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? sample_mask, "
+      "bool with_dloss, bool exact) -> (Tensor, Tensor)");
+  m.def(
+      "lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? "
+      "sample_mask, Tensor dloss, bool need_student, bool need_weight, bool need_bias, bool exact) "
+      "-> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, KDK_CUDA_DISPATCH_KEY, m) {
+  m.impl("lsh_bce_encode", TORCH_BOX(&kdk::lsh_bce::lsh_bce_encode));
+  m.impl("lsh_bce_fwd", TORCH_BOX(&kdk::lsh_bce::lsh_bce_fwd));
+  m.impl("lsh_bce_bwd", TORCH_BOX(&kdk::lsh_bce::lsh_bce_bwd));
+}

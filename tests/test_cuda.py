@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels without a GPU: run on the host, with and without sanitizers, and what nvcc made
+of them. What every op must do is in the generic tests, which run them too (docs/cuda.md)."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import cuda_host
+import pytest
+import torch
+from cases import Case, assert_within_budget, gradients, leaves
+
+from kdkernels import _native
+from kdkernels.testing.opinfo import Sample, opinfos
+from kdkernels.testing.opinfos import lsh_bce
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+ORDERS = ("forward", "reverse", "shuffle-1", "shuffle-2")
+# Kernels that multiply: which have to use tensor cores, and which must not.
+PRODUCT = re.compile(r"_(product|encode|project)_kernel")
+EXACT = "4MathE3"  # as a template argument in a mangled name
+
+# One process builds them, one after another.
+pytestmark = [
+    pytest.mark.xdist_group("cuda on the host"),
+    pytest.mark.skipif(
+        not _native.cuda_host_library() or cuda_host.obstacle() is not None,
+        reason="the CUDA kernels do not run on the host here",
+    ),
+]
+
+
+# Samples of several tiles, splits and chunks, whose edges fill neither a tile nor a vector.
+LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
+    "lsh_bce": lambda dtype: Sample("several_tiles", lsh_bce._draw(150, 72, 309, CPU, dtype)),
+}
+
+
+def _large(name: str, dtype: torch.dtype) -> Case:
+    info = next(info for info in opinfos() if info.name == name)
+    return Case(info, "cuda", CPU, dtype, LARGE[name](dtype))
+
+
+@pytest.fixture
+def fp32_matmul() -> Iterator[Callable[[str], None]]:
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision"),
+    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")],
+    ids=["fp32-exact", "fp32-tf32x3", "bf16"],
+)
+@pytest.mark.parametrize("name", LARGE)
+def test_several_tiles(
+    name: str, dtype: torch.dtype, precision: str, fp32_matmul: Callable[[str], None]
+) -> None:
+    fp32_matmul(precision)
+    case = _large(name, dtype)
+    assert_within_budget(case, case.errors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", LARGE)
+def test_the_order_of_threads_and_blocks_makes_no_difference(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, runs = _large(name, dtype), []
+    for order in ORDERS:
+        monkeypatch.setenv("KDKERNELS_CUDA_HOST_ORDER", order)
+        args = leaves(case)
+        value = case.call(*args)
+        runs.append([value.detach(), *gradients(value, args)])
+    for run in runs[1:]:
+        assert all(torch.equal(first, other) for first, other in zip(runs[0], run, strict=True))
+
+
+def _planted(path: Path, which: int, faulty: bool) -> tuple[list[float], str]:
+    """Results and error of a kernel of tests/cpp/planted.cu."""
+    out, error = (ctypes.c_float * 64)(), ctypes.create_string_buffer(256)
+    library = ctypes.CDLL(str(path))
+    library.planted(ctypes.c_int(which), ctypes.c_bool(faulty), out, error)
+    return list(out), error.value.decode()
+
+
+BARRIER, BOUNDS, DIVERGENCE, COPY = range(4)
+NUMBERS = [float(i) for i in range(64)]
+RIGHT = {BARRIER: NUMBERS[::-1], DIVERGENCE: NUMBERS, COPY: NUMBERS}
+
+
+@pytest.fixture(scope="module")
+def plain() -> Path:
+    cuda_host.build("planted_plain")
+    return cuda_host.library("planted_plain")
+
+
+@pytest.mark.parametrize("which", RIGHT)
+def test_kernels_without_a_fault_are_right_in_every_order(
+    plain: Path, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for order in ORDERS:
+        monkeypatch.setenv("KDKERNELS_CUDA_HOST_ORDER", order)
+        assert _planted(plain, which, False) == (RIGHT[which], "")
+
+
+def test_a_missing_barrier_shows_in_the_order(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = set()
+    for order in ORDERS:
+        monkeypatch.setenv("KDKERNELS_CUDA_HOST_ORDER", order)
+        results.add(repr(_planted(plain, BARRIER, True)))
+    assert len(results) > 1
+
+
+def test_a_copy_without_a_wait_is_not_there(plain: Path) -> None:
+    results, _ = _planted(plain, COPY, True)
+    assert all(x != x for x in results)
+
+
+def test_threads_that_miss_a_barrier_are_an_error(plain: Path) -> None:
+    _, error = _planted(plain, DIVERGENCE, True)
+    assert "32 of 64 threads wait at a barrier" in error
+
+
+def _sanitized(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    compiler = os.environ.get("CXX", "g++")
+    runtime = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    environment |= {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("faulty", [False, True])
+def test_an_access_out_of_bounds_is_found(faulty: bool) -> None:
+    cuda_host.build("planted_sanitized")
+    path = cuda_host.library("planted_sanitized")
+    code = (
+        "import ctypes; out, error = (ctypes.c_float * 64)(), ctypes.create_string_buffer(256)\n"
+        f"ctypes.CDLL({str(path)!r}).planted({BOUNDS}, ctypes.c_bool({faulty}), out, error)"
+    )
+    done = _sanitized("-c", code)
+    assert ("heap-buffer-overflow" in done.stderr) == faulty, done.stderr
+    assert (done.returncode != 0) == faulty
+
+
+@pytest.mark.sanitize
+def test_every_kernel_under_the_sanitizers() -> None:
+    cuda_host.build("kdkernels_cuda_sanitized")
+    library = str(cuda_host.library("kdkernels_cuda_sanitized"))
+    command = [
+        "-m",
+        "kdkernels",
+        "check",
+        "--backend",
+        "cuda",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "bfloat16",
+    ]
+    done = _sanitized(*command, KDKERNELS_CUDA_HOST=library)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert re.search(r"\d+ passed, 0 failed", done.stdout)
+
+
+@dataclass(frozen=True)
+class Resources:
+    architecture: str
+    kernel: str  # mangled
+    registers: int
+    local_bytes: int  # stack and spills
+    tensor_core: int  # instructions
+
+
+@cache
+def _tool() -> str:
+    """cuobjdump of the toolkit, or the one in triton's wheel."""
+    found = shutil.which("cuobjdump")
+    if found is None:
+        triton = pytest.importorskip("triton")
+        found = str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+    return found
+
+
+def _resources(path: Path) -> Iterator[Resources]:
+    def output(option: str) -> str:
+        return subprocess.run(
+            [_tool(), option, str(path)], capture_output=True, text=True, check=True
+        ).stdout
+
+    counts: dict[str, int] = {}
+    for part in re.split(r"\n\s*Function : ", output("-sass"))[1:]:
+        counts[part.split()[0]] = len(re.findall(r"\bHMMA\b", part))
+    found = re.findall(
+        r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", output("-res-usage")
+    )
+    for kernel, registers, stack, local in found:
+        yield Resources(path.parent.name, kernel, int(registers), int(stack) + int(local),
+                        counts[kernel])  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
+def device_code(request: pytest.FixtureRequest) -> list[Resources]:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc not found")
+    cuda_host.build(request.param)
+    files = sorted((cuda_host.BUILD / request.param).glob("*.cubin"))
+    return [kernel for file in files for kernel in _resources(file)]
+
+
+def test_device_code_spills_nothing_and_fits(device_code: list[Resources]) -> None:
+    assert device_code
+    for kernel in device_code:
+        assert kernel.local_bytes == 0, kernel
+        # what __launch_bounds__ promises: two blocks of 256 threads for operands of 16 bits
+        half = PRODUCT.search(kernel.kernel) and re.search(r"4MathE[01]", kernel.kernel)
+        assert kernel.registers <= (128 if half else 255), kernel
+
+
+def test_products_use_tensor_cores_where_claimed(device_code: list[Resources]) -> None:
+    products = [kernel for kernel in device_code if PRODUCT.search(kernel.kernel)]
+    assert products
+    for kernel in products:
+        assert (kernel.tensor_core > 0) == (EXACT not in kernel.kernel), kernel
