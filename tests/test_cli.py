@@ -182,9 +182,6 @@ def test_check_passes_and_reports(capsys: pytest.CaptureFixture[str], tmp_path: 
 
 
 def test_check_lists_what_cannot_run_with_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
-    absent = _dispatch.implementation("gram_mse", "cuda")
-    if not isinstance(absent, str):
-        pytest.skip("the CUDA kernels are here")
     argv = [
         "check",
         "--quick",
@@ -197,7 +194,10 @@ def test_check_lists_what_cannot_run_with_the_reason(capsys: pytest.CaptureFixtu
         "cpu",
     ]
     assert main(argv) == 2
-    assert absent in capsys.readouterr().err
+    x = torch.ones(2, 2, dtype=torch.float64)
+    reason = _dispatch.why_not("lsh_bce", "cuda", (x, x, None))
+    assert "--backend cuda can run nothing of this on cpu" in (text := capsys.readouterr().err)
+    assert reason in text
 
 
 def test_check_fails_on_a_wrong_gradient(

@@ -21,15 +21,18 @@ import torch
 from cases import Case, assert_within_budget, gradients, leaves
 
 from kdkernels import _native
-from kdkernels.testing.opinfo import Sample, opinfos
+from kdkernels.testing.opinfo import Sample, opinfos, randn
 from kdkernels.testing.opinfos import lsh_bce
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ORDERS = ("forward", "reverse", "shuffle-1", "shuffle-2")
-# Kernels that multiply: which have to use tensor cores, and which must not.
-PRODUCT = re.compile(r"_(product|encode|project)_kernel")
-EXACT = "4MathE3"  # as a template argument in a mangled name
+# Kernels that multiply, which have to use tensor cores: one tile each, two blocks of 256 threads on a
+# multiprocessor for operands of 16 bits; or two tiles, one block.
+ONE_TILE = re.compile(r"(product|encode|project)_kernel")
+PRODUCT = re.compile(rf"{ONE_TILE.pattern}|pair_sums_kernel|kernel_pair_weights")
+HALF = re.compile(r"4MathE[01]")  # as a template argument in a mangled name
+EXACT = "4MathE3"  # without tensor cores
 
 # One process builds them, one after another.
 pytestmark = [
@@ -44,11 +47,21 @@ pytestmark = [
 # Samples of several tiles, splits and chunks, whose edges fill neither a tile nor a vector.
 LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
     "lsh_bce": lambda dtype: Sample("several_tiles", lsh_bce._draw(150, 72, 309, CPU, dtype)),
+    "gram_mse-resident": lambda dtype: _gram_mse(150, 401, 163, dtype),
+    "gram_mse-streamed": lambda dtype: _gram_mse(401, 40, 21, dtype, normalize="row_l1"),
+    "gram_mse-feature": lambda dtype: _gram_mse(
+        260, 30, 21, dtype, normalize="feature", algorithm="tiled"
+    ),
 }
 
 
+def _gram_mse(B: int, D_s: int, D_t: int, dtype: torch.dtype, **options: str) -> Sample:
+    sides = (randn(B, D, seed=D, device=CPU, dtype=torch.float64) / D**0.25 for D in (D_s, D_t))
+    return Sample("several_tiles", tuple(x.to(dtype) for x in sides), options)
+
+
 def _large(name: str, dtype: torch.dtype) -> Case:
-    info = next(info for info in opinfos() if info.name == name)
+    info = next(info for info in opinfos() if info.name == name.partition("-")[0])
     return Case(info, "cuda", CPU, dtype, LARGE[name](dtype))
 
 
@@ -230,9 +243,8 @@ def test_device_code_spills_nothing_and_fits(device_code: list[Resources]) -> No
     assert device_code
     for kernel in device_code:
         assert kernel.local_bytes == 0, kernel
-        # what __launch_bounds__ promises: two blocks of 256 threads for operands of 16 bits
-        half = PRODUCT.search(kernel.kernel) and re.search(r"4MathE[01]", kernel.kernel)
-        assert kernel.registers <= (128 if half else 255), kernel
+        two_blocks = ONE_TILE.search(kernel.kernel) and HALF.search(kernel.kernel)
+        assert kernel.registers <= (128 if two_blocks else 255), kernel
 
 
 def test_products_use_tensor_cores_where_claimed(device_code: list[Resources]) -> None:

@@ -136,7 +136,9 @@ def _same_options(found: Any) -> list[Sample]:
 def test_compile_dynamic_shapes(case: Case) -> None:
     compiled = _compiled(case, backend="aot_eager", dynamic=True)
     for sample in _same_options(samples(case.info, case.device, case.dtype)):
-        _assert_compiled_equals_eager(case.having(*sample.args), compiled)
+        other = case.having(*sample.args)
+        if other.why_not() is None:  # sizes choose an algorithm, which a backend may not have
+            _assert_compiled_equals_eager(other, compiled)
 
 
 @each_case(**ONE, backends=("reference", "cpu"))

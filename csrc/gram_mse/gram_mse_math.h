@@ -52,6 +52,8 @@ struct Taylor {
   T coefficient[kMaxOrder + 1];
   int order;
 
+  Taylor() = default;
+
   Taylor(double gamma, int order_) : order(order_) {
     double c = std::exp(-2 * gamma);
     for (int p = 0; p <= kMaxOrder; ++p) {

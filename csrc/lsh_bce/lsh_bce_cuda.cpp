@@ -6,7 +6,6 @@
 #include <tuple>
 
 #include "../common/cuda/glue.h"
-#include "../common/cuda/properties.h"
 
 namespace kdk::lsh_bce {
 namespace {
@@ -31,13 +30,6 @@ struct Operands {
             bias ? bias->mutable_data_ptr() : nullptr, bias ? bias->stride(0) : 0};
   }
 };
-
-// How many of `count` rows (or columns) of derivatives are made at a time: what stays in half of
-// the L2 cache until the product has read it.
-int64_t chunk_of(int64_t count, int64_t row_bytes) {
-  const int64_t fitting = l2_bytes() / 2 / std::max<int64_t>(row_bytes, 1) / kTile * kTile;
-  return std::min(count, std::max<int64_t>(kTile, fitting));
-}
 
 Tensor lsh_bce_encode(Tensor features, Tensor weight, std::optional<Tensor> bias, bool exact) {
   const Device device(features);
@@ -75,7 +67,8 @@ std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weig
   const Math math = math_of(student, exact);
   const Operands operands(student, weight, bias, math);
   const auto all = project_params(operands, codes, sample_mask);
-  const int64_t step = with_dloss ? chunk_of(B, N * static_cast<int64_t>(element_bytes(math))) : B;
+  const int64_t step =
+      with_dloss ? rows_in_l2(B, N * static_cast<int64_t>(element_bytes(math))) : B;
   const int64_t across = ceil_div(N, kTile);
   const Tensor parts = device.empty({across, step}, ScalarType::Float);
   const Tensor dz = device.empty({with_dloss ? step : 0, N}, dtype_of(math));
@@ -118,7 +111,7 @@ void weight_gradients(const Device& device, const Tensor& dout, const Operands& 
   const int64_t B = operands.features.size(0), N = operands.weight.size(0),
                 D = operands.weight.size(1);
   const int64_t size = static_cast<int64_t>(element_bytes(math));
-  const int64_t step = chunk_of(N, B * size), down = ceil_div(B, kTile);
+  const int64_t step = rows_in_l2(N, B * size), down = ceil_div(B, kTile);
   const bool need_weight = dweight.numel() > 0, need_bias = dbias.numel() > 0;
   const Tensor dz = device.empty({need_weight ? B : 0, step}, dtype_of(math));
   const Tensor columns = device.empty({need_bias ? down : 0, step}, ScalarType::Float);
@@ -173,8 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tens
                              math_of(student, exact), device.stream());
   }
   // fp16 could not hold what dout makes of a derivative
-  Math math = math_of(student, exact);
-  if (math == Math::kFloat16) math = exact ? Math::kExact : Math::kTf32x3;
+  const Math math = dtype == ScalarType::Half ? Math::kTf32x3 : math_of(student, exact);
   const auto result = [&](std::initializer_list<int64_t> sizes, ScalarType type, bool need) {
     if (!need) return device.empty({0}, type);
     return B == 0 ? device.zeros(sizes, type) : device.empty(sizes, type);

@@ -10,6 +10,7 @@
 
 #include "../stable.h"
 #include "product.h"
+#include "properties.h"
 
 #if defined(KDK_CUDA_HOST)
 #define KDK_CUDA_DISPATCH_KEY CPU
@@ -120,6 +121,13 @@ inline Source rows_of(Source source, int64_t first, int64_t count, Math math) {
   if (source.keep != nullptr) source.keep += first * source.keep_stride;
   source.rows = count;
   return source;
+}
+
+// How many of `count` rows are made at a time: whole tiles that stay in half of the L2 cache until
+// the product that follows has read them.
+inline int64_t rows_in_l2(int64_t count, int64_t row_bytes) {
+  const int64_t fitting = l2_bytes() / 2 / std::max<int64_t>(row_bytes, 1) / kTile * kTile;
+  return std::min(count, std::max<int64_t>(kTile, fitting));
 }
 
 // A product and the memory that its splits need. The launch before it, on the same stream, sets its

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// gram_mse for B no larger than the features are wide: both Grams in split sums, then their rows;
+// the backward makes weights of them, and a product. Two launches each way.
+#include "../common/cuda/launch.h"
+#include "../common/cuda/main_loop.h"
+#include "gram_mse_device.h"
+
+namespace kdk::gram_mse {
+namespace {
+
+using namespace kdk::cuda;
+
+template <typename T>
+__device__ void norms_of_rows(const NormsParams& p, int64_t block) {
+  const int64_t row = block * kRowsPerBlock + threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (row >= 2 * p.G * p.B) return;
+  const int64_t side = row / (p.G * p.B), g = row / p.B % p.G, i = row % p.B;
+  const Source& x = side == 0 ? p.x[0] : p.x[1];
+  const T* from = static_cast<const T*>(x.data) + g * x.group + i * x.stride;
+  double sum = 0;
+  for (int64_t d = lane; d < x.cols; d += 32) {
+    const double value = to_float(from[d]);
+    sum += value * value;
+  }
+  sum = warp_sum(sum);
+  if (lane == 0) p.scale[row] = static_cast<float>(1 / clamp_min(sqrt(sum), kEps));
+}
+
+int64_t norms_blocks(const NormsParams& p) {
+  return p.scale == nullptr ? 0 : ceil_div(2 * p.G * p.B, kRowsPerBlock);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    gram_mse_norms_kernel(const __grid_constant__ NormsParams p) {
+  norms_of_rows<T>(p, blockIdx.x);
+}
+
+template <Math kMath>
+__global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
+    gram_mse_product_kernel(const __grid_constant__ ResidentParams p) {
+  const int64_t B = p.problem.B, n = ceil_div(B, kTile), g = blockIdx.z;
+  if (blockIdx.x >= 2 * n * n) {
+    if (blockIdx.y == 0 && blockIdx.z == 0)
+      norms_of_rows<Element<kMath>>(p.norms, blockIdx.x - 2 * n * n);
+    return;
+  }
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) p.tickets[g] = 0;
+  const int side = blockIdx.x >= n * n;
+  const int64_t tile = blockIdx.x - side * n * n, i0 = tile / n * kTile, j0 = tile % n * kTile;
+  if (i0 > j0) return;
+  const Source& x = side == 0 ? p.problem.x[0] : p.problem.x[1];
+  const int64_t k0 = blockIdx.y * p.split_length[side];
+  const int64_t k_end = k0 + p.split_length[side] < x.cols ? k0 + p.split_length[side] : x.cols;
+  Accumulators acc;
+  fill(acc, 0);
+  multiply<kMath, Along::kContraction, Along::kContraction>(acc, shared_memory(), x, x, g, i0, j0,
+                                                            k0, k_end);
+  // both halves, so that rows can be read whole
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  stage(acc, shared);
+  float* out = (side == 0 ? p.parts[0] : p.parts[1]) + (blockIdx.y * p.problem.G + g) * B * B;
+  for (int64_t c = threadIdx.x; c < kTile * kTile; c += kThreads) {
+    const int row = c / kTile, column = c % kTile;
+    if (i0 + row < B && j0 + column < B)
+      out[(i0 + row) * B + j0 + column] = *staged(shared, row, column);
+    if (i0 < j0 && j0 + row < B && i0 + column < B)
+      out[(j0 + row) * B + i0 + column] = *staged(shared, column, row);
+  }
+}
+
+// The sum of n numbers in fp64, for all threads of the block.
+__device__ double sum_of(const double* x, int64_t n) {
+  auto* shared = reinterpret_cast<double*>(shared_memory());
+  double sum = 0;
+  for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += x[i];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
+  __syncthreads();
+  double total = 0;
+  for (int w = 0; w < kThreads / 32; ++w) total += shared[w];
+  return total;
+}
+
+__global__ void __launch_bounds__(kThreads)
+    gram_mse_finish_kernel(const __grid_constant__ FinishParams p) {
+  const Problem& problem = p.problem;
+  const int64_t B = problem.B, g = blockIdx.z, lane = threadIdx.x % 32;
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
+  if (i < B) {
+    double sums[kSums] = {};
+    const float scale_s = row_scale(problem, 0, g, i), scale_t = row_scale(problem, 1, g, i);
+    for (int64_t j = lane; j < B; j += 32) {
+      float entry[2] = {};
+      KDK_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        for (int split = 0; split < p.splits; ++split)
+          entry[side] += p.parts[side][((split * problem.G + g) * B + i) * B + j];
+        entry[side] *= (side == 0 ? scale_s : scale_t) * row_scale(problem, side, g, j);
+        p.gram[side][(g * B + i) * B + j] = entry[side];
+      }
+      add_entry(problem, sums, entry[0], entry[1]);
+    }
+    KDK_UNROLL
+    for (int k = 0; k < kSums; ++k) sums[k] = warp_sum(sums[k]);
+    if (lane == 0) finish_row(problem, sums, i, p.coef + g * kCoefs * B, p.row_losses + g * B);
+  }
+  // the last block of a group adds up its rows
+  auto* ticket = reinterpret_cast<unsigned*>(shared_memory());
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + g, 1u);
+  __syncthreads();
+  const bool last = *ticket + 1 == gridDim.x;
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  const double total = sum_of(p.row_losses + g * B, B);
+  if (threadIdx.x == 0) p.loss[g] = static_cast<float>(total);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    gram_mse_loss_kernel(const __grid_constant__ LossParams p) {
+  const double total = sum_of(p.row_losses + blockIdx.x * p.B, p.B);
+  if (threadIdx.x == 0) p.loss[blockIdx.x] = static_cast<float>(total);
+}
+
+template <typename T, typename Wide>
+__global__ void __launch_bounds__(kThreads)
+    gram_mse_bwd_kernel_weights(const __grid_constant__ WeightsParams p) {
+  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (blockIdx.z == 0) {
+    for (int64_t t = at; t < p.ticket_count; t += static_cast<int64_t>(gridDim.x) * kThreads)
+      p.tickets[t] = 0;
+  }
+  const int64_t B = p.problem.B, chunks = ceil_div(B, 8), i = at / chunks, j0 = at % chunks * 8;
+  const int64_t g = blockIdx.z, base = (g * B + i) * B + j0;
+  if (i >= B) return;
+  const RowCoefs<Wide> row = row_coefs<Wide>(p, g, i);
+  const float dout = p.dout[g * p.dout_stride];
+  float w[8] = {};
+  for (int e = 0; e < 8 && j0 + e < B; ++e)
+    w[e] = weight(p, p.own[base + e], p.other[base + e], row, row_coefs<Wide>(p, g, j0 + e),
+                  dout * row_scale(p.problem, p.side, g, j0 + e));
+  store_eight(static_cast<T*>(p.weights) + base, w, B - j0, B % 8 == 0);
+}
+
+// (v - u <u, v>) / |x| in fp64: the radial part taken away can far exceed what remains.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    gram_mse_bwd_kernel_normalise(const __grid_constant__ NormaliseParams p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
+  const int64_t lane = threadIdx.x % 32, D = p.x.cols;
+  if (row >= p.G * p.B) return;
+  const T* x = static_cast<const T*>(p.x.data) + row / p.B * p.x.group + row % p.B * p.x.stride;
+  const float* v = p.v + row * D;
+  double own = 0, radial = 0;
+  for (int64_t d = lane; d < D; d += 32) {
+    const double value = to_float(x[d]);
+    own += value * value;
+    radial += value * v[d];
+  }
+  const double norm = sqrt(warp_sum(own)), inverse = 1 / clamp_min(norm, kEps);
+  // a norm that the clamp holds does not depend on x
+  radial = norm < kEps ? 0 : warp_sum(radial) * inverse * inverse;
+  for (int64_t d = lane; d < D; d += 32)
+    static_cast<T*>(p.dx)[row * D + d] = from_float<T>(
+        static_cast<float>((v[d] - radial * static_cast<double>(to_float(x[d]))) * inverse));
+}
+
+}  // namespace
+
+void launch_gram_mse_resident(const ResidentParams& params, Math math, cudaStream_t stream) {
+  const int64_t n = ceil_div(params.problem.B, kTile);
+  const dim3 grid =
+      grid_of(2 * n * n + norms_blocks(params.norms), params.splits, params.problem.G);
+  for_math(math, [&]<Math kMath>() {
+    launch(gram_mse_product_kernel<kMath>, grid, kThreads, kSharedBytes, stream, params);
+  });
+}
+
+void launch_gram_mse_finish(const FinishParams& params, cudaStream_t stream) {
+  launch(gram_mse_finish_kernel,
+         grid_of(ceil_div(params.problem.B, kRowsPerBlock), 1, params.problem.G), kThreads,
+         kThreads / 32 * sizeof(double), stream, params);
+}
+
+void launch_gram_mse_loss(const LossParams& params, int64_t G, cudaStream_t stream) {
+  launch(gram_mse_loss_kernel, grid_of(G), kThreads, kThreads / 32 * sizeof(double), stream,
+         params);
+}
+
+void launch_gram_mse_bwd_weights(const WeightsParams& params, Math math, cudaStream_t stream) {
+  const int64_t B = params.problem.B;
+  const dim3 grid = grid_of(ceil_div(B * ceil_div(B, 8), kThreads), 1, params.problem.G);
+  launch(math == Math::kBFloat16 ? gram_mse_bwd_kernel_weights<bf16_t, float>
+                                 : gram_mse_bwd_kernel_weights<float, double>,
+         grid, kThreads, 0, stream, params);
+}
+
+void launch_gram_mse_norms(const NormsParams& params, Math math, cudaStream_t stream) {
+  if (params.scale == nullptr) return;
+  for_math(math, [&]<Math kMath>() {
+    launch(gram_mse_norms_kernel<Element<kMath>>, grid_of(norms_blocks(params)), kThreads, 0,
+           stream, params);
+  });
+}
+
+void launch_gram_mse_bwd_normalise(const NormaliseParams& params, Math math, cudaStream_t stream) {
+  for_math(math, [&]<Math kMath>() {
+    launch(gram_mse_bwd_kernel_normalise<Element<kMath>>,
+           grid_of(ceil_div(params.G * params.B, kRowsPerBlock)), kThreads, 0, stream, params);
+  });
+}
+
+}  // namespace kdk::gram_mse

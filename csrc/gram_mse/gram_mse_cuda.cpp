@@ -1,0 +1,242 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA operators kdkernels_cuda::gram_mse_{fwd,bwd}: "resident" and "streamed". Arguments were
+// checked by the public function.
+#include "gram_mse_cuda.h"
+
+#include <string>
+#include <tuple>
+
+#include "../common/cuda/glue.h"
+
+namespace kdk::gram_mse {
+namespace {
+
+using namespace kdk::cuda;
+
+// Both sides in the dtype that they are multiplied in, and the options.
+struct Operands {
+  Tensor x[2];  // [G, B, D]
+  Math math;
+  int64_t G, B;
+  std::optional<Tensor> scale;  // [2, G, B]
+  Problem problem;
+
+  Operands(const Device& device, const Tensor& student, const Tensor& teacher, Math math_,
+           const std::string& normalize, const std::string& kernel, double gamma, int64_t order)
+      : x{with_contiguous_rows(in_dtype(student, dtype_of(math_))),
+          with_contiguous_rows(in_dtype(teacher, dtype_of(math_)))},
+        math(math_),
+        G(student.size(0)),
+        B(student.size(1)),
+        problem{{source_of(x[0]), source_of(x[1])},
+                G,
+                B,
+                nullptr,
+                kernel == "rbf_taylor"                           ? Form::kTaylor
+                : normalize == "row_l2" || normalize == "row_l1" ? Form::kRow
+                                                                 : Form::kPlain,
+                normalize == "row_l1",
+                Taylor<float>(gamma, static_cast<int>(order))} {
+    if (normalize == "feature") {
+      scale = device.empty({2, G, B}, ScalarType::Float);
+      problem.scale = data_of<const float>(*scale);
+    }
+  }
+
+  NormsParams norms() const {
+    return {{problem.x[0], problem.x[1]}, G, B, scale ? data_of<float>(*scale) : nullptr};
+  }
+};
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Forward resident_forward(const Device& device, const Operands& operands) {
+  const int64_t G = operands.G, B = operands.B, n = ceil_div(B, kTile);
+  const Tensor loss = device.empty({G}, ScalarType::Float);
+  const Tensor coef = device.empty({G, kCoefs, B}, ScalarType::Double);
+  const Tensor gram[2] = {device.empty({G, B, B}, ScalarType::Float),
+                          device.empty({G, B, B}, ScalarType::Float)};
+  const Tensor tickets = device.empty({G}, ScalarType::Int);
+  const Tensor row_losses = device.empty({G, B}, ScalarType::Double);
+  ResidentParams product{};
+  product.problem = operands.problem;
+  product.norms = operands.norms();
+  product.tickets = data_of<unsigned>(tickets);
+  const int64_t width = std::max(operands.x[0].size(2), operands.x[1].size(2));
+  const int64_t tiles = G * n * (n + 1);
+  product.splits = split_contraction(tiles, width, operands.math).count;
+  FinishParams finish{};
+  std::optional<Tensor> parts[2];
+  for (int side = 0; side < 2; ++side) {
+    const int64_t step = kStepBytes / static_cast<int64_t>(element_bytes(operands.math));
+    product.split_length[side] =
+        ceil_div(ceil_div(operands.x[side].size(2), product.splits), step) * step;
+    if (product.splits > 1)
+      parts[side] = device.empty({product.splits, G, B, B}, ScalarType::Float);
+    product.parts[side] = data_of<float>(parts[side] ? *parts[side] : gram[side]);
+    finish.parts[side] = product.parts[side];
+    finish.gram[side] = data_of<float>(gram[side]);
+  }
+  finish.problem = operands.problem;
+  finish.splits = product.splits;
+  finish.coef = data_of<double>(coef);
+  finish.row_losses = data_of<double>(row_losses);
+  finish.loss = data_of<float>(loss);
+  finish.tickets = product.tickets;
+  launch_gram_mse_resident(product, operands.math, device.stream());
+  launch_gram_mse_finish(finish, device.stream());
+  return {loss, coef, gram[0], gram[1], device.empty({G, 0, 0}, ScalarType::Float)};
+}
+
+Forward streamed_forward(const Device& device, const Operands& operands) {
+  const int64_t G = operands.G, B = operands.B, n = ceil_div(B, kTile);
+  const Tensor loss = device.empty({G}, ScalarType::Float);
+  const Tensor coef = device.empty({G, kCoefs, B}, ScalarType::Double);
+  const Tensor row_losses = device.empty({G, B}, ScalarType::Double);
+  // enough rows of tiles at a time to fill the device; the sums that a launch leaves are O(B) each
+  const int64_t step = std::min(n, ceil_div(2 * processors(), n));
+  const Tensor along = device.empty({n, kSums, step * kTile}, ScalarType::Double);
+  const Tensor across = device.empty({step, kSums, B}, ScalarType::Double);
+  const Tensor totals = device.empty({kSums, B}, ScalarType::Double);
+  launch_gram_mse_norms(operands.norms(), operands.math, device.stream());
+  for (int64_t g = 0; g < G; ++g) {
+    for (int64_t first = 0; first < n; first += step) {
+      const PairSumsParams sums{
+          operands.problem,       g, first, std::min(step, n - first), data_of<double>(along),
+          data_of<double>(across)};
+      launch_gram_mse_pair_sums(sums, operands.math, device.stream());
+      launch_gram_mse_pair_finish(
+          {sums, data_of<double>(totals), data_of<double>(coef) + g * kCoefs * B,
+           data_of<double>(row_losses) + g * B},
+          device.stream());
+    }
+  }
+  launch_gram_mse_loss({data_of<const double>(row_losses), data_of<float>(loss), B}, G,
+                       device.stream());
+  return {loss, coef, device.empty({G, 0, 0}, ScalarType::Float),
+          device.empty({G, 0, 0}, ScalarType::Float), device.empty({G, 0, 0}, ScalarType::Float)};
+}
+
+Forward gram_mse_fwd(Tensor student, Tensor teacher, std::string normalize, std::string kernel,
+                     double gamma, int64_t order, std::string algorithm, bool exact) {
+  const Device device(student);
+  const int64_t G = student.size(0), B = student.size(1);
+  const bool resident = algorithm == "resident";
+  if (student.numel() + teacher.numel() == 0) {
+    const int64_t n = resident ? B : 0;
+    return {device.zeros({G}, ScalarType::Float), device.zeros({G, kCoefs, B}, ScalarType::Double),
+            device.zeros({G, n, n}, ScalarType::Float), device.zeros({G, n, n}, ScalarType::Float),
+            device.empty({G, 0, 0}, ScalarType::Float)};
+  }
+  const Operands operands(device, student, teacher, math_of(student, exact), normalize, kernel,
+                          gamma, order);
+  return resident ? resident_forward(device, operands) : streamed_forward(device, operands);
+}
+
+// dX = W X, and through the normalisation of features.
+Tensor gradient(const Device& device, const Operands& operands, int side, const Tensor& dout,
+                const Tensor& coef, const Tensor* grams, ScalarType dtype) {
+  const int64_t G = operands.G, B = operands.B, D = operands.x[side].size(2);
+  const Math math = operands.math;
+  const bool unit = operands.problem.scale != nullptr;
+  const Tensor product_out = device.empty({G, B, D}, unit ? ScalarType::Float : dtype_of(math));
+  const int64_t size = static_cast<int64_t>(element_bytes(math));
+  const int64_t step = grams ? B : rows_in_l2(B, B * size);
+  WeightsParams weights{};
+  weights.problem = operands.problem;
+  weights.coef = data_of<const double>(coef);
+  weights.side = side;
+  weights.dout = data_of<const float>(dout);
+  weights.dout_stride = dout.stride(0);
+  const Tensor w = device.empty({grams ? G : 1, step, B}, dtype_of(math));
+  weights.weights = w.mutable_data_ptr();
+  const auto multiply = [&](Product& product, int64_t g, int64_t first, int64_t rows) {
+    product.params.a = source_of(w);
+    product.params.a.rows = rows;
+    product.params.b = operands.problem.x[side];
+    product.params.b.data =
+        static_cast<const char*>(product.params.b.data) + g * product.params.b.group * size;
+    product.params.out_float = unit;
+    product.params.out =
+        data_of<char>(product_out) + (g * B + first) * D * product_out.element_size();
+    product.launch(Along::kContraction, device);
+  };
+  if (grams) {
+    Product product(device, G, B, D, B, math);
+    weights.own = data_of<const float>(grams[side]);
+    weights.other = data_of<const float>(grams[1 - side]);
+    weights.tickets = product.params.tickets;
+    weights.ticket_count = product.ticket_count();
+    launch_gram_mse_bwd_weights(weights, math, device.stream());
+    multiply(product, 0, 0, B);
+  } else {
+    for (int64_t g = 0; g < G; ++g) {
+      for (int64_t first = 0; first < B; first += step) {
+        const int64_t rows = std::min(step, B - first);
+        Product product(device, 1, rows, D, B, math);
+        weights.tickets = product.params.tickets;
+        weights.ticket_count = product.ticket_count();
+        launch_gram_mse_bwd_pair_weights({weights, g, first, rows}, math, device.stream());
+        multiply(product, g, first, rows);
+      }
+    }
+  }
+  if (!unit) return in_dtype(product_out, dtype);
+  const Tensor dx = device.empty({G, B, D}, dtype_of(math));
+  launch_gram_mse_bwd_normalise(
+      {operands.problem.x[side], data_of<const float>(product_out), dx.mutable_data_ptr(), G, B},
+      math, device.stream());
+  return in_dtype(dx, dtype);
+}
+
+std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teacher, Tensor coef,
+                                        Tensor gram_student, Tensor gram_teacher, Tensor cross,
+                                        bool need_student, bool need_teacher, std::string normalize,
+                                        std::string kernel, double gamma, int64_t order,
+                                        std::string algorithm, bool exact) {
+  (void)cross;
+  const Device device(student);
+  const Tensor* sides[2] = {&student, &teacher};
+  const bool need[2] = {need_student, need_teacher};
+  const ScalarType dtype = student.scalar_type();
+  // weights of fp16 features could leave its range
+  const Math math = dtype == ScalarType::Half ? Math::kTf32x3 : math_of(student, exact);
+  Tensor grads[2] = {device.empty({0}, dtype), device.empty({0}, dtype)};
+  std::optional<Operands> operands;
+  const Tensor rows = torch::stable::contiguous(coef);
+  const Tensor grams[2] = {torch::stable::contiguous(gram_student),
+                           torch::stable::contiguous(gram_teacher)};
+  for (int side = 0; side < 2; ++side) {
+    const Tensor& x = *sides[side];
+    if (!need[side]) continue;
+    if (x.numel() == 0) {
+      grads[side] = device.empty({x.size(0), x.size(1), x.size(2)}, dtype);
+      continue;
+    }
+    if (!operands) {
+      operands.emplace(device, student, teacher, math, normalize, kernel, gamma, order);
+      launch_gram_mse_norms(operands->norms(), math, device.stream());
+    }
+    grads[side] = gradient(device, *operands, side, dout, rows,
+                           algorithm == "resident" ? grams : nullptr, dtype);
+  }
+  return {grads[0], grads[1]};
+}
+
+}  // namespace
+}  // namespace kdk::gram_mse
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
+  m.def(
+      "gram_mse_fwd(Tensor student, Tensor teacher, str normalize, str kernel, float gamma, int "
+      "order, str algorithm, bool exact) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "gram_mse_bwd(Tensor dout, Tensor student, Tensor teacher, Tensor coef, Tensor gram_student, "
+      "Tensor gram_teacher, Tensor cross, bool need_student, bool need_teacher, str normalize, str "
+      "kernel, float gamma, int order, str algorithm, bool exact) -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, KDK_CUDA_DISPATCH_KEY, m) {
+  m.impl("gram_mse_fwd", TORCH_BOX(&kdk::gram_mse::gram_mse_fwd));
+  m.impl("gram_mse_bwd", TORCH_BOX(&kdk::gram_mse::gram_mse_bwd));
+}

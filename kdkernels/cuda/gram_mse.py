@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launchers of csrc/gram_mse/gram_mse_cuda.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.cuda._common import exact, too_narrow
+
+_ops = torch.ops.kdkernels_cuda
+
+
+def supports(*args: Any) -> str | None:
+    """Why an operator's arguments cannot be handled; None if they can."""
+    if args[-1] == "factored":
+        return "its kernels are those of algorithm='tiled', and the factored one was chosen"
+    return too_narrow(args[0])  # the student, or the gradient of its loss
+
+
+def gram_mse_fwd(*args: Any) -> tuple[Tensor, ...]:
+    return _ops.gram_mse_fwd(*args, exact())
+
+
+def gram_mse_bwd(*args: Any) -> tuple[Tensor, Tensor]:
+    return _ops.gram_mse_bwd(*args, exact())
