@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import cuda_host
 import pytest
@@ -27,8 +28,8 @@ from kdkernels.testing.opinfos import lsh_bce
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ORDERS = ("forward", "reverse", "shuffle-1", "shuffle-2")
-# Kernels that multiply, which have to use tensor cores: one tile each, two blocks of 256 threads on a
-# multiprocessor for operands of 16 bits; or two tiles, one block.
+# Kernels that multiply, which have to use tensor cores: one tile each, two blocks of 256 threads on
+# a multiprocessor for operands of 16 bits; or two tiles, one block.
 ONE_TILE = re.compile(r"(product|encode|project)_kernel")
 PRODUCT = re.compile(rf"{ONE_TILE.pattern}|pair_sums_kernel|kernel_pair_weights")
 HALF = re.compile(r"4MathE[01]")  # as a template argument in a mangled name
@@ -52,12 +53,25 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
     "gram_mse-feature": lambda dtype: _gram_mse(
         260, 30, 21, dtype, normalize="feature", algorithm="tiled"
     ),
+    "triplet_loss-batch_hard": lambda dtype: _triplet_loss(300, 0, 40, dtype, mining="batch_hard"),
+    "triplet_loss-references": lambda dtype: _triplet_loss(
+        140, 270, 21, dtype, mining="batch_semihard"
+    ),
 }
 
 
 def _gram_mse(B: int, D_s: int, D_t: int, dtype: torch.dtype, **options: str) -> Sample:
     sides = (randn(B, D, seed=D, device=CPU, dtype=torch.float64) / D**0.25 for D in (D_s, D_t))
     return Sample("several_tiles", tuple(x.to(dtype) for x in sides), options)
+
+
+def _triplet_loss(B: int, M: int, D: int, dtype: torch.dtype, **options: Any) -> Sample:
+    """Classes of one to a dozen rows, in no order; references if M > 0."""
+    x, r = (randn(n, D, seed=n, device=CPU, dtype=dtype) for n in (B, M))
+    labels, reference_labels = (torch.arange(n) ** 2 % 61 for n in (B, M))
+    if M > 0:
+        options |= {"references": r, "reference_labels": reference_labels}
+    return Sample("several_tiles", (x, labels), options)
 
 
 def _large(name: str, dtype: torch.dtype) -> Case:

@@ -3,6 +3,7 @@
 // the backward makes weights of them, and a product. Two launches each way.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
+#include "../common/cuda/triangle.h"
 #include "gram_mse_device.h"
 
 namespace kdk::gram_mse {
@@ -40,15 +41,16 @@ template <Math kMath>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     gram_mse_product_kernel(const __grid_constant__ ResidentParams p) {
   const int64_t B = p.problem.B, n = ceil_div(B, kTile), g = blockIdx.z;
-  if (blockIdx.x >= 2 * n * n) {
+  const int64_t tiles = triangle_tiles(n);
+  if (blockIdx.x >= 2 * tiles) {
     if (blockIdx.y == 0 && blockIdx.z == 0)
-      norms_of_rows<Element<kMath>>(p.norms, blockIdx.x - 2 * n * n);
+      norms_of_rows<Element<kMath>>(p.norms, blockIdx.x - 2 * tiles);
     return;
   }
   if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) p.tickets[g] = 0;
-  const int side = blockIdx.x >= n * n;
-  const int64_t tile = blockIdx.x - side * n * n, i0 = tile / n * kTile, j0 = tile % n * kTile;
-  if (i0 > j0) return;
+  const int side = blockIdx.x >= tiles;
+  const TriangleTile tile = triangle_tile(blockIdx.x - side * tiles, n);
+  const int64_t i0 = tile.i * kTile, j0 = tile.j * kTile;
   const Source& x = side == 0 ? p.problem.x[0] : p.problem.x[1];
   const int64_t k0 = blockIdx.y * p.split_length[side];
   const int64_t k_end = k0 + p.split_length[side] < x.cols ? k0 + p.split_length[side] : x.cols;
@@ -173,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
 void launch_gram_mse_resident(const ResidentParams& params, Math math, cudaStream_t stream) {
   const int64_t n = ceil_div(params.problem.B, kTile);
   const dim3 grid =
-      grid_of(2 * n * n + norms_blocks(params.norms), params.splits, params.problem.G);
+      grid_of(2 * triangle_tiles(n) + norms_blocks(params.norms), params.splits, params.problem.G);
   for_math(math, [&]<Math kMath>() {
     launch(gram_mse_product_kernel<kMath>, grid, kThreads, kSharedBytes, stream, params);
   });

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels._sorting import pulls
 from kdkernels.triton import _triplet_ahead
 from kdkernels.triton import _triplet_kernels as kernels
 from kdkernels.triton._ahead import AotVariant
@@ -143,18 +144,15 @@ def triplet_bwd(
     if dx.numel() == dr.numel() == 0:
         return dx, dr
     with on_device(embeddings):
-        chosen = torch.cat((positive, negative))
-        d, dd = torch.cat((d_ap, d_an)), torch.cat((dd_ap, dd_an))
-        order = begin = chosen  # pointers that no kernel follows, unless a chosen row is pulled
-        if own or need_references:
-            # stable, so that the pulls on a row are added in the order of their anchors
-            rows, order = torch.where(chosen < 0, M, chosen).sort(stable=True)
-            begin = torch.searchsorted(rows, torch.arange(M + 1, device=rows.device))
+        # without an order, pointers that no kernel follows
+        by_row = own or need_references
+        triplets = pulls(positive, negative, d_ap, d_an, dd_ap, dd_an, M, by_row)
         for out, anchor, pulled in ((dx, True, own), (dr, False, True)):
             if out.numel() > 0:
                 kernels._triplet_bwd_kernel[(len(out), cdiv(D, COLUMNS))](
-                    x_ptr=embeddings, r_ptr=references, dout_ptr=out, chosen_ptr=chosen, d_ptr=d,
-                    dd_ptr=dd, order_ptr=order, begin_ptr=begin, B=B, D=D,
+                    x_ptr=embeddings, r_ptr=references, dout_ptr=out, chosen_ptr=triplets.chosen,
+                    d_ptr=triplets.d, dd_ptr=triplets.dd, order_ptr=triplets.order,
+                    begin_ptr=triplets.begin, B=B, D=D,
                     **_strides(embeddings, references), DISTANCE=_DISTANCES[distance],
                     ANCHOR=anchor, CHOSEN=pulled, ENTRIES=ENTRIES, COLUMNS=COLUMNS, num_warps=4,
                 )  # fmt: skip

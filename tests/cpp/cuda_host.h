@@ -112,3 +112,8 @@ inline unsigned atomicAdd(unsigned* address, unsigned value) {
   *address += value;
   return old;
 }
+inline unsigned long long atomicMin(unsigned long long* address, unsigned long long value) {
+  const unsigned long long old = *address;
+  if (value < old) *address = value;
+  return old;
+}

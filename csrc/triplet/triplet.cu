@@ -1,0 +1,295 @@
+// SPDX-License-Identifier: Apache-2.0
+// Mining in the epilogue of the product of rows sorted by label: a tile whose labels do not meet
+// has negatives only, and in the batch a tile above the diagonal serves its rows and its columns.
+// Winners are merged as integers, so in any order.
+#include "../common/cuda/launch.h"
+#include "../common/cuda/main_loop.h"
+#include "../common/cuda/reduce.h"
+#include "../common/cuda/triangle.h"
+#include "triplet_cuda.h"
+
+namespace kdk::triplet {
+namespace {
+
+using namespace kdk::cuda;
+
+constexpr int kRowsPerBlock = kThreads / 32;  // a warp has a row
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr int kPositive = 0, kNegative = 1;
+
+__device__ __forceinline__ Winner pack(float key, int64_t row) {
+  const uint32_t bits = bits_of(key);
+  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return static_cast<Winner>(ordered) << 32 | static_cast<uint32_t>(row);
+}
+
+__device__ __forceinline__ float key_of(Winner winner) {
+  if (winner == kNoWinner) return kInfinity;
+  const auto ordered = static_cast<uint32_t>(winner >> 32);
+  return float_of(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+}
+
+__device__ __forceinline__ int64_t row_of(Winner winner) {
+  return winner == kNoWinner ? -1 : static_cast<int64_t>(winner & 0xffffffffu);
+}
+
+// What distances of a row add to every key: the key of NaN, or nothing.
+__device__ __forceinline__ float forced(float norm) {
+  return norm < kNormLimit<float> ? 0.0f : kNanKey<float>;
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    triplet_prepare_kernel(const __grid_constant__ PrepareParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
+  const int64_t lane = threadIdx.x % 32;
+  const Source& x = p.rows.x;
+  if (i >= x.rows) return;
+  const bool paired = p.paired.data != nullptr;
+  const int64_t row = p.rows.row[i];
+  const T* from = static_cast<const T*>(x.data) + i * x.stride;
+  const T* other = static_cast<const T*>(p.paired.data) + (paired ? row * p.paired.stride : 0);
+  double own = 0, theirs = 0, between = 0;
+  for (int64_t d = lane; d < x.cols; d += 32) {
+    const double a = to_float(from[d]), b = paired ? to_float(other[d]) : 0.0f;
+    own += a * a;
+    theirs += b * b;
+    between += (a - b) * (a - b);
+  }
+  const auto norm = static_cast<float>(warp_sum(own)),
+             other_norm = static_cast<float>(warp_sum(theirs));
+  const auto d2 = static_cast<float>(warp_sum(between));
+  if (lane != 0) return;
+  p.rows.norm[i] = norm;
+  if (p.winners[0] == nullptr) return;
+  const bool finite = norm < kNormLimit<float> && other_norm < kNormLimit<float>;
+  // a pair at a distance of NaN is a pair all the same
+  p.winners[kPositive][i] = paired ? pack(finite ? -d2 : kNanKey<float>, row) : kNoWinner;
+  p.winners[kNegative][i] = kNoWinner;
+}
+
+// The search of one row or column of a tile.
+struct Search {
+  Best<float> best;
+  float sign, floor;
+
+  __device__ __forceinline__ void see(float d2, float force, int64_t row) {
+    float key = force + sign * d2;
+    // what is NaN is beyond everything
+    if (!(key > floor) && key != kNanKey<float>) return;
+    if (better(key, row, best)) best = {key, row};
+  }
+  __device__ __forceinline__ Winner winner() const {
+    return best.row < 0 ? kNoWinner : pack(best.key, best.row);
+  }
+};
+
+// Of a sorted anchor; a floor of +infinity admits nothing but NaN, so `active` is false there.
+__device__ __forceinline__ Search search_of(const MineParams& p, int side, int64_t anchor,
+                                            bool& active) {
+  Search search{{0, -1}, static_cast<float>(p.sign[side]), -kInfinity};
+  active = p.sign[side] != 0 && anchor < p.anchors.x.rows;
+  if (active && p.bound >= 0) {
+    const float bound = key_of(p.winners[p.bound][anchor]);
+    active = bound != kInfinity;
+    // beside NaN everything is beyond
+    search.floor = bound == kNanKey<float> ? bound : p.sign[side] * p.bound_sign * bound;
+  }
+  return search;
+}
+
+template <int kFirst, int kLast>
+__device__ __forceinline__ Winner lane_min(Winner x) {
+  KDK_UNROLL
+  for (int mask = kFirst; mask <= kLast; mask *= 2) {
+    const Winner other = __shfl_xor_sync(kWarp, x, mask);
+    x = other < x ? other : x;
+  }
+  return x;
+}
+
+// An integer's least is the same in any order. A stale value read first is never too small.
+__device__ __forceinline__ void improve(Winner* winner, Winner found) {
+  if (found < *winner) atomicMin(winner, found);
+}
+
+template <Math kMath>
+__global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
+    triplet_mine_product_kernel(const __grid_constant__ MineParams p) {
+  const SortedRows &x = p.anchors, &r = p.references;
+  const int64_t B = x.x.rows, M = r.x.rows, down = ceil_div(B, kTile);
+  const TriangleTile tile =
+      p.own ? triangle_tile(blockIdx.x, down) : TriangleTile{blockIdx.x % down, blockIdx.x / down};
+  const int64_t i0 = tile.i * kTile, j0 = tile.j * kTile;
+  const int64_t i_last = (i0 + kTile < B ? i0 + kTile : B) - 1;
+  const int64_t j_last = (j0 + kTile < M ? j0 + kTile : M) - 1;
+  const bool labels_meet = x.label[i0] <= r.label[j_last] && r.label[j0] <= x.label[i_last];
+  if (!labels_meet && p.sign[kNegative] == 0) return;
+  Accumulators acc;
+  fill(acc, 0);
+  multiply<kMath, Along::kContraction, Along::kContraction>(acc, shared_memory(), x.x, r.x, 0, i0,
+                                                            j0, 0, x.x.cols);
+  // squared distances; no NaN: what is forced says it
+  KDK_UNROLL
+  for (int c = 0; c < 8; ++c) {
+    const int64_t j = j0 + first_column() + c / 2 * 8 + c % 2;
+    const float r_norm = j < M ? r.norm[j] : 0.0f;
+    KDK_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      const int64_t i = i0 + first_row() + 8 * k;
+      float& d2 = acc[k / 2][c / 2][k % 2 * 2 + c % 2];
+      d2 = (i < B ? x.norm[i] : 0.0f) + r_norm - 2.0f * d2;
+      d2 = d2 > 0 ? (d2 < kLargest ? d2 : kLargest) : 0;
+    }
+  }
+  auto* rows = reinterpret_cast<Winner*>(shared_memory());  // [kWarpsAcross, 2, kTile]
+  Winner* columns = rows + kWarpsAcross * 2 * kTile;        // [2, 2, kTile]
+  const int warp = threadIdx.x / 32, across = warp % kWarpsAcross, down_warp = warp / kWarpsAcross;
+  KDK_UNROLL
+  for (int side = 0; side < 2; ++side) {
+    KDK_UNROLL
+    for (int k = 0; k < 8; ++k) {
+      const int64_t i = i0 + first_row() + 8 * k;
+      bool active;
+      Search search = search_of(p, side, i, active);
+      if (active && (labels_meet || side == kNegative)) {
+        const int64_t label = labels_meet ? x.label[i] : 0;
+        const float force = forced(x.norm[i]);
+        KDK_UNROLL
+        for (int c = 0; c < 8; ++c) {
+          const int64_t j = j0 + first_column() + c / 2 * 8 + c % 2;
+          const bool same = labels_meet && j < M && r.label[j] == label;
+          if (j < M && same == (side == kPositive) && !(p.own && same && i == j))
+            search.see(acc[k / 2][c / 2][k % 2 * 2 + c % 2], force + forced(r.norm[j]), r.row[j]);
+        }
+      }
+      const Winner found = lane_min<1, 2>(search.winner());
+      if (threadIdx.x % 4 == 0) rows[(across * 2 + side) * kTile + first_row() + 8 * k] = found;
+    }
+    if (!p.own || i0 == j0) continue;
+    KDK_UNROLL
+    for (int c = 0; c < 8; ++c) {
+      const int64_t j = j0 + first_column() + c / 2 * 8 + c % 2;
+      bool active;
+      Search search = search_of(p, side, j, active);
+      if (active && (labels_meet || side == kNegative)) {
+        const int64_t label = labels_meet ? r.label[j] : 0;
+        const float force = forced(r.norm[j]);
+        KDK_UNROLL
+        for (int k = 0; k < 8; ++k) {
+          const int64_t i = i0 + first_row() + 8 * k;
+          const bool same = labels_meet && x.label[i] == label;
+          if (same == (side == kPositive))  // above the diagonal every row is within the batch
+            search.see(acc[k / 2][c / 2][k % 2 * 2 + c % 2], force + forced(x.norm[i]), x.row[i]);
+        }
+      }
+      const Winner found = lane_min<4, 16>(search.winner());
+      if (threadIdx.x % 32 < 4)
+        columns[(down_warp * 2 + side) * kTile + first_column() + c / 2 * 8 + c % 2] = found;
+    }
+  }
+  __syncthreads();
+  for (int at = threadIdx.x; at < 2 * kTile; at += kThreads) {
+    const int side = at / kTile, place = at % kTile;
+    Winner least = kNoWinner;
+    for (int w = 0; w < kWarpsAcross; ++w) {
+      const Winner other = rows[w * 2 * kTile + at];
+      least = other < least ? other : least;
+    }
+    if (least != kNoWinner) improve(p.winners[side] + i0 + place, least);
+    if (!p.own || i0 == j0) continue;
+    const Winner first = columns[at], second = columns[2 * kTile + at];
+    least = first < second ? first : second;
+    if (least != kNoWinner) improve(p.winners[side] + j0 + place, least);
+  }
+}
+
+// Of each anchor whose two winners there are: their rows, and distances from differences.
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    triplet_distances_kernel(const __grid_constant__ DistancesParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
+  const int64_t lane = threadIdx.x % 32, D = p.references.cols;
+  if (i >= p.anchors.x.rows) return;
+  const Winner winner[2] = {p.winners[kPositive][i], p.winners[kNegative][i]};
+  const bool valid = winner[0] != kNoWinner && winner[1] != kNoWinner;
+  const T* x = static_cast<const T*>(p.anchors.x.data) + i * p.anchors.x.stride;
+  const int64_t row = p.anchors.row[i];
+  KDK_UNROLL
+  for (int side = 0; side < 2; ++side) {
+    const T* other = static_cast<const T*>(p.references.data) +
+                     (valid ? row_of(winner[side]) * p.references.stride : 0);
+    double sum = 0;
+    for (int64_t d = lane; valid && d < D; d += 32) {
+      const double difference = static_cast<double>(to_float(x[d])) - to_float(other[d]);
+      sum += difference * difference;
+    }
+    sum = warp_sum(sum);
+    if (lane != 0) continue;
+    if (valid && key_of(winner[side]) == kNanKey<float>) sum = kNaN;
+    (side == kPositive ? p.positive : p.negative)[row] = valid ? row_of(winner[side]) : -1;
+    (side == kPositive ? p.d_ap : p.d_an)[row] = static_cast<float>(from_squared(sum, p.distance));
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    triplet_bwd_kernel(const __grid_constant__ PullParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
+  const int64_t B = p.x.rows, D = p.x.cols;
+  if (i >= p.N) return;
+  const auto row = [&](const Source& from, int64_t at) {
+    return static_cast<const T*>(from.data) + at * from.stride;
+  };
+  const auto pull = [&](int64_t entry) {
+    return static_cast<float>(p.dd[entry] * slope(p.d[entry], p.distance));
+  };
+  for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
+    float total = 0;
+    for (int64_t entry = i; p.anchor && entry < 2 * B; entry += B) {
+      if (p.chosen[entry] >= 0)
+        total += pull(entry) * (to_float(row(p.x, i)[d]) - to_float(row(p.r, p.chosen[entry])[d]));
+    }
+    for (int64_t k = p.pulled ? p.begin[i] : 0; p.pulled && k < p.begin[i + 1]; ++k) {
+      const int64_t entry = p.order[k];
+      total += pull(entry) * (to_float(row(p.r, i)[d]) - to_float(row(p.x, entry % B)[d]));
+    }
+    static_cast<T*>(p.out)[i * D + d] = from_float<T>(total);
+  }
+}
+
+}  // namespace
+
+void launch_triplet_prepare(const PrepareParams& params, Math math, cudaStream_t stream) {
+  const dim3 grid = grid_of(ceil_div(params.rows.x.rows, kRowsPerBlock));
+  for_math(math, [&]<Math kMath>() {
+    launch(triplet_prepare_kernel<Element<kMath>>, grid, kThreads, 0, stream, params);
+  });
+}
+
+void launch_triplet_mine(const MineParams& params, Math math, cudaStream_t stream) {
+  const int64_t down = ceil_div(params.anchors.x.rows, kTile);
+  const dim3 grid =
+      grid_of(params.own ? triangle_tiles(down) : down * ceil_div(params.references.x.rows, kTile));
+  for_math(math, [&]<Math kMath>() {
+    launch(triplet_mine_product_kernel<kMath>, grid, kThreads, kSharedBytes, stream, params);
+  });
+}
+
+void launch_triplet_distances(const DistancesParams& params, Math math, cudaStream_t stream) {
+  const dim3 grid = grid_of(ceil_div(params.anchors.x.rows, kRowsPerBlock));
+  for_math(math, [&]<Math kMath>() {
+    launch(triplet_distances_kernel<Element<kMath>>, grid, kThreads, 0, stream, params);
+  });
+}
+
+void launch_triplet_bwd(const PullParams& params, Math math, cudaStream_t stream) {
+  const dim3 grid = grid_of(ceil_div(params.N, kRowsPerBlock));
+  for_math(math, [&]<Math kMath>() {
+    launch(triplet_bwd_kernel<Element<kMath>>, grid, kThreads, 0, stream, params);
+  });
+}
+
+}  // namespace kdk::triplet

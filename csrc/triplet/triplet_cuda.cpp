@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA operators kdkernels_cuda::triplet_{fwd,bwd}. The launchers in kdkernels/cuda/triplet.py
+// sort; other arguments were checked by the public function.
+#include "triplet_cuda.h"
+
+#include <string>
+#include <tuple>
+
+#include "../common/cuda/glue.h"
+
+namespace kdk::triplet {
+namespace {
+
+using namespace kdk::cuda;
+
+Distance parse_distance(const std::string& name) {
+  return name == "euclidean"     ? Distance::kEuclidean
+         : name == "sqeuclidean" ? Distance::kSqEuclidean
+                                 : Distance::kCosine;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
+    Tensor embeddings,        // [B, D] in the order of `labels`
+    Tensor labels,            // [B] int64, sorted
+    Tensor order,             // [B] int64, where those were
+    Tensor references,        // [M, D] in their own order
+    Tensor sorted,            // [M, D] in the order of their labels
+    Tensor reference_labels,  // [M] int64, sorted
+    Tensor reference_order,   // [M] int64
+    bool own, std::string positives, std::string negatives, std::string distance, bool exact) {
+  const Device device(embeddings);
+  const int64_t B = embeddings.size(0), M = references.size(0);
+  const Tensor positive = device.empty({B}, ScalarType::Long),
+               negative = device.empty({B}, ScalarType::Long);
+  const Tensor d_ap = device.empty({B}, ScalarType::Float),
+               d_an = device.empty({B}, ScalarType::Float);
+  const Math math = math_of(embeddings, exact);
+  const Tensor x = with_contiguous_rows(embeddings), r = with_contiguous_rows(sorted),
+               unsorted = with_contiguous_rows(references);
+  const Tensor winners = device.empty({2, B}, ScalarType::Long);
+  const Tensor norms = device.empty({B + M}, ScalarType::Float);
+  Winner* const winner[2] = {data_of<Winner>(winners), data_of<Winner>(winners) + B};
+  const SortedRows anchors{source_of(x), data_of<const int64_t>(labels),
+                           data_of<const int64_t>(order), data_of<float>(norms)};
+  const SortedRows candidates =
+      own ? anchors
+          : SortedRows{source_of(r), data_of<const int64_t>(reference_labels),
+                       data_of<const int64_t>(reference_order), data_of<float>(norms) + B};
+  const bool paired = positives == "paired";
+  PrepareParams prepare{anchors, {winner[0], winner[1]}, {}};
+  if (paired) prepare.paired = source_of(unsorted);
+  launch_triplet_prepare(prepare, math, device.stream());
+  if (!own) launch_triplet_prepare({candidates, {nullptr, nullptr}, {}}, math, device.stream());
+
+  // a semi-hard positive is the farthest within its bound, a semi-hard negative the nearest beyond
+  const int sign[2] = {paired || positives != "easiest" ? -1 : 1, negatives == "easiest" ? -1 : 1};
+  const auto mine = [&](int p, int n, int bound) {
+    MineParams params{anchors, candidates, own, {p, n}, {winner[0], winner[1]}, bound, 0};
+    if (bound >= 0) params.bound_sign = sign[bound];
+    launch_triplet_mine(params, math, device.stream());
+  };
+  const bool bounded = negatives == "semihard";
+  if (paired) {
+    mine(0, sign[1], bounded ? 0 : -1);
+  } else if (bounded) {
+    mine(sign[0], 0, -1);
+    mine(0, sign[1], 0);
+  } else if (positives == "semihard") {
+    mine(0, sign[1], -1);
+    mine(sign[0], 0, 1);
+  } else {
+    mine(sign[0], sign[1], -1);
+  }
+  launch_triplet_distances({anchors,
+                            source_of(unsorted),
+                            {winner[0], winner[1]},
+                            parse_distance(distance),
+                            data_of<int64_t>(positive),
+                            data_of<int64_t>(negative),
+                            data_of<float>(d_ap),
+                            data_of<float>(d_an)},
+                           math, device.stream());
+  return {positive, negative, d_ap, d_an};
+}
+
+// The gradient of anchors, or of references, or of both where they are the same.
+Tensor triplet_bwd(Tensor dd,          // [2 B] fp32
+                   Tensor embeddings,  // [B, D]
+                   Tensor references,  // [M, D]
+                   Tensor chosen,      // [2 B] int64
+                   Tensor d,           // [2 B] fp32
+                   Tensor order,       // [2 B] int64, or empty if not `pulled`
+                   Tensor begin,       // [M + 1] int64, or empty
+                   bool anchor, bool pulled, std::string distance) {
+  const Device device(embeddings);
+  const Tensor x = with_contiguous_rows(embeddings), r = with_contiguous_rows(references);
+  const int64_t N = anchor ? x.size(0) : r.size(0);
+  const Tensor out = device.empty({N, x.size(1)}, embeddings.scalar_type());
+  if (out.numel() == 0) return out;
+  launch_triplet_bwd(
+      {source_of(x), source_of(r), data_of<const int64_t>(chosen), data_of<const float>(d),
+       data_of<const float>(dd), data_of<const int64_t>(order), data_of<const int64_t>(begin),
+       out.mutable_data_ptr(), N, anchor, pulled, parse_distance(distance)},
+      math_of(embeddings, true), device.stream());
+  return out;
+}
+
+}  // namespace
+}  // namespace kdk::triplet
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
+  m.def(
+      "triplet_fwd(Tensor embeddings, Tensor labels, Tensor order, Tensor references, Tensor "
+      "sorted, "
+      "Tensor reference_labels, Tensor reference_order, bool own, str positives, str negatives, "
+      "str "
+      "distance, bool exact) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "triplet_bwd(Tensor dd, Tensor embeddings, Tensor references, Tensor chosen, Tensor d, "
+      "Tensor "
+      "order, Tensor begin, bool anchor, bool pulled, str distance) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, KDK_CUDA_DISPATCH_KEY, m) {
+  m.impl("triplet_fwd", TORCH_BOX(&kdk::triplet::triplet_fwd));
+  m.impl("triplet_bwd", TORCH_BOX(&kdk::triplet::triplet_bwd));
+}

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers of the CUDA kernels of triplet. Residuals: kdkernels/ops/triplet.py.
+#pragma once
+
+#include "../common/cuda/product.h"
+#include "triplet_math.h"
+
+namespace kdk::triplet {
+
+// A winner as one number, of which the least wins: its key in an order of unsigned integers above,
+// the row below.
+using Winner = unsigned long long;
+inline constexpr Winner kNoWinner = ~Winner{0};
+
+// Rows in the order of their labels.
+struct SortedRows {
+  cuda::Source x;        // [N, D]
+  const int64_t* label;  // [N]
+  const int64_t* row;    // [N], where it was before
+  float* norm;           // [N], squared
+};
+
+struct PrepareParams {
+  SortedRows rows;
+  Winner* winners[2];  // [N], set to none: positive and negative of each row; null for references
+  // the rows that are the positives, one for each of `rows` by its number before; null if searched
+  cuda::Source paired;
+};
+
+struct MineParams {
+  SortedRows anchors, references;  // the same if own
+  bool own;
+  int sign[2];         // per side: 1 looks for the nearest, -1 for the farthest, 0 not at all
+  Winner* winners[2];  // [B], of sorted anchors
+  // Only what lies beyond the winner of side `bound`, found with `bound_sign`, counts; -1:
+  // everything.
+  int bound, bound_sign;
+};
+
+struct DistancesParams {
+  SortedRows anchors;
+  cuda::Source references;  // in their own order
+  const Winner* winners[2];
+  Distance distance;
+  int64_t *positive, *negative;  // [B], in the anchors' own order, as are the distances
+  float *d_ap, *d_an;            // [B]
+};
+
+struct PullParams {
+  cuda::Source x;         // [B, D] anchors
+  cuda::Source r;         // [M, D]
+  const int64_t* chosen;  // [2, B], rows of r, or -1
+  const float* d;         // [2, B]
+  const float* dd;        // [2, B]
+  const int64_t* order;   // [2 B]: entries of `chosen` in the order of the rows chosen
+  const int64_t* begin;   // [M + 1]: where those of each row begin
+  void* out;              // [N, D]: gradient of x, or of r, in their dtype
+  int64_t N;
+  bool anchor, pulled;  // whether row i of out is anchor i, and whether it is row i of r
+  Distance distance;
+};
+
+void launch_triplet_prepare(const PrepareParams& params, cuda::Math math, cudaStream_t stream);
+void launch_triplet_mine(const MineParams& params, cuda::Math math, cudaStream_t stream);
+void launch_triplet_distances(const DistancesParams& params, cuda::Math math, cudaStream_t stream);
+void launch_triplet_bwd(const PullParams& params, cuda::Math math, cudaStream_t stream);
+
+}  // namespace kdk::triplet

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launchers of csrc/triplet/triplet_cuda.cpp. Sorting is torch's, which is CUB's on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels._sorting import pulls
+from kdkernels.cuda._common import exact, too_narrow
+
+_ops = torch.ops.kdkernels_cuda
+
+
+def supports(*args: Any) -> str | None:
+    """Why an operator's arguments cannot be handled; None if they can."""
+    return too_narrow(args[0])  # the embeddings forward, the gradient of a distance backward
+
+
+def triplet_fwd(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B] int64
+    references: Tensor,  # [M, D]
+    reference_labels: Tensor,  # [M] int64
+    own: bool,
+    positives: str,
+    negatives: str,
+    distance: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if len(embeddings) == 0 or len(references) == 0:
+        none = labels.new_full(labels.shape, -1)
+        zero = embeddings.new_zeros(len(embeddings), dtype=torch.float32)
+        return none, none.clone(), zero, zero.clone()
+    labels, order = labels.sort(stable=True)
+    x = embeddings[order]
+    sorted_references, reference_order = x, order
+    if own:
+        reference_labels = labels
+    else:
+        reference_labels, reference_order = reference_labels.sort(stable=True)
+        sorted_references = references[reference_order]
+    return _ops.triplet_fwd(
+        x, labels, order, references, sorted_references, reference_labels, reference_order, own,
+        positives, negatives, distance, exact(),
+    )  # fmt: skip
+
+
+def triplet_bwd(
+    dd_ap: Tensor,  # [B]
+    dd_an: Tensor,  # [B]
+    embeddings: Tensor,  # [B, D]
+    references: Tensor,  # [M, D]
+    positive: Tensor,  # [B] int64
+    negative: Tensor,  # [B] int64
+    d_ap: Tensor,  # [B]
+    d_an: Tensor,  # [B]
+    own: bool,
+    need_embeddings: bool,
+    need_references: bool,
+    distance: str,
+) -> tuple[Tensor, Tensor]:
+    need_references = need_references and not own
+    by_row = own or need_references
+    triplets = pulls(positive, negative, d_ap, d_an, dd_ap, dd_an, len(references), by_row)
+
+    def gradient(anchor: bool, pulled: bool) -> Tensor:
+        chosen, d, dd, order, begin = triplets
+        return _ops.triplet_bwd(
+            dd, embeddings, references, chosen, d, order, begin, anchor, pulled, distance
+        )
+
+    return (
+        gradient(True, own) if need_embeddings else embeddings.new_empty(0),
+        gradient(False, True) if need_references else references.new_empty(0),
+    )
