@@ -108,8 +108,8 @@ def few(found: Sequence[Sample]) -> list[Sample]:
 
 
 def interpreted(backend: str, device: torch.device) -> bool:
-    """Whether kernels run in Triton's interpreter, which is slow."""
-    return backend == "triton" and device.type == "cpu"
+    """Whether kernels run in Triton's interpreter, or CUDA's on the host: slowly."""
+    return backend in ("triton", "cuda") and device.type == "cpu"
 
 
 def cases(

@@ -12,21 +12,36 @@ namespace {
 
 using namespace kdk::cuda;
 
-// Tile (i0, j0) of both Grams, of unit features if they are normalised.
+constexpr int kPairSharedBytes = kSharedBytes + kTile * kTile * static_cast<int>(sizeof(float));
+static_assert(kPairSharedBytes <= 163 << 10, "a block has to fit a multiprocessor of sm_80");
+
+// Tile (i0, j0) of both Grams, staged: the teacher's where the operands were, the student's behind.
+struct Pair {
+  float *a, *k;
+};
+
 template <Math kMath>
-__device__ __forceinline__ void pair_of(Accumulators& a, Accumulators& k, const Problem& p,
-                                        int64_t g, int64_t i0, int64_t j0) {
-  fill(a, 0);
-  fill(k, 0);
-  multiply<kMath, Along::kContraction, Along::kContraction>(a, shared_memory(), p.x[0], p.x[0], g,
-                                                            i0, j0, 0, p.x[0].cols);
-  multiply<kMath, Along::kContraction, Along::kContraction>(k, shared_memory(), p.x[1], p.x[1], g,
-                                                            i0, j0, 0, p.x[1].cols);
-  if (p.scale == nullptr) return;
-  for_each_accumulator([&](int i, int j, int c, int row, int column) {
-    a[i][j][c] *= row_scale(p, 0, g, i0 + row) * row_scale(p, 0, g, j0 + column);
-    k[i][j][c] *= row_scale(p, 1, g, i0 + row) * row_scale(p, 1, g, j0 + column);
-  });
+__device__ __forceinline__ Pair pair_of(const Problem& p, int64_t g, int64_t i0, int64_t j0) {
+  unsigned char* shared = shared_memory();
+  const Pair pair{reinterpret_cast<float*>(shared + kSharedBytes),
+                  reinterpret_cast<float*>(shared)};
+  for (int side = 0; side < 2; ++side) {
+    const Source& x = side == 0 ? p.x[0] : p.x[1];
+    Accumulators acc;
+    fill(acc, 0);
+    multiply<kMath, Along::kContraction, Along::kContraction>(acc, shared, x, x, g, i0, j0, 0,
+                                                              x.cols);
+    stage(acc, side == 0 ? pair.a : pair.k);
+  }
+  return pair;
+}
+
+// One entry of a staged tile, of unit features if they are normalised.
+__device__ __forceinline__ float entry(const Problem& p, float* tile, int side, int64_t g,
+                                       int64_t i0, int64_t j0, int row, int column) {
+  const float x = *staged(tile, row, column);
+  if (p.scale == nullptr) return x;
+  return x * row_scale(p, side, g, i0 + row) * row_scale(p, side, g, j0 + column);
 }
 
 template <Math kMath>
@@ -36,52 +51,30 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t B = problem.B, i = blockIdx.y, j = p.first + blockIdx.x, g = p.group;
   const int64_t i0 = (p.first + i) * kTile, j0 = j * kTile;
   if (i0 > j0) return;
-  Accumulators a, k;
-  pair_of<kMath>(a, k, problem, g, i0, j0);
-  // rows: over a quad's columns, then over the four warps across; columns: over eight rows of a
-  // warp, then over the two warps down
-  auto* rows = reinterpret_cast<double*>(shared_memory());  // [kWarpsAcross, kSums, kTile]
-  double* columns = rows + kWarpsAcross * kSums * kTile;    // [2, kSums, kTile]
-  static_assert((kWarpsAcross + 2) * kSums * kTile * sizeof(double) <= kSharedBytes);
-  const int warp = threadIdx.x / 32, across = warp % kWarpsAcross, down = warp / kWarpsAcross;
-  KDK_UNROLL
-  for (int r = 0; r < 8; ++r) {
+  const Pair pair = pair_of<kMath>(problem, g, i0, j0);
+  const auto add = [&](double (&sums)[kSums], int row, int column) {
+    add_entry(problem, sums, entry(problem, pair.a, 0, g, i0, j0, row, column),
+              entry(problem, pair.k, 1, g, i0, j0, row, column));
+  };
+  const int columns = j0 + kTile < B ? kTile : static_cast<int>(B - j0);
+  const int rows = i0 + kTile < B ? kTile : static_cast<int>(B - i0);
+  // a warp has a row, whatever lies beyond the batch is not added
+  for (int row = threadIdx.x / 32; row < kTile; row += kRowsPerBlock) {
     double sums[kSums] = {};
-    KDK_UNROLL
-    for (int c = 0; c < 8; ++c)
-      if (j0 + first_column() + c / 2 * 8 + c % 2 < B)
-        add_entry(problem, sums, a[r / 2][c / 2][r % 2 * 2 + c % 2],
-                  k[r / 2][c / 2][r % 2 * 2 + c % 2]);
+    for (int column = threadIdx.x % 32; column < columns; column += 32) add(sums, row, column);
     KDK_UNROLL
     for (int s = 0; s < kSums; ++s) {
-      sums[s] = lane_sum<1, 2>(sums[s]);
-      if (threadIdx.x % 4 == 0) rows[(across * kSums + s) * kTile + first_row() + 8 * r] = sums[s];
+      sums[s] = warp_sum(sums[s]);
+      if (threadIdx.x % 32 == 0)
+        p.along[(blockIdx.x * kSums + s) * p.tiles * kTile + i * kTile + row] = sums[s];
     }
   }
+  // above the diagonal a thread has a column, for the row that it is by symmetry
+  if (i0 == j0 || static_cast<int>(threadIdx.x) >= columns) return;
+  double sums[kSums] = {};
+  for (int row = 0; row < rows; ++row) add(sums, row, threadIdx.x);
   KDK_UNROLL
-  for (int c = 0; c < 8; ++c) {
-    double sums[kSums] = {};
-    KDK_UNROLL
-    for (int r = 0; r < 8; ++r)
-      if (i0 + first_row() + 8 * r < B)
-        add_entry(problem, sums, a[r / 2][c / 2][r % 2 * 2 + c % 2],
-                  k[r / 2][c / 2][r % 2 * 2 + c % 2]);
-    KDK_UNROLL
-    for (int s = 0; s < kSums; ++s) {
-      sums[s] = lane_sum<4, 16>(sums[s]);
-      if (threadIdx.x % 32 < 4)
-        columns[(down * kSums + s) * kTile + first_column() + c / 2 * 8 + c % 2] = sums[s];
-    }
-  }
-  __syncthreads();
-  for (int at = threadIdx.x; at < kSums * kTile; at += kThreads) {
-    const int s = at / kTile, place = at % kTile;
-    double sum = 0;
-    for (int w = 0; w < kWarpsAcross; ++w) sum += rows[w * kSums * kTile + at];
-    p.along[(blockIdx.x * kSums + s) * p.tiles * kTile + i * kTile + place] = sum;
-    if (i0 < j0 && j0 + place < B)
-      p.across[(i * kSums + s) * B + j0 + place] = columns[at] + columns[kSums * kTile + at];
-  }
+  for (int s = 0; s < kSums; ++s) p.across[(i * kSums + s) * B + j0 + threadIdx.x] = sums[s];
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -117,36 +110,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int64_t t = at; t < weights.ticket_count; t += static_cast<int64_t>(gridDim.x) * kThreads)
       weights.tickets[t] = 0;
   }
-  const int64_t B = problem.B, row0 = blockIdx.y * kTile, i0 = p.first + row0,
-                j0 = blockIdx.x * kTile;
-  Accumulators a, k;
-  pair_of<kMath>(a, k, problem, p.group, i0, j0);
-  const float dout = weights.dout[p.group * weights.dout_stride];
-  KDK_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    const int64_t column = j0 + first_column() + 8 * j;
-    RowCoefs<Wide> own[2];
-    float factor[2];
+  const int64_t B = problem.B, g = p.group, row0 = blockIdx.y * kTile;
+  const int64_t i0 = p.first + row0, j0 = blockIdx.x * kTile;
+  const Pair pair = pair_of<kMath>(problem, g, i0, j0);
+  const int own_side = weights.side;
+  // sixteen threads have a row, eight neighbouring columns each
+  const int column = threadIdx.x % (kTile / 8) * 8;
+  const int64_t left = B - j0 - column;
+  if (left <= 0) return;
+  const float dout = weights.dout[g * weights.dout_stride];
+  for (int row = threadIdx.x / (kTile / 8); row < kTile && row0 + row < p.rows;
+       row += kThreads / (kTile / 8)) {
+    const RowCoefs<Wide> coefs = row_coefs<Wide>(weights, g, i0 + row);
+    float w[8];
     KDK_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      own[e] = row_coefs<Wide>(weights, p.group, column + e);
-      factor[e] = dout * row_scale(problem, weights.side, p.group, column + e);
+    for (int e = 0; e < 8; ++e) {
+      const float a = entry(problem, pair.a, 0, g, i0, j0, row, column + e);
+      const float k = entry(problem, pair.k, 1, g, i0, j0, row, column + e);
+      w[e] = weight(weights, own_side == 0 ? a : k, own_side == 0 ? k : a, coefs,
+                    row_coefs<Wide>(weights, g, j0 + column + e),
+                    dout * row_scale(problem, own_side, g, j0 + column + e));
     }
-    KDK_UNROLL
-    for (int r = 0; r < 8; ++r) {
-      const int64_t row = row0 + first_row() + 8 * r;
-      const RowCoefs<Wide> coefs = row_coefs<Wide>(weights, p.group, p.first + row);
-      float w[2];
-      KDK_UNROLL
-      for (int e = 0; e < 2; ++e) {
-        const float s = a[r / 2][j][r % 2 * 2 + e], t = k[r / 2][j][r % 2 * 2 + e];
-        w[e] = weight(weights, weights.side == 0 ? s : t, weights.side == 0 ? t : s, coefs, own[e],
-                      factor[e]);
-      }
-      if (row < p.rows && column < B)
-        store_pair(static_cast<T*>(weights.weights) + row * B + column, w[0], w[1], column + 1 < B,
-                   B % 2 == 0);
-    }
+    store_eight(static_cast<T*>(weights.weights) + (row0 + row) * B + j0 + column, w, left,
+                B % 8 == 0);
   }
 }
 
@@ -155,7 +141,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 void launch_gram_mse_pair_sums(const PairSumsParams& params, Math math, cudaStream_t stream) {
   const dim3 grid = grid_of(ceil_div(params.problem.B, kTile) - params.first, params.tiles);
   for_math(math, [&]<Math kMath>() {
-    launch(gram_mse_pair_sums_kernel<kMath>, grid, kThreads, kSharedBytes, stream, params);
+    launch(gram_mse_pair_sums_kernel<kMath>, grid, kThreads, kPairSharedBytes, stream, params);
   });
 }
 
@@ -170,7 +156,8 @@ void launch_gram_mse_bwd_pair_weights(const PairWeightsParams& params, Math math
   const dim3 grid =
       grid_of(ceil_div(params.weights.problem.B, kTile), ceil_div(params.rows, kTile));
   const auto run = [&]<Math kMath>() {
-    launch(gram_mse_bwd_kernel_pair_weights<kMath>, grid, kThreads, kSharedBytes, stream, params);
+    launch(gram_mse_bwd_kernel_pair_weights<kMath>, grid, kThreads, kPairSharedBytes, stream,
+           params);
   };
   switch (math) {
     case Math::kBFloat16: return run.template operator()<Math::kBFloat16>();

@@ -254,7 +254,8 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int64_t k = p.pulled ? p.begin[i] : 0; p.pulled && k < p.begin[i + 1]; ++k) {
       const int64_t entry = p.order[k];
-      total += pull(entry) * (to_float(row(p.r, i)[d]) - to_float(row(p.x, entry % B)[d]));
+      total += pull(entry) *
+               (to_float(row(p.r, i)[d]) - to_float(row(p.x, entry < B ? entry : entry - B)[d]));
     }
     static_cast<T*>(p.out)[i * D + d] = from_float<T>(total);
   }
