@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Everything that a machine with a GPU is asked to measure, in ten minutes at most: build, tests, check, benchmarks and a
-# sweep of the Triton tiles. Run it from the repository; it writes to ${OUT:-gpu-results} as it goes, so an interrupted
-# run keeps what it has. PYTHON names the interpreter, LIMIT_SECONDS the whole time.
+# Everything that a machine with a GPU is asked to measure, in ten minutes at most: build (CUDA for the present device),
+# check, compute-sanitizer on the CUDA kernels, benchmarks, tests and a sweep of the Triton tiles. Run it from the
+# repository; it writes to ${OUT:-gpu-results} as it goes, so an interrupted run keeps what it has. PYTHON names the
+# interpreter, LIMIT_SECONDS the whole time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -46,6 +47,9 @@ if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; 
 fi
 nvidia-smi > "$out/nvidia-smi.txt" 2>&1 || say "nvidia-smi: failed"
 
+capability="$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")"
+export KDKERNELS_CUDA_ARCHITECTURES="${KDKERNELS_CUDA_ARCHITECTURES:-$capability}"
+command -v nvcc > /dev/null || say "build: nvcc was not found; no CUDA library"
 if command -v c++ > /dev/null || command -v g++ > /dev/null; then
   stage build 150 "$python" -m pip install --no-build-isolation --no-deps -e . ||
     stage build_in_place 150 "$python" setup.py build_ext --inplace ||
@@ -56,6 +60,16 @@ fi
 
 stage env 30 "$python" -m kdkernels env
 stage check 100 "$python" -m kdkernels check --device cuda --json "$out/check.json"
+
+# Status 99 is an error that the sanitizer found; what the check itself found is above.
+if command -v compute-sanitizer > /dev/null; then
+  for tool in memcheck racecheck; do
+    stage "$tool" 60 compute-sanitizer --tool "$tool" --error-exitcode 99 "$python" -m kdkernels \
+      check --device cuda --backend cuda --dtype float32 bfloat16 --quick
+  done
+else
+  say "memcheck, racecheck: not run, compute-sanitizer was not found"
+fi
 
 # Before the tests, whose first compilations take long: a time is what this machine was asked for.
 stage bench_bf16 90 "$python" -m kdkernels bench --device cuda --dtype bf16 --time 2 --output "$out/bf16"

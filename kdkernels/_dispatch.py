@@ -30,7 +30,7 @@ BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != 
 # What `auto` tries, best first. Changing an order is a performance claim: bring the benchmark.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "cuda": ("triton", "reference"),
+    "cuda": ("triton", "cuda", "reference"),
 }
 _OTHER_DEVICES = ("reference",)
 
