@@ -227,11 +227,12 @@ def _tool() -> str:
     return found
 
 
-def _resources(path: Path) -> Iterator[Resources]:
+def _resources(path: Path, architecture: str) -> Iterator[Resources]:
     def output(option: str) -> str:
         return subprocess.run(
-            [_tool(), option, str(path)], capture_output=True, text=True, check=True
-        ).stdout
+            [_tool(), "--gpu-architecture", architecture, option, str(path)],
+            capture_output=True, text=True, check=True,
+        ).stdout  # fmt: skip
 
     counts: dict[str, int] = {}
     for part in re.split(r"\n\s*Function : ", output("-sass"))[1:]:
@@ -240,17 +241,32 @@ def _resources(path: Path) -> Iterator[Resources]:
         r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", output("-res-usage")
     )
     for kernel, registers, stack, local in found:
-        yield Resources(path.parent.name, kernel, int(registers), int(stack) + int(local),
+        yield Resources(architecture, kernel, int(registers), int(stack) + int(local),
                         counts[kernel])  # fmt: skip
+
+
+def _built(architecture: str) -> Path | None:
+    """The installed library, if it has code for an architecture and nothing changed since."""
+    library = Path(_native.__file__).parent / "libkdkernels_cuda.so"
+    module = _native.build_module()
+    if isinstance(module, str) or not library.exists():
+        return None
+    names = re.findall(r"\d+", module.build_info()["cuda_architectures"])
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cu")]
+    newer = any(path.stat().st_mtime > library.stat().st_mtime for path in sources)
+    return None if newer or architecture.removeprefix("sm_") not in names else library
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
 def device_code(request: pytest.FixtureRequest) -> list[Resources]:
+    library = _built(request.param)
+    if library is not None:
+        return list(_resources(library, request.param))
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc not found")
     cuda_host.build(request.param)
     files = sorted((cuda_host.BUILD / request.param).glob("*.cubin"))
-    return [kernel for file in files for kernel in _resources(file)]
+    return [kernel for file in files for kernel in _resources(file, request.param)]
 
 
 def test_device_code_spills_nothing_and_fits(device_code: list[Resources]) -> None:

@@ -117,17 +117,16 @@ template <Math kMath, Along kA, Along kB>
 __device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* shared, const Source& a,
                                          const Source& b, int64_t group, int64_t m0, int64_t n0,
                                          int64_t k_begin, int64_t k_end) {
-  using T = Element<kMath>;
   using A = OperandTile<kMath, kA>;
   using B = OperandTile<kMath, kB>;
-  const T* a_data = static_cast<const T*>(a.data) + group * a.group;
-  const T* b_data = static_cast<const T*>(b.data) + group * b.group;
+  typename A::Loader a_loader(a, group, m0, k_begin);
+  typename B::Loader b_loader(b, group, n0, k_begin);
   const int64_t steps = k_end > k_begin ? ceil_div(k_end - k_begin, A::kStep) : 0;
   const auto begin_step = [&](int64_t step) {
     if (step < steps) {
       unsigned char* stage = shared + step % kStages * 2 * kTileBytes;
-      A::load(stage, a, a_data, m0, k_begin + step * A::kStep, k_end);
-      B::load(stage + kTileBytes, b, b_data, n0, k_begin + step * A::kStep, k_end);
+      a_loader.load(stage, k_end);
+      b_loader.load(stage + kTileBytes, k_end);
     }
     copy_async_commit();
   };

@@ -67,35 +67,76 @@ struct OperandTile {
     return (row * kChunks + swizzled) * kChunkBytes;
   }
 
-  // Begins to fill the tile with outputs output0 ... and contraction k0 ... k_end; zeros beyond.
-  static __device__ __forceinline__ void load(unsigned char* tile, const Source& source,
-                                              const T* data, int64_t output0, int64_t k0,
-                                              int64_t k_end) {
-    const bool along = kAlong == Along::kContraction;
-    const int64_t row0 = along ? output0 : k0, row_end = along ? source.rows : k_end;
-    const int64_t col0 = along ? k0 : output0, col_end = along ? k_end : source.cols;
-    KDK_UNROLL
-    for (int c = threadIdx.x; c < kRows * kChunks; c += kThreads) {
-      const int row = c / kChunks, chunk = c % kChunks;
-      const int64_t i = row0 + row, j = col0 + chunk * kPerChunk;
-      const bool kept =
-          i < row_end && (source.keep == nullptr || source.keep[i * source.keep_stride]);
-      const int64_t left = kept ? col_end - j : 0;
-      const int count = left <= 0 ? 0 : left < kPerChunk ? static_cast<int>(left) : kPerChunk;
-      const T* from = data + (count > 0 ? i * source.stride + j : 0);
-      unsigned char* to = tile + offset(row, chunk);
-      if (source.aligned) {
-        copy_async(to, from, count * static_cast<int>(sizeof(T)));
-      } else {
-        struct alignas(16) Chunk {
-          T x[kPerChunk];
-        } values;
-        KDK_UNROLL
-        for (int e = 0; e < kPerChunk; ++e) values.x[e] = e < count ? from[e] : T{};
-        *reinterpret_cast<Chunk*>(to) = values;
+  // Fills tile after tile along the contraction. What does not change from step to step is computed
+  // once, since the copies share issue slots with the tensor core's instructions.
+  class Loader {
+   public:
+    __device__ __forceinline__ Loader(const Source& source, int64_t group, int64_t output0,
+                                      int64_t k0)
+        : source_(source), k_(k0) {
+      const T* data = static_cast<const T*>(source.data) + group * source.group;
+      KDK_UNROLL
+      for (int c = 0; c < kCopies; ++c) {
+        const int64_t i = (kAcross ? k0 : output0) + row(c),
+                      j = (kAcross ? output0 : k0) + column(c);
+        from_[c] = data + i * source.stride + j;
+        const int64_t left = kAcross                       ? source.cols - j
+                             : i < source.rows && keeps(i) ? kPerChunk
+                                                           : 0;
+        count_[c] = left <= 0 ? 0 : left < kPerChunk ? static_cast<int>(left) : kPerChunk;
       }
     }
-  }
+
+    // Begins to fill `tile` with the next step; zeros from k_end on.
+    __device__ __forceinline__ void load(unsigned char* tile, int64_t k_end) {
+      const bool whole = k_ + kStep <= k_end;
+      KDK_UNROLL
+      for (int c = 0; c < kCopies; ++c) {
+        int count = count_[c];
+        if (!whole) {
+          const int64_t left = k_end - k_ - (kAcross ? row(c) : column(c));
+          if (left <= 0) {
+            count = 0;
+          } else if (!kAcross && left < count) {
+            count = static_cast<int>(left);
+          }
+        }
+        if (kAcross && source_.keep != nullptr && count > 0 && !keeps(k_ + row(c))) count = 0;
+        copy(tile + offset(row(c), column(c) / kPerChunk), from_[c], count);
+        from_[c] += kAcross ? kStep * source_.stride : kStep;
+      }
+      k_ += kStep;
+    }
+
+   private:
+    static constexpr bool kAcross = kAlong == Along::kOutput;
+    static constexpr int kCopies = kRows * kChunks / kThreads;  // of a thread, per step
+    static_assert(kCopies * kThreads == kRows * kChunks, "every thread copies as much");
+
+    static __device__ __forceinline__ int row(int c) {
+      return (static_cast<int>(threadIdx.x) + c * kThreads) / kChunks;
+    }
+    static __device__ __forceinline__ int column(int c) {
+      return (static_cast<int>(threadIdx.x) + c * kThreads) % kChunks * kPerChunk;
+    }
+    __device__ __forceinline__ bool keeps(int64_t i) const {
+      return source_.keep == nullptr || source_.keep[i * source_.keep_stride];
+    }
+    __device__ __forceinline__ void copy(unsigned char* to, const T* from, int count) const {
+      if (source_.aligned) return copy_async(to, from, count * static_cast<int>(sizeof(T)));
+      struct alignas(16) Chunk {
+        T x[kPerChunk];
+      } values;
+      KDK_UNROLL
+      for (int e = 0; e < kPerChunk; ++e) values.x[e] = e < count ? from[e] : T{};
+      *reinterpret_cast<Chunk*>(to) = values;
+    }
+
+    const Source& source_;
+    int64_t k_;
+    const T* from_[kCopies];
+    int count_[kCopies];
+  };
 
   // Outputs m ... m + 15 as operand a, for half `half` of the step.
   static __device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* tile, int m,
