@@ -23,7 +23,8 @@
 namespace kdk::host {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;
+constexpr size_t kPage = 64 << 10;        // or a multiple of one
+constexpr size_t kStackBytes = 64 << 10;  // small: the sanitizer clears one in every switch
 
 struct Copy {
   void* to;
@@ -137,10 +138,11 @@ std::vector<unsigned> order_of(size_t n) {
 }
 
 void start(Fiber& fiber, unsigned thread) {
-  if (fiber.stack == nullptr) {
-    fiber.stack =
-        mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (fiber.stack == MAP_FAILED) throw std::bad_alloc();
+  if (fiber.stack == nullptr) {  // behind a page that stops an overflow
+    void* memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) throw std::bad_alloc();
+    fiber.stack = static_cast<char*>(memory) + kPage;
   }
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack;
