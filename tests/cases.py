@@ -112,6 +112,13 @@ def interpreted(backend: str, device: torch.device) -> bool:
     return backend == "triton" and device.type == "cpu"
 
 
+def _worth_interpreting(i: int, dtype: torch.dtype, interpret_all: bool) -> bool:
+    """Every third sample; or all in fp32, and another third in each of the other dtypes."""
+    if not interpret_all:
+        return i % 3 == 0
+    return dtype == torch.float32 or i % 3 == list(SHORT).index(dtype)
+
+
 def cases(
     pick: Callable[[Sequence[Sample]], Sequence[Sample]] = few,
     dtypes: Sequence[torch.dtype] = (torch.float32,),
@@ -127,7 +134,9 @@ def cases(
                 picked = pick(samples(info, device, dtype))
                 for i, sample in enumerate(picked):
                     for backend in backends:
-                        if interpret_all or i % 3 == 0 or not interpreted(backend, device):
+                        if not interpreted(backend, device) or _worth_interpreting(
+                            i, dtype, interpret_all
+                        ):
                             yield Case(info, backend, device, dtype, sample)
 
 

@@ -26,7 +26,7 @@ from kdkernels.testing import numerics
 ONE = {"pick": lambda found: few(found)[:1]}  # where the options of a call make no difference
 
 
-@each_case(dtypes=(torch.float32, torch.float16))
+@each_case()
 def test_every_subset_of_gradients(case: Case) -> None:
     places = case.places
     args = leaves(case)
