@@ -6,7 +6,9 @@ from kdkernels._dispatch import BackendUnavailableError, explain, use_backend
 from kdkernels._version import __version__
 from kdkernels.ops.contrastive import contrastive_loss
 from kdkernels.ops.gram_mse import gram_mse
+from kdkernels.ops.info_nce import info_nce
 from kdkernels.ops.lsh_bce import lsh_bce, lsh_encode
+from kdkernels.ops.relational_kl import relational_kl
 from kdkernels.ops.triplet import MinedTriplets, mine_triplets
 from kdkernels.ops.triplet_distillation import triplet_distillation
 from kdkernels.ops.triplet_loss import triplet_loss
@@ -18,10 +20,12 @@ __all__ = [
     "contrastive_loss",
     "explain",
     "gram_mse",
+    "info_nce",
     "lsh_bce",
     "lsh_encode",
     "mine_triplets",
     "nn",
+    "relational_kl",
     "triplet_distillation",
     "triplet_loss",
     "use_backend",

@@ -118,10 +118,13 @@ def test_zero_rows_are_those_of_the_definition(case: Case, which: tuple[int, ...
     )
     low, low_grads = numerics.value_and_grads(lambda *a: info.define(sample, a), sample.args, n)
     out, grads = numerics.value_and_grads(case.call, sample.args, n)
-    errors = [numerics.compare("loss", out, hi, low, case.dtype)]
+    loss_scale, scales = None, (None,) * len(grads)
+    if info.subtracts:
+        loss_scale, scales = info.magnitude(sample)
+    errors = [numerics.compare("loss", out, hi, low, case.dtype, loss_scale)]
     # apart, because the zero rows' gradients are so large that no error elsewhere would show beside
     # them
-    for name, *of_arg in zip(case.places, grads, hi_grads, low_grads, strict=True):
+    for name, scale, *of_arg in zip(case.places, scales, grads, hi_grads, low_grads, strict=True):
         if of_arg[0].dim() < 2:
             errors.append(numerics.compare(f"d{name}", *of_arg, case.dtype))
             continue
@@ -129,7 +132,8 @@ def test_zero_rows_are_those_of_the_definition(case: Case, which: tuple[int, ...
         for kind, index in (("zero", rows), ("other", [i for i in range(count) if i not in rows])):
             part = [grad[..., index, :] for grad in of_arg]
             assert all(torch.isfinite(grad).all() for grad in part)
-            errors.append(numerics.compare(f"d{name}, {kind} rows, ", *part, case.dtype))
+            size = numerics.largest(scale[index] if isinstance(scale, Tensor) else scale)
+            errors.append(numerics.compare(f"d{name}, {kind} rows, ", *part, case.dtype, size))
     assert_within_budget(case, errors)
 
 

@@ -59,6 +59,20 @@ Tensor in_type(const Tensor& x) {
   return x.scalar_type() == scalar_type_of<T> ? x : torch::stable::to(x, scalar_type_of<T>);
 }
 
+// x in fp32 or fp64, in a layout that BLAS takes; where it lies if it is so already.
+template <typename T>
+Tensor plain(const Tensor& x) {
+  const Tensor wide = in_type<T>(x);
+  const int64_t row = wide.stride(0), column = wide.stride(1);
+  const bool fits = (column == 1 && row >= wide.size(1)) || (row == 1 && column >= wide.size(0));
+  return fits ? wide : torch::stable::contiguous(wide);
+}
+
+template <typename T>
+Matrix<T> matrix(const Tensor& x) {
+  return {static_cast<T*>(x.mutable_data_ptr()), x.size(0), x.size(1), x.stride(0), x.stride(1)};
+}
+
 // Group g of a [G, rows, cols] tensor.
 template <typename T>
 Matrix<T> group(const Tensor& x, int64_t g) {

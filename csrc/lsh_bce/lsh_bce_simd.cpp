@@ -2,30 +2,14 @@
 // Compiled once per instruction set (see ../common/simd.h).
 #include "lsh_bce_simd.h"
 
+#include "../common/lanes.h"
 #include "lsh_bce_math.h"
-
-#if !defined(KDK_SIMD_LEVEL)
-#error "compile with -DKDK_SIMD_LEVEL=<namespace>"
-#endif
 
 namespace kdk::lsh_bce::KDK_SIMD_LEVEL {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-template <typename T>
-struct Lanes {
-  static constexpr int kCount = kVectorBytes / sizeof(T);
-  using Integer = typename Series<T>::Integer;
-  typedef T Vector __attribute__((vector_size(kVectorBytes), aligned(sizeof(T))));
-  typedef Integer Integers __attribute__((vector_size(kVectorBytes), aligned(sizeof(Integer))));
-};
+using kdk::KDK_SIMD_LEVEL::kVectorBytes;
+using kdk::KDK_SIMD_LEVEL::Lanes;
 
 // Bits j ... j + kCount - 1 of `codes` as 0 or 1; j is a multiple of kCount.
 template <typename T>

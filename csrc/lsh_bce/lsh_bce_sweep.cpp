@@ -6,6 +6,7 @@
 // added in order.
 #include <algorithm>
 
+#include "../common/cut.h"
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "lsh_bce.h"
@@ -16,26 +17,6 @@ namespace {
 
 constexpr int64_t kRows = 256;  // of a tile
 constexpr int64_t kBits = 512;  // of a tile, a multiple of 8; the tile stays in a core's L2
-constexpr int64_t kTasks = 16;  // that cores share, at least, where the shapes have so many blocks
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Blocks along the axis of the tasks, and the pieces that the other axis is cut into.
-struct Cut {
-  int64_t blocks, pieces, steps;  // steps: blocks of the other axis in a piece
-
-  Cut(int64_t blocks_, int64_t other_blocks) : blocks(blocks_) {
-    const int64_t wanted = std::clamp<int64_t>(ceil_div(kTasks, std::max<int64_t>(blocks, 1)), 1,
-                                               std::max<int64_t>(other_blocks, 1));
-    steps = ceil_div(std::max<int64_t>(other_blocks, 1), wanted);
-    pieces = ceil_div(std::max<int64_t>(other_blocks, 1), steps);
-  }
-};
-
-template <typename T>
-void fill_zero(Matrix<T> m) {
-  for (int64_t i = 0; i < m.rows; ++i) std::fill_n(m.row(i), m.cols, T(0));
-}
 
 // Rows i0 ... of those that count: where they lie, or copied into `memory` if some are left out.
 template <typename T>

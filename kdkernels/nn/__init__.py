@@ -9,8 +9,11 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
 from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
+from kdkernels.nn.info_nce import InfoNCELoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
+from kdkernels.nn.key_queue import KeyQueue
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
+from kdkernels.nn.relational_representation import RelationalRepresentationLoss
 from kdkernels.nn.similarity_preserving import SimilarityPreservingLoss
 from kdkernels.nn.triplet import (
     BatchAllTripletLoss,
@@ -26,9 +29,12 @@ __all__ = [
     "CodeCache",
     "ContrastiveLoss",
     "CorrelationCongruenceLoss",
+    "InfoNCELoss",
     "IntraUtteranceSimilarityLoss",
+    "KeyQueue",
     "LSHFeatureMimickingLoss",
     "PairDistillationLoss",
+    "RelationalRepresentationLoss",
     "SimilarityPreservingLoss",
     "TripletDistillationLoss",
     "encode_dataset",

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0
+// Compiled once per instruction set (see ../common/simd.h).
+#include "relational_kl_simd.h"
+
+#include "../common/lanes.h"
+
+namespace kdk::relational_kl::KDK_SIMD_LEVEL {
+namespace {
+
+using kdk::KDK_SIMD_LEVEL::Lanes;
+
+template <typename T>
+using Vector = typename Lanes<T>::Vector;
+
+template <typename T>
+constexpr int kCount = Lanes<T>::kCount;
+
+// The first `count` lanes, the others 0; all of them if kFull.
+template <bool kFull, typename T>
+inline __attribute__((always_inline)) Vector<T> load(const T* p, int64_t count) {
+  if constexpr (kFull) return *reinterpret_cast<const Vector<T>*>(p);
+  T rest[kCount<T>] = {};
+  for (int64_t i = 0; i < count; ++i) rest[i] = p[i];
+  return *reinterpret_cast<const Vector<T>*>(rest);
+}
+
+template <bool kFull, typename T>
+inline __attribute__((always_inline)) void store(T* p, Vector<T> x, int64_t count) {
+  if constexpr (kFull) {
+    *reinterpret_cast<Vector<T>*>(p) = x;
+  } else {
+    for (int64_t i = 0; i < count; ++i) p[i] = x[i];
+  }
+}
+
+// x in the first `count` lanes, `other` beyond.
+template <bool kFull, typename T>
+inline __attribute__((always_inline)) Vector<T> within(Vector<T> x, int64_t count, T other) {
+  if constexpr (kFull) return x;
+  for (int64_t i = count; i < kCount<T>; ++i) x[i] = other;
+  return x;
+}
+
+// 0 where the result would not be a normal number.
+template <typename T>
+inline __attribute__((always_inline)) Vector<T> exp_of_negative(Vector<T> x) {
+  const Vector<T> e = exp_minus<T, Vector<T>, typename Lanes<T>::Integers>(-x);
+  return x < -ExpSeries<T>::kLimit ? Vector<T>{} : e;
+}
+
+template <typename T>
+double sum(Vector<T> x) {
+  double total = 0;
+  for (int i = 0; i < kCount<T>; ++i) total += x[i];
+  return total;
+}
+
+// step<kFull>(j, count) for each vector of n elements.
+template <typename T, typename F>
+inline __attribute__((always_inline)) void each_vector(int64_t n, const F& step) {
+  int64_t j = 0;
+  for (; j + kCount<T> <= n; j += kCount<T>) step.template operator()<true>(j, kCount<T>);
+  if (j < n) step.template operator()<false>(j, n - j);
+}
+
+template <typename T>
+T maximum(T* a, const T* factors, int64_t n) {
+  constexpr T kLeast = -__builtin_huge_valf();
+  Vector<T> most = Vector<T>{} + kLeast;
+  each_vector<T>(n, [&]<bool kFull>(int64_t j, int64_t count) {
+    Vector<T> x = load<kFull>(a + j, count);
+    if (factors) {
+      x *= load<kFull>(factors + j, count);
+      store<kFull>(a + j, x, count);
+    }
+    x = within<kFull, T>(x, count, kLeast);
+    most = x > most ? x : most;
+  });
+  T result = kLeast;
+  for (int i = 0; i < kCount<T>; ++i) result = most[i] > result ? most[i] : result;
+  return result;
+}
+
+template <typename T>
+double weights(T* a, const T* factors, int64_t n, T max) {
+  Vector<T> total{};
+  each_vector<T>(n, [&]<bool kFull>(int64_t j, int64_t count) {
+    Vector<T> p = exp_of_negative<T>(load<kFull>(a + j, count) - max);
+    total += within<kFull, T>(p, count, 0);
+    if (factors) p *= load<kFull>(factors + j, count);
+    store<kFull>(a + j, p, count);
+  });
+  return sum<T>(total);
+}
+
+template <typename T, bool kSubtractEntropy>
+Sums both_weights_of(T* a, T* b, const T* factors, int64_t n, T max_a, T max_b) {
+  Vector<T> student{}, teacher{}, mean{};
+  each_vector<T>(n, [&]<bool kFull>(int64_t j, int64_t count) {
+    const Vector<T> x = load<kFull>(a + j, count) - max_a, y = load<kFull>(b + j, count) - max_b;
+    Vector<T> q = exp_of_negative<T>(x), p = exp_of_negative<T>(y);
+    const Vector<T> c = kSubtractEntropy ? y - x : -x;
+    student += within<kFull, T>(q, count, 0);
+    teacher += within<kFull, T>(p, count, 0);
+    mean += within<kFull, T>(p * c, count, 0);
+    if (factors) {
+      const Vector<T> f = load<kFull>(factors + j, count);
+      q *= f;
+      p *= f;
+    }
+    store<kFull>(a + j, q, count);
+    store<kFull>(b + j, p, count);
+  });
+  return {sum<T>(student), sum<T>(teacher), sum<T>(mean)};
+}
+
+template <typename T>
+Sums both_weights(T* a, T* b, const T* factors, int64_t n, T max_a, T max_b,
+                  bool subtract_entropy) {
+  return subtract_entropy ? both_weights_of<T, true>(a, b, factors, n, max_a, max_b)
+                          : both_weights_of<T, false>(a, b, factors, n, max_a, max_b);
+}
+
+template <typename T>
+void softmax(T* a, int64_t n, T lse, T dout) {
+  each_vector<T>(n, [&]<bool kFull>(int64_t j, int64_t count) {
+    const Vector<T> q = exp_of_negative<T>(load<kFull>(a + j, count) - lse);
+    store<kFull, T>(a + j, dout * q, count);
+  });
+}
+
+template <typename T>
+void derivatives(T* a, T* b, int64_t n, const Row<T>& row) {
+  each_vector<T>(n, [&]<bool kFull>(int64_t j, int64_t count) {
+    const Vector<T> log_q = load<kFull>(a + j, count) - row.lse_student;
+    const Vector<T> log_p = load<kFull>(b + j, count) - row.lse_teacher;
+    const Vector<T> q = exp_of_negative<T>(log_q), p = exp_of_negative<T>(log_p);
+    const Vector<T> c = row.subtract_entropy ? log_p - log_q : -log_q;
+    store<kFull, T>(a + j, row.dout * (q - p), count);
+    store<kFull, T>(b + j, row.dout * (p * (c - row.loss)), count);
+  });
+}
+
+template <typename T>
+void multiply(T* x, const T* factors, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) x[j] *= factors[j];
+}
+
+template <typename T>
+void scale(const T* x, T factor, T* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = factor * x[j];
+}
+
+template <typename T>
+void add_scaled(const T* x, T factor, T* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] += factor * x[j];
+}
+
+}  // namespace
+
+template <typename T>
+const Epilogues<T>& epilogues() {
+  static constexpr Epilogues<T> table = {maximum<T>, weights<T>,     both_weights<T>,
+                                         softmax<T>, derivatives<T>, multiply<T>,
+                                         scale<T>,   add_scaled<T>};
+  return table;
+}
+
+template const Epilogues<float>& epilogues<float>();
+template const Epilogues<double>& epilogues<double>();
+
+}  // namespace kdk::relational_kl::KDK_SIMD_LEVEL

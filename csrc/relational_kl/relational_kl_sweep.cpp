@@ -1,0 +1,390 @@
+// SPDX-License-Identifier: Apache-2.0
+// A task multiplies a block of rows with a block of keys, turns the tile of logits into softmax
+// weights in place, and multiplies the weights at once with the same keys. The forward keeps a
+// running maximum per row: what was summed before is rescaled where it grows. Pieces of the key
+// axis have maxima of their own and are merged in order.
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "../common/cut.h"
+#include "../common/gemm.h"
+#include "../common/parallel.h"
+#include "../common/stable.h"
+#include "relational_kl.h"
+#include "relational_kl_simd.h"
+
+namespace kdk::relational_kl {
+namespace {
+
+constexpr int64_t kRows = 256;  // of a tile
+constexpr int64_t kKeys = 512;  // of a tile; both sides' tiles stay in a core's L2
+
+constexpr double kNone = -std::numeric_limits<double>::infinity();
+constexpr double kNotANumber = std::numeric_limits<double>::quiet_NaN();
+
+// f(begin, count) for the one or two stretches of keys k0 ... k0 + n that `exclude` leaves.
+template <typename F>
+void each_stretch(int64_t exclude, int64_t k0, int64_t n, const F& f) {
+  const int64_t at = exclude - k0;
+  if (at < 0 || at >= n) return f(0, n);
+  if (at > 0) f(0, at);
+  if (at + 1 < n) f(at + 1, n - at - 1);
+}
+
+// One row's sums over the keys of a piece: weights relative to the maxima seen so far.
+struct Running {
+  double max_student = kNone, max_teacher = kNone;
+  double student = 0, teacher = 0;  // sums of weights
+  double mean = 0;                  // sum of the teacher's weights times c, from raw logits
+  double positive = kNotANumber;    // logit of the positive key
+};
+
+// Scratch memory of a thread: a tile of logits per side.
+template <typename T>
+class Tiles {
+ public:
+  explicit Tiles(const Problem<T>& problem)
+      : size_(std::min(kRows, problem.rows()) * std::min(kKeys, problem.keys())),
+        scratch_(thread_slots() * 2 * size_) {}
+  T* student() const { return scratch_.data() + thread_index() * 2 * size_; }
+  T* teacher() const { return student() + size_; }
+
+ private:
+  int64_t size_;
+  Scratch<T> scratch_;
+};
+
+template <typename T>
+Matrix<T> logits(const Side<T>& side, int64_t i0, int64_t rows, int64_t k0, int64_t n, T* memory) {
+  const auto tile = Matrix<T>::contiguous(memory, rows, n);
+  gemm<T>(side.rows.row_block(i0, rows), side.keys.row_block(k0, n).t(), tile);
+  return tile;
+}
+
+template <typename T>
+const T* from(const T* scale, int64_t k0) {
+  return scale ? scale + k0 : nullptr;
+}
+
+// How much a row's sums shrink where its maximum grows.
+double shrink(double before, double now) { return before == now ? 1 : std::exp(before - now); }
+
+// The forward sweep of one block of rows over one piece of the keys.
+template <typename T>
+class Sweep {
+ public:
+  Sweep(const Problem<T>& problem, int64_t i0, int64_t rows, Running* running)
+      : problem_(problem), i0_(i0), rows_(rows), running_(running) {}
+
+  // Sums over keys first ... end go to `running`, and weighted sums of the student's keys to
+  // by_student and by_teacher [rows, D] unless null.
+  void run(int64_t first, int64_t end, const Tiles<T>& tiles, const Matrix<T>* by_student,
+           const Matrix<T>* by_teacher) const {
+    for (int64_t k0 = first; k0 < end; k0 += kKeys) {
+      const int64_t n = std::min(kKeys, end - k0);
+      const auto a = logits(problem_.student, i0_, rows_, k0, n, tiles.student());
+      auto b = Matrix<T>{};
+      if (problem_.has_teacher) {
+        b = logits(problem_.teacher, i0_, rows_, k0, n, tiles.teacher());
+      }
+      const bool rescale = by_student && k0 > first;
+      for (int64_t i = 0; i < rows_; ++i) {
+        Running& row = running_[i];
+        const Running before = row;
+        weigh(i, k0, n, a.row(i), b.data ? b.row(i) : nullptr, row);
+        if (!rescale) continue;
+        shrink_row(*by_student, i, shrink(before.max_student, row.max_student));
+        if (b.data) shrink_row(*by_teacher, i, shrink(before.max_teacher, row.max_teacher));
+      }
+      if (!by_student) continue;
+      const auto keys = problem_.student.keys.row_block(k0, n);
+      gemm<T>(a, keys, *by_student, k0 > first);
+      if (b.data) gemm<T>(b, keys, *by_teacher, k0 > first);
+    }
+  }
+
+ private:
+  void shrink_row(const Matrix<T>& sums, int64_t i, double factor) const {
+    if (factor == 1) return;
+    epilogues<T>().scale(sums.row(i), static_cast<T>(factor), sums.row(i), sums.cols);
+  }
+
+  // Row i of the tiles a and b, or a alone, becomes weights; `row` takes them in.
+  void weigh(int64_t i, int64_t k0, int64_t n, T* a, T* b, Running& row) const {
+    const auto& kernels = epilogues<T>();
+    const int64_t exclude = problem_.exclude ? problem_.exclude[i0_ + i] : -1;
+    Running now = row;
+    each_stretch(exclude, k0, n, [&](int64_t j, int64_t count) {
+      const T* scale = from(problem_.student.scale, k0 + j);
+      now.max_student = std::max<double>(now.max_student, kernels.maximum(a + j, scale, count));
+      if (b == nullptr) return;
+      scale = from(problem_.teacher.scale, k0 + j);
+      now.max_teacher = std::max<double>(now.max_teacher, kernels.maximum(b + j, scale, count));
+    });
+    if (!problem_.has_teacher) {
+      const int64_t at = problem_.positives[i0_ + i] - k0;
+      if (at >= 0 && at < n) now.positive = a[at];
+    }
+    now.student *= shrink(row.max_student, now.max_student);
+    const double shrunk = shrink(row.max_teacher, now.max_teacher);
+    now.teacher *= shrunk;
+    now.mean *= shrunk;
+    each_stretch(exclude, k0, n, [&](int64_t j, int64_t count) {
+      const T* scale = from(problem_.student.scale, k0 + j);
+      if (b == nullptr) {
+        now.student += kernels.weights(a + j, scale, count, static_cast<T>(now.max_student));
+        return;
+      }
+      const Sums sums =
+          kernels.both_weights(a + j, b + j, scale, count, static_cast<T>(now.max_student),
+                               static_cast<T>(now.max_teacher), problem_.subtract_entropy);
+      now.student += sums.student;
+      now.teacher += sums.teacher;
+      const double shift = (problem_.subtract_entropy ? now.max_teacher : 0) - now.max_student;
+      now.mean += sums.mean + shift * sums.teacher;
+    });
+    if (exclude >= k0 && exclude < k0 + n) {
+      a[exclude - k0] = 0;
+      if (b) b[exclude - k0] = 0;
+    }
+    row = now;
+  }
+
+  const Problem<T>& problem_;
+  int64_t i0_, rows_;
+  Running* running_;
+};
+
+// Sums over a row's own logits, if it has any.
+template <typename T>
+Running start(const Problem<T>& problem, int64_t i) {
+  if (problem.own_student == nullptr) return {};
+  const double a = problem.own_student[i], b = problem.own_teacher[i];
+  return {a, b, 1, 1, problem.subtract_entropy ? b - a : -a};
+}
+
+// The weight of a piece whose maximum is `max` beside the largest of all; 0 if it has no key.
+double weight_of(double max, double sum, double most) { return sum == 0 ? 0 : shrink(max, most); }
+
+}  // namespace
+
+template <typename T>
+void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Matrix<T>* gradient) {
+  const int64_t B = problem.rows(), K = problem.keys(), D = problem.student.keys.cols;
+  const bool has_teacher = problem.has_teacher;
+  const Cut cut(ceil_div(B, kRows), ceil_div(K, kKeys));
+  const auto& kernels = epilogues<T>();
+  const Tiles<T> tiles(problem);
+  std::vector<Running> running(cut.pieces * B);
+  const int64_t sides = has_teacher ? 2 : 1;
+  const Scratch<T> partials(gradient ? sides * cut.pieces * B * D : 0);
+  const auto part = [&](int64_t side, int64_t piece) {
+    return Matrix<T>::contiguous(partials.data() + (side * cut.pieces + piece) * B * D, B, D);
+  };
+  const double ops =
+      2.0 * std::min(B, kRows) * std::min(K, cut.steps * kKeys) * D * sides * (gradient ? 2 : 1);
+  parallel_each(cut.blocks * cut.pieces, ops, [&](int64_t task) {
+    const int64_t piece = task % cut.pieces, i0 = task / cut.pieces * kRows,
+                  rows = std::min(kRows, B - i0);
+    const int64_t first = piece * cut.steps * kKeys, end = std::min(K, first + cut.steps * kKeys);
+    const Sweep<T> sweep(problem, i0, rows, running.data() + piece * B + i0);
+    if (gradient == nullptr) return sweep.run(first, end, tiles, nullptr, nullptr);
+    const auto by_student = part(0, piece).row_block(i0, rows);
+    const auto by_teacher = has_teacher ? part(1, piece).row_block(i0, rows) : Matrix<T>{};
+    sweep.run(first, end, tiles, &by_student, &by_teacher);
+  });
+  parallel_each(B, gradient ? 2.0 * sides * cut.pieces * D : 100.0, [&](int64_t i) {
+    const Running own = start(problem, i);
+    double max_s = own.max_student, max_t = own.max_teacher, positive = kNotANumber;
+    for (int64_t piece = 0; piece < cut.pieces; ++piece) {
+      const Running& row = running[piece * B + i];
+      max_s = std::max(max_s, row.max_student);
+      max_t = std::max(max_t, row.max_teacher);
+      if (!has_teacher && problem.positives[i] / (cut.steps * kKeys) == piece)
+        positive = row.positive;
+    }
+    const double own_teacher = weight_of(own.max_teacher, own.teacher, max_t);
+    double sum_s = weight_of(own.max_student, own.student, max_s), sum_t = own_teacher;
+    double mean = own_teacher * own.mean;
+    for (int64_t piece = 0; piece < cut.pieces; ++piece) {
+      const Running& row = running[piece * B + i];
+      const double of_teacher = weight_of(row.max_teacher, row.teacher, max_t);
+      sum_s += weight_of(row.max_student, row.student, max_s) * row.student;
+      sum_t += of_teacher * row.teacher;
+      mean += of_teacher * row.mean;
+    }
+    const bool no_key = has_teacher && sum_s == 0;
+    const double lse_s = max_s + std::log(sum_s);
+    const double lse_t = has_teacher ? max_t + std::log(sum_t) : 0;
+    double loss = has_teacher ? mean / sum_t + lse_s : lse_s - positive;
+    if (problem.subtract_entropy) loss -= lse_t;
+    residuals.loss[i] = no_key ? T(0) : static_cast<T>(loss);
+    residuals.lse_student[i] = static_cast<T>(lse_s);
+    residuals.lse_teacher[i] = static_cast<T>(lse_t);
+    if (gradient == nullptr) return;
+    T* to = gradient->row(i);
+    std::fill_n(to, D, T(0));
+    if (no_key) return;
+    for (int64_t piece = 0; piece < cut.pieces; ++piece) {
+      const Running& row = running[piece * B + i];
+      const double q = weight_of(row.max_student, row.student, max_s) / sum_s;
+      if (q != 0) kernels.add_scaled(part(0, piece).row(i), static_cast<T>(q), to, D);
+      if (!has_teacher) continue;
+      const double p = weight_of(row.max_teacher, row.teacher, max_t) / sum_t;
+      if (p != 0) kernels.add_scaled(part(1, piece).row(i), static_cast<T>(-p), to, D);
+    }
+    if (has_teacher) return;
+    if (!problem.has_positive(i)) {
+      std::fill_n(to, D, static_cast<T>(kNotANumber));
+      return;
+    }
+    const int64_t k = problem.positives[i];
+    const auto& keys = problem.student.keys;
+    const T factor = problem.student.scale ? problem.student.scale[k] : T(1);
+    for (int64_t d = 0; d < D; ++d) to[d] -= factor * keys.row(k)[d * keys.col_stride];
+  });
+}
+
+namespace {
+
+// Logits of a tile turned into dout times the derivatives by them: the student's, and the teacher's
+// unless there is none.
+template <typename T>
+std::pair<Matrix<T>, Matrix<T>> derivatives(const Problem<T>& problem,
+                                            const Residuals<const T>& residuals, const T* dout,
+                                            int64_t dout_stride, int64_t i0, int64_t rows,
+                                            int64_t k0, int64_t n, const Tiles<T>& tiles) {
+  const auto& kernels = epilogues<T>();
+  const auto a = logits(problem.student, i0, rows, k0, n, tiles.student());
+  auto b = Matrix<T>{};
+  if (problem.has_teacher) b = logits(problem.teacher, i0, rows, k0, n, tiles.teacher());
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = i0 + i;
+    T factor = dout[row * dout_stride];
+    if (!problem.has_teacher && !problem.has_positive(row)) factor = static_cast<T>(kNotANumber);
+    const Row<T> of{residuals.lse_student[row], residuals.lse_teacher[row], residuals.loss[row],
+                    factor, problem.subtract_entropy};
+    if (problem.student.scale) kernels.multiply(a.row(i), problem.student.scale + k0, n);
+    if (b.data && problem.teacher.scale) kernels.multiply(b.row(i), problem.teacher.scale + k0, n);
+    if (b.data) {
+      kernels.derivatives(a.row(i), b.row(i), n, of);
+    } else {
+      kernels.softmax(a.row(i), n, of.lse_student, factor);
+      const int64_t at = problem.positives[row] - k0;
+      if (at >= 0 && at < n) a.row(i)[at] -= factor;
+    }
+    const int64_t excluded = problem.exclude ? problem.exclude[row] - k0 : -1;
+    if (excluded >= 0 && excluded < n) {
+      a.row(i)[excluded] = 0;
+      if (b.data) b.row(i)[excluded] = 0;
+    }
+  }
+  return {a, b};
+}
+
+// to = the sum of `pieces` matrices in order; the first of them is `to` itself.
+template <typename T, typename Part>
+void add_pieces(const Matrix<T>& to, int64_t pieces, const Part& part) {
+  parallel_each(to.rows, 1.0 * pieces * to.cols, [&](int64_t i) {
+    for (int64_t piece = 1; piece < pieces; ++piece)
+      epilogues<T>().add_scaled(part(piece).row(i), T(1), to.row(i), to.cols);
+  });
+}
+
+// A result and what pieces beyond the first add to it.
+template <typename T>
+class Pieces {
+ public:
+  Pieces(const Matrix<T>* to, int64_t pieces)
+      : to_(to), pieces_(pieces), scratch_(to ? (pieces - 1) * to->rows * to->cols : 0) {}
+  bool wanted() const { return to_ != nullptr; }
+  Matrix<T> operator()(int64_t piece) const {
+    if (piece == 0) return *to_;
+    const int64_t size = to_->rows * to_->cols;
+    return Matrix<T>::contiguous(scratch_.data() + (piece - 1) * size, to_->rows, to_->cols);
+  }
+  void add() const {
+    if (wanted() && pieces_ > 1) add_pieces(*to_, pieces_, *this);
+  }
+
+ private:
+  const Matrix<T>* to_;
+  int64_t pieces_;
+  Scratch<T> scratch_;
+};
+
+}  // namespace
+
+template <typename T>
+void backward(const Problem<T>& problem, const Residuals<const T>& residuals, const T* dout,
+              int64_t dout_stride, const Gradients<T>& gradients) {
+  const int64_t B = problem.rows(), K = problem.keys();
+  const auto& kernels = epilogues<T>();
+  const Tiles<T> tiles(problem);
+  const double ops = 6.0 * std::min(B, kRows) * std::min(K, kKeys) *
+                     (problem.student.keys.cols + problem.teacher.keys.cols);
+  if (gradients.teacher && K == 0) fill_zero(*gradients.teacher);
+  if (gradients.teacher && K > 0) {
+    const Cut cut(ceil_div(B, kRows), ceil_div(K, kKeys));
+    const Pieces<T> sums(gradients.teacher, cut.pieces);
+    parallel_each(cut.blocks * cut.pieces, ops * cut.steps, [&](int64_t task) {
+      const int64_t piece = task % cut.pieces, i0 = task / cut.pieces * kRows,
+                    rows = std::min(kRows, B - i0);
+      const int64_t first = piece * cut.steps * kKeys, end = std::min(K, first + cut.steps * kKeys);
+      const auto out = sums(piece).row_block(i0, rows);
+      for (int64_t k0 = first; k0 < end; k0 += kKeys) {
+        const int64_t n = std::min(kKeys, end - k0);
+        const auto b =
+            derivatives(problem, residuals, dout, dout_stride, i0, rows, k0, n, tiles).second;
+        for (int64_t i = 0; problem.teacher.scale && i < rows; ++i)
+          kernels.multiply(b.row(i), problem.teacher.scale + k0, n);
+        gemm<T>(b, problem.teacher.keys.row_block(k0, n), out, k0 > first);
+      }
+    });
+    sums.add();
+  }
+  if (!gradients.keys && !gradients.teacher_keys) return;
+  if (B == 0) {
+    for (const auto* out : {gradients.keys, gradients.teacher_keys}) {
+      if (out) fill_zero(*out);
+    }
+    return;
+  }
+  const Cut cut(ceil_div(K, kKeys), ceil_div(B, kRows));
+  const Pieces<T> keys(gradients.keys, cut.pieces),
+      teacher_keys(gradients.teacher_keys, cut.pieces);
+  parallel_each(cut.blocks * cut.pieces, ops * cut.steps, [&](int64_t task) {
+    const int64_t piece = task % cut.pieces, k0 = task / cut.pieces * kKeys,
+                  n = std::min(kKeys, K - k0);
+    const int64_t first = piece * cut.steps * kRows, end = std::min(B, first + cut.steps * kRows);
+    for (int64_t i0 = first; i0 < end; i0 += kRows) {
+      const int64_t rows = std::min(kRows, end - i0);
+      const auto [a, b] =
+          derivatives(problem, residuals, dout, dout_stride, i0, rows, k0, n, tiles);
+      if (keys.wanted()) {
+        const auto out = keys(piece).row_block(k0, n);
+        gemm<T>(a.t(), problem.student.rows.row_block(i0, rows), out, i0 > first);
+        if (b.data && problem.shared)
+          gemm<T>(b.t(), problem.teacher.rows.row_block(i0, rows), out, 1);
+      }
+      if (teacher_keys.wanted()) {
+        gemm<T>(b.t(), problem.teacher.rows.row_block(i0, rows),
+                teacher_keys(piece).row_block(k0, n), i0 > first);
+      }
+    }
+  });
+  keys.add();
+  teacher_keys.add();
+}
+
+#define KDK_INSTANTIATE(T)                                                                   \
+  template void forward<T>(const Problem<T>&, const Residuals<T>&, const Matrix<T>*);        \
+  template void backward<T>(const Problem<T>&, const Residuals<const T>&, const T*, int64_t, \
+                            const Gradients<T>&);
+KDK_INSTANTIATE(float)
+KDK_INSTANTIATE(double)
+#undef KDK_INSTANTIATE
+
+}  // namespace kdk::relational_kl

@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The queue and the modules on similarities to keys: the ring, published values, options, state."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kdkernels as kd
+from kdkernels.testing import numerics
+
+RRD, NCE, QUEUE = kd.nn.RelationalRepresentationLoss, kd.nn.InfoNCELoss, kd.nn.KeyQueue
+
+
+def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:  # [B, D]
+    i, d = torch.arange(B, dtype=torch.float64)[:, None], torch.arange(D, dtype=torch.float64)
+    return torch.sin(a * i + b * d + c) + 0.3 * torch.cos(0.05 * i * d + c)
+
+
+def rows(B: int = 6, D: int = 4, grad: bool = True) -> Tensor:
+    return torch.randn(B, D, dtype=torch.float64, requires_grad=grad)
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 3), (7, 7), (2, 5, 1, 6), (1,) * 9, (20,), (4, 15), (0,)])
+def test_the_queue_holds_the_last_rows(sizes: tuple[int, ...]) -> None:
+    """Against a list, for batches that do and do not divide the size, and larger ones."""
+    queue = QUEUE(7, 2).double()
+    model = list(queue.keys.clone())
+    after = 0
+    for size in sizes:
+        batch = rows(size, 2, grad=False)
+        places = queue.enqueue(batch)
+        for row in batch:
+            model[after % 7] = row
+            after += 1
+        assert torch.equal(queue.keys, torch.stack(model))
+        assert queue.next.item() == after % 7
+        kept = places >= 0
+        assert kept.tolist() == [i >= size - 7 for i in range(size)]
+        assert torch.equal(queue.keys[places[kept]], batch[kept])
+
+
+def test_the_queue_starts_with_unit_rows_and_keeps_its_state() -> None:
+    queue, other = QUEUE(9, 4), QUEUE(9, 4)
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(9))
+    drawn = [QUEUE(9, 4, generator=torch.Generator().manual_seed(3)).keys for _ in range(2)]
+    assert torch.equal(*drawn)
+    queue.enqueue(torch.ones(5, 4))
+    assert set(queue.state_dict()) == {"keys", "next"}
+    other.load_state_dict(queue.state_dict())
+    for one in (queue, other):
+        one.enqueue(torch.full((5, 4), 2.0))
+    assert torch.equal(queue.keys, other.keys)
+    assert repr(queue) == "KeyQueue(size=9, dim=4)"
+    half = QUEUE(9, 4).half()
+    half.enqueue(torch.ones(2, 4))
+    assert half.keys.dtype == torch.float16
+    assert not list(queue.parameters())
+
+
+@pytest.mark.parametrize("preset", ["2025", "2024"])
+def test_the_queue_may_move_on_before_the_backward(preset: str) -> None:
+    module = RRD(4, 5, dim=3, queue_size=8, preset=preset).double()
+    before = copy.deepcopy(module).eval()
+    student, teacher = rows(), rows(6, 5)
+    loss = module(student, teacher)
+    module.queue.enqueue(rows(6, 3, grad=False))
+    got = torch.autograd.grad(loss, [student, *module.embed_student.parameters()])
+    if preset == "2025":
+        before.queue.enqueue(F.normalize(before.embed_teacher(teacher)))
+    expected = before(student, teacher)
+    torch.testing.assert_close(loss, expected)
+    wanted = torch.autograd.grad(expected, [student, *before.embed_student.parameters()])
+    for g, w in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def published(preset: str, **options: Any) -> nn.Module:
+    """With projections that change nothing, and a queue that can be written down."""
+    module = RRD(16, 16, dim=16, queue_size=32, preset=preset, **options).double()
+    with torch.no_grad():
+        for layer in (module.embed_student, module.embed_teacher):
+            layer.weight.copy_(torch.eye(16))
+            layer.bias.zero_()
+        module.queue.keys.copy_(F.normalize(waves(32, 16, 0.41, 0.19, 0.7)))
+    return module
+
+
+# Values of the authors' code in fp64, of the version that enqueues first.
+@pytest.mark.parametrize(
+    ("divergence", "value"), [("cross_entropy", 11.854216726955), ("kl", 11.376975730463)]
+)
+def test_relational_representation_has_the_published_value(divergence: str, value: float) -> None:
+    student = waves(8, 16, 0.9, 0.31, 0.5).requires_grad_()
+    loss = published("2025", divergence=divergence)(student, waves(8, 16, 0.7, 0.23, 0.1))
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert abs(loss.item() - value) < numerics.FP64_RELATIVE * value
+    assert abs(gradient.norm().item() - 1.400027038602) < numerics.FP64_RELATIVE
+
+
+def test_the_earlier_version_scores_first() -> None:
+    student, teacher = waves(8, 16, 0.9, 0.31, 0.5), waves(8, 16, 0.7, 0.23, 0.1)
+    module = published("2024", weight=3)
+    old = module.queue.keys.clone()
+    loss = module(student, teacher)
+    options = {"student_temperature": 0.04, "teacher_temperature": 0.1}
+    expected = kd.relational_kl(student, teacher, old, **options, divergence="cross_entropy")
+    torch.testing.assert_close(loss, 3 * expected)
+    torch.testing.assert_close(module.queue.keys[:8], F.normalize(teacher))
+    assert torch.equal(module.queue.keys[8:], old[8:])
+
+
+def test_the_teacher_is_a_constant_and_maps_are_flattened() -> None:
+    module = RRD(12, 20, dim=5, queue_size=9).double()
+    student = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
+    module(student, teacher).backward()
+    assert teacher.grad is None
+    assert module.embed_teacher.weight.grad is None
+    assert not module.embed_teacher.weight.requires_grad
+    for x in (student, *module.embed_student.parameters()):
+        assert x.grad.isfinite().all()
+        assert x.grad.ne(0).any()
+
+
+def test_evaluation_leaves_the_queue_alone() -> None:
+    module = RRD(4, 5, dim=3, queue_size=8).double().eval()
+    keys = module.queue.keys.clone()
+    module(rows(), rows(6, 5))
+    assert torch.equal(module.queue.keys, keys)
+    assert module.queue.next.item() == 0
+
+
+def test_state_survives_a_round_trip() -> None:
+    module, other = (RRD(4, 5, dim=3, queue_size=8).double() for _ in range(2))
+    student, teacher = rows(), rows(6, 5)
+    module(student, teacher)
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(module(student, teacher), other(student, teacher))
+    assert torch.equal(module.queue.keys, other.queue.keys)
+
+
+def test_info_nce_pairs_by_order_or_as_it_is_told() -> None:
+    queries, keys = rows(), rows(9)
+    logits = F.normalize(queries) @ F.normalize(keys).T
+    for positives in (None, torch.tensor([3, 3, 8, 0, 1, 2])):
+        loss = NCE(2, temperature=0.5)(queries, keys, positives)
+        labels = torch.arange(6) if positives is None else positives
+        expected = 2 * F.cross_entropy(logits / 0.5, labels)
+        torch.testing.assert_close(loss, expected)
+        for got, wanted in zip(
+            *(torch.autograd.grad(x, (queries, keys), retain_graph=True) for x in (loss, expected)),
+            strict=True,
+        ):
+            torch.testing.assert_close(got, wanted)
+
+
+def test_info_nce_learns_its_temperature() -> None:
+    module = NCE(temperature=0.3, learn_temperature=True).double()
+    queries, keys = rows(), rows(9)
+    module(queries, keys).backward()
+    assert set(module.state_dict()) == {"log_temperature"}
+    log = module.log_temperature.detach().clone().requires_grad_()
+    logits = F.normalize(queries) @ F.normalize(keys).T / log.exp()
+    F.cross_entropy(logits, torch.arange(6)).backward()
+    torch.testing.assert_close(module.log_temperature.grad, log.grad)
+    assert not NCE().state_dict()
+
+
+@pytest.mark.parametrize("preset", ["2025", "2024"])
+def test_relational_representation_compiles_into_one_graph(preset: str) -> None:
+    student, teacher = rows(), rows(6, 5, grad=False)
+    module = RRD(4, 5, dim=3, queue_size=8, preset=preset).double()
+    eager = copy.deepcopy(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        results = [call(student, teacher) for call in (compiled, eager)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in results))
+        assert torch.equal(module.queue.keys, eager.queue.keys)
+
+
+def test_info_nce_compiles_into_one_graph() -> None:
+    queries, keys = rows(), rows(9)
+    module = NCE(learn_temperature=True).double()
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    sources = (queries, keys, module.log_temperature)
+    results = [call(queries, keys) for call in (compiled, module)]
+    for got, wanted in zip(*(torch.autograd.grad(x, sources) for x in results), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_half_precision_under_autocast() -> None:
+    module = RRD(4, 5, dim=3, queue_size=8)
+    student, teacher = rows().detach().bfloat16().requires_grad_(), rows(6, 5).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module(student, teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert student.grad.isfinite().all()
+
+
+def test_names_their_options() -> None:
+    assert "preset='2024', student_temperature=0.04, teacher_temperature=0.1" in repr(
+        RRD(4, 5, preset="2024", queue_size=8)
+    )
+    assert repr(NCE(2)) == (
+        "InfoNCELoss(weight=2, temperature=0.07, learn_temperature=False, normalize=True, "
+        "backend='auto')"
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "args", "options", "error", "message"),
+    [
+        (QUEUE, (0, 4), {}, ValueError, "size must be from 1 to"),
+        (QUEUE, (4, 1.5), {}, TypeError, "dim must be an integer, got float"),
+        (RRD, (0, 4), {}, ValueError, "student_dim must be from 1 to"),
+        (RRD, (4, 4), {"queue_size": -1}, ValueError, "queue_size must be from 1 to"),
+        (RRD, (4, 4), {"preset": "2023"}, ValueError, "preset must be one of '2025', '2024'"),
+        (RRD, (4, 4), {"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be a"),
+        (RRD, (4, 4), {"divergence": "js"}, ValueError, "divergence must be one of"),
+        (RRD, (4, 4, -1), {}, ValueError, "weight must be a finite number"),
+        (RRD, (4, 4), {"backend": "gpu"}, ValueError, "backend must be one of"),
+        (NCE, (), {"temperature": float("nan")}, ValueError, "temperature must be a positive"),
+        (NCE, (), {"learn_temperature": 1}, TypeError, "learn_temperature must be True or False"),
+        (NCE, (), {"normalize": None}, TypeError, "normalize must be True or False"),
+        (NCE, (), {"backend": "gpu"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_options(
+    make: Any, args: Any, options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error) as raised:
+        make(*args, **options)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "args", "message"),
+    [
+        (QUEUE(8, 4).enqueue, (rows(6, 5),), "rows must have 4 columns like keys, got 5"),
+        (QUEUE(8, 4).enqueue, (rows()[0],), "rows must have at least 2 dimensions"),
+        (RRD(4, 5, queue_size=8), (rows(), rows(5, 5)), "teacher must have 6 rows like student"),
+        (NCE(), (rows(), rows(5)), "keys must have at least 6 rows, one per query"),
+        (NCE(), (rows(), rows(9, 3)), "keys must have 4 columns like queries, got 3"),
+    ],
+)
+def test_bad_features(call: Any, args: Any, message: str) -> None:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011
+        call(*args)
+    assert message in str(raised.value)
