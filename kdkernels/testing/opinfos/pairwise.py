@@ -171,6 +171,7 @@ OPINFOS = [
         memory=memory,
         keeps_dtype=True,
         algorithm_options=(),
+        peers=("torchmetrics", "scikit-learn", "pykeops"),
         eager=Eager(function=eager, prepare=lambda sample: sample),
     )
 ]
