@@ -8,6 +8,7 @@ from kdkernels.ops.contrastive import contrastive_loss
 from kdkernels.ops.gram_mse import gram_mse
 from kdkernels.ops.info_nce import info_nce
 from kdkernels.ops.lsh_bce import lsh_bce, lsh_encode
+from kdkernels.ops.pairwise import pairwise
 from kdkernels.ops.relational_kl import relational_kl
 from kdkernels.ops.triplet import MinedTriplets, mine_triplets
 from kdkernels.ops.triplet_distillation import triplet_distillation
@@ -25,6 +26,7 @@ __all__ = [
     "lsh_encode",
     "mine_triplets",
     "nn",
+    "pairwise",
     "relational_kl",
     "triplet_distillation",
     "triplet_loss",

@@ -17,6 +17,7 @@ from test_bench import _entry, _report
 
 import kdkernels as kd
 from kdkernels.cli import bench as command
+from kdkernels.ops.pairwise import METRICS
 from kdkernels.reference import lsh_bce as reference
 from kdkernels.testing import bench, numerics, peers, record
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos, randn
@@ -26,8 +27,13 @@ TARGETS = Path(__file__).parents[1] / "benchmarks" / "targets.json"
 INFOS = {info.name: info for info in opinfos()}
 PAIRS = [(info, peer) for info in opinfos() for peer in info.peers]
 SEARCHERS = ("faiss-cpu", "scikit-learn")
-LACKED = {"lsh_bce": "reduction"}  # an option that peers lack; references elsewhere
-WHOLE = [(info, peer) for info, peer in PAIRS if peer not in SEARCHERS]
+PARTS = {(name, peer) for name in ("triplet_loss", "pairwise") for peer in SEARCHERS}
+PARTS |= {("pairwise", "pykeops")}
+LACKED = {
+    "lsh_bce": "reduction",
+    "pairwise": "gamma",
+}  # an option that peers lack; references elsewhere
+WHOLE = [(info, peer) for info, peer in PAIRS if (info.name, peer) not in PARTS]
 
 
 def _each(pairs: list[tuple[OpInfo, str]]) -> pytest.MarkDecorator:
@@ -99,6 +105,32 @@ def test_keops_mines_what_the_op_does_among_equal_rows() -> None:
     assert torch.equal(valid.nonzero().squeeze(1), mined.anchors)
     assert torch.equal(positive[valid], mined.positives)
     assert torch.equal(negative[valid], mined.negatives)
+
+
+@pytest.mark.parametrize("peer", ["scikit-learn", "pykeops"])
+def test_parts_of_pairwise_are_those_of_its_matrix(peer: str) -> None:
+    info = INFOS["pairwise"]
+    found, _, dtype = _usable(info, peer)
+    assert not found.whole
+    # KeOps compiles for each metric
+    for metric in ("euclidean",) if peer == "pykeops" else METRICS:
+        x = randn(24, 8, seed=3, device=CPU, dtype=dtype)
+        sample = Sample(metric, (x,), {"metric": metric, "gamma": 0.1})
+        out = found.function(sample)(x)
+        hi, low = (info.define(sample, (x.to(t),)) for t in (torch.float64, dtype))
+        if peer == "pykeops":
+            hi, low = hi.sum(1), low.sum(1)
+        # both take some distances from products
+        error = numerics.compare(metric, out, hi, low, dtype, scale=x.square().sum(1).max().item())
+        assert error.ok, error.detail
+
+
+def test_metrics_that_a_peer_lacks_are_skipped_with_the_reason() -> None:
+    info = INFOS["pairwise"]
+    _usable(info, "pykeops")
+    (shape,) = (shape for shape in info.bench if shape.name == "cosines")
+    reason = peers.why_not(info, "pykeops", shape, torch.float32, "fwd", CPU)
+    assert reason == "pykeops has no metric 'cosine'"
 
 
 @_each(PAIRS)

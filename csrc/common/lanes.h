@@ -28,4 +28,35 @@ struct Lanes {
   typedef Integer Integers __attribute__((vector_size(kVectorBytes), aligned(sizeof(Integer))));
 };
 
+template <typename T>
+using Vector = typename Lanes<T>::Vector;
+
+template <typename T>
+constexpr int kCount = Lanes<T>::kCount;
+
+// The first `count` lanes, the others 0; all of them if kFull.
+template <bool kFull, typename T>
+inline __attribute__((always_inline)) Vector<T> load(const T* p, int64_t count) {
+  if constexpr (kFull) return *reinterpret_cast<const Vector<T>*>(p);
+  T rest[kCount<T>] = {};
+  for (int64_t i = 0; i < count; ++i) rest[i] = p[i];
+  return *reinterpret_cast<const Vector<T>*>(rest);
+}
+
+template <bool kFull, typename T>
+inline __attribute__((always_inline)) void store(T* p, Vector<T> x, int64_t count) {
+  if constexpr (kFull) {
+    *reinterpret_cast<Vector<T>*>(p) = x;
+  } else {
+    for (int64_t i = 0; i < count; ++i) p[i] = x[i];
+  }
+}
+
+// 0 where the result would not be a normal number.
+template <typename T>
+inline __attribute__((always_inline)) Vector<T> exp_of_negative(Vector<T> x) {
+  const Vector<T> e = exp_minus<T, Vector<T>, typename Lanes<T>::Integers>(-x);
+  return x < -ExpSeries<T>::kLimit ? Vector<T>{} : e;
+}
+
 }  // namespace kdk::KDK_SIMD_LEVEL

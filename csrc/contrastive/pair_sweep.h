@@ -14,8 +14,8 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_simd.h"
 #include "../triplet/labelled.h"
-#include "../triplet/triplet_simd.h"
 #include "pair_sweep_simd.h"
 
 namespace kdk::pairs {
@@ -115,8 +115,8 @@ struct Sweep {
 
   // From the difference of the rows as they were given.
   double measure(int64_t i, int64_t j) const {
-    const double d2 = triplet::loops<T>().squared_difference(anchors.row(i), references.row(j),
-                                                             anchors.sorted.x.cols);
+    const double d2 = rows::loops<T>().squared_difference(anchors.row(i), references.row(j),
+                                                          anchors.sorted.x.cols);
     return triplet::from_squared(d2, distance);
   }
   T exact(int64_t i, int64_t j) const { return static_cast<T>(measure(i, j)); }
@@ -140,13 +140,9 @@ struct Sweep {
   void run(Loss& loss) {
     const int64_t B = anchors.sorted.size(), M = references.sorted.size(),
                   D = anchors.sorted.x.cols;
-    // Small batches are cut finer, so that there are tiles for all cores.
-    const auto tile_of = [](int64_t n, int64_t least) {
-      return std::clamp<int64_t>((n / 8 + 31) / 32 * 32, least, kTile);
-    };
-    const int64_t tile_i = tile_of(B, own() ? 64 : 32), tile_j = own() ? tile_i : tile_of(M, 64),
-                  n_i = (B + tile_i - 1) / tile_i, n_j = (M + tile_j - 1) / tile_j,
-                  size = tile_i * tile_j,
+    const int64_t tile_i = tile_of(B, own() ? 64 : 32, kTile),
+                  tile_j = own() ? tile_i : tile_of(M, 64, kTile), n_i = (B + tile_i - 1) / tile_i,
+                  n_j = (M + tile_j - 1) / tile_j, size = tile_i * tile_j,
                   memory = 3 * size + (needs_gradient() ? std::max(tile_i, tile_j) * D : 0);
     const Scratch<T> scratch(thread_slots() * memory);
     std::vector<Workspace> workspaces(thread_slots());
@@ -167,15 +163,8 @@ struct Sweep {
     const double ops = 2.0 * size * (D + 8);
     if (own()) {
       parallel_pairs(n_i, ops, visit);
-      return;
-    }
-    // Rounds in which no two tiles share rows or columns.
-    const int64_t longer = std::max(n_i, n_j), shorter = std::min(n_i, n_j);
-    for (int64_t round = 0; shorter > 0 && round < longer; ++round) {
-      parallel_each(shorter, ops, [&](int64_t k) {
-        const int64_t other = (k + round) % longer;
-        n_i < n_j ? visit(k, other) : visit(other, k);
-      });
+    } else {
+      parallel_tiles(n_i, n_j, ops, visit);
     }
   }
 

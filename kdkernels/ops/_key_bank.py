@@ -21,10 +21,7 @@ def meet(name: str, keys: Any, rows_name: str, rows: Any) -> None:
     _checks.matrix(rows_name, rows)
     _checks.matrix(name, keys)
     _checks.same_device(name, keys, rows_name, rows)
-    if keys.shape[1] != rows.shape[1]:
-        raise ValueError(
-            f"{name} must have {rows.shape[1]} columns like {rows_name}, got {keys.shape[1]}"
-        )
+    _checks.same_columns(name, keys, rows_name, rows)
 
 
 def bank(name: str, keys: Any, rows_name: str, rows: Any) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels._checks import accumulation_dtype
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -106,6 +108,8 @@ class OpInfo:
     # Candidates are ranked, so where some are equally far rounding decides which one's gradient it
     # is. A zero row, equally far from all unit rows, is such a case.
     selects: bool = False
+    # The result has the dtype of the features; of a loss it is fp32, fp64 for fp64.
+    keeps_dtype: bool = False
     # What `bench.BASELINES` names, less what makes no sense for the op.
     baselines: tuple[str, ...] = ("eager", "compile", "mm")
     eager: Eager | None = None  # what "eager" and "compile" time; None: the definition
@@ -121,6 +125,10 @@ class OpInfo:
     def public(self) -> str:
         """Name of the public function."""
         return self.function.__name__
+
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the result for features of a dtype."""
+        return dtype if self.keeps_dtype else accumulation_dtype(dtype)
 
     def places(self, args: tuple[Any, ...]) -> dict[str, int]:
         """Where the differentiable arguments are; the last ones may be left out."""
