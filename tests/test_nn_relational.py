@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue and the modules on similarities to keys: the ring, published values, options, state."""
+"""The modules on similarities to keys: published values, options, state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import kdkernels as kd
 from kdkernels.testing import numerics
 
-RRD, NCE, QUEUE = kd.nn.RelationalRepresentationLoss, kd.nn.InfoNCELoss, kd.nn.KeyQueue
+RRD, NCE = kd.nn.RelationalRepresentationLoss, kd.nn.InfoNCELoss
 
 
 def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:  # [B, D]
@@ -24,43 +24,6 @@ def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:  # [B, D]
 
 def rows(B: int = 6, D: int = 4, grad: bool = True) -> Tensor:
     return torch.randn(B, D, dtype=torch.float64, requires_grad=grad)
-
-
-@pytest.mark.parametrize("sizes", [(3, 3, 3), (7, 7), (2, 5, 1, 6), (1,) * 9, (20,), (4, 15), (0,)])
-def test_the_queue_holds_the_last_rows(sizes: tuple[int, ...]) -> None:
-    """Against a list, for batches that do and do not divide the size, and larger ones."""
-    queue = QUEUE(7, 2).double()
-    model = list(queue.keys.clone())
-    after = 0
-    for size in sizes:
-        batch = rows(size, 2, grad=False)
-        places = queue.enqueue(batch)
-        for row in batch:
-            model[after % 7] = row
-            after += 1
-        assert torch.equal(queue.keys, torch.stack(model))
-        assert queue.next.item() == after % 7
-        kept = places >= 0
-        assert kept.tolist() == [i >= size - 7 for i in range(size)]
-        assert torch.equal(queue.keys[places[kept]], batch[kept])
-
-
-def test_the_queue_starts_with_unit_rows_and_keeps_its_state() -> None:
-    queue, other = QUEUE(9, 4), QUEUE(9, 4)
-    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(9))
-    drawn = [QUEUE(9, 4, generator=torch.Generator().manual_seed(3)).keys for _ in range(2)]
-    assert torch.equal(*drawn)
-    queue.enqueue(torch.ones(5, 4))
-    assert set(queue.state_dict()) == {"keys", "next"}
-    other.load_state_dict(queue.state_dict())
-    for one in (queue, other):
-        one.enqueue(torch.full((5, 4), 2.0))
-    assert torch.equal(queue.keys, other.keys)
-    assert repr(queue) == "KeyQueue(size=9, dim=4)"
-    half = QUEUE(9, 4).half()
-    half.enqueue(torch.ones(2, 4))
-    assert half.keys.dtype == torch.float16
-    assert not list(queue.parameters())
 
 
 @pytest.mark.parametrize("preset", ["2025", "2024"])
@@ -220,8 +183,6 @@ def test_names_their_options() -> None:
 @pytest.mark.parametrize(
     ("make", "args", "options", "error", "message"),
     [
-        (QUEUE, (0, 4), {}, ValueError, "size must be from 1 to"),
-        (QUEUE, (4, 1.5), {}, TypeError, "dim must be an integer, got float"),
         (RRD, (0, 4), {}, ValueError, "student_dim must be from 1 to"),
         (RRD, (4, 4), {"queue_size": -1}, ValueError, "queue_size must be from 1 to"),
         (RRD, (4, 4), {"preset": "2023"}, ValueError, "preset must be one of '2025', '2024'"),
@@ -246,8 +207,6 @@ def test_bad_options(
 @pytest.mark.parametrize(
     ("call", "args", "message"),
     [
-        (QUEUE(8, 4).enqueue, (rows(6, 5),), "rows must have 4 columns like keys, got 5"),
-        (QUEUE(8, 4).enqueue, (rows()[0],), "rows must have at least 2 dimensions"),
         (RRD(4, 5, queue_size=8), (rows(), rows(5, 5)), "teacher must have 6 rows like student"),
         (NCE(), (rows(), rows(5)), "keys must have at least 6 rows, one per query"),
         (NCE(), (rows(), rows(9, 3)), "keys must have 4 columns like queries, got 3"),
