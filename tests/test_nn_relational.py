@@ -78,6 +78,41 @@ def test_the_earlier_version_scores_first() -> None:
     assert torch.equal(module.queue.keys[8:], old[8:])
 
 
+def step_of_the_public_code(
+    student: Tensor, teacher: Tensor, queue: Tensor, at: int, preset: str
+) -> tuple[Tensor, Tensor, int]:
+    """Loss, queue and position after one step, written like the authors' code."""
+    s, t = F.normalize(student, dim=1), F.normalize(teacher, dim=1).detach()
+    after = queue.clone()
+    after[at : at + len(t)] = t
+    scored = after if preset == "2025" else queue
+    tau_s, tau_t = {"2025": (0.1, 0.02), "2024": (0.04, 0.1)}[preset]
+    p = (t @ scored.T / tau_t).softmax(1)
+    log_q = (s @ scored.T / tau_s).log_softmax(1)
+    return -(p * log_q).sum(1).mean(), after, (at + len(t)) % len(queue)
+
+
+@pytest.mark.parametrize("preset", ["2025", "2024"])
+@pytest.mark.parametrize("init", ["random", "columns"])
+def test_follows_the_public_code_from_either_start(preset: str, init: str) -> None:
+    """Its steps while the first keys are there and after; for "columns" those have a norm that
+    counts."""
+    module = RRD(16, 16, dim=16, queue_size=24, preset=preset, init=init).double()
+    queue, at = module.queue.keys.clone(), 0
+    small = queue.norm(dim=1).mean() < 0.9
+    assert small == (init == "columns")
+    for step in range(4):
+        student = waves(8, 16, 0.9 + step, 0.31, 0.5).requires_grad_()
+        teacher = waves(8, 16, 0.7, 0.23 + step, 0.1)
+        embedded = module.embed_student(student), module.embed_teacher(teacher)
+        expected, queue, at = step_of_the_public_code(*embedded, queue, at, preset)
+        loss = module(student, teacher)
+        torch.testing.assert_close(loss, expected)
+        wanted = torch.autograd.grad(expected, student)
+        torch.testing.assert_close(torch.autograd.grad(loss, student), wanted)
+        torch.testing.assert_close(module.queue.keys, queue)
+
+
 def test_the_teacher_is_a_constant_and_maps_are_flattened() -> None:
     module = RRD(12, 20, dim=5, queue_size=9).double()
     student = torch.randn(6, 3, 4, dtype=torch.float64, requires_grad=True)
@@ -171,9 +206,8 @@ def test_half_precision_under_autocast() -> None:
 
 
 def test_names_their_options() -> None:
-    assert "preset='2024', student_temperature=0.04, teacher_temperature=0.1" in repr(
-        RRD(4, 5, preset="2024", queue_size=8)
-    )
+    named = "preset='2024', init='random', student_temperature=0.04, teacher_temperature=0.1"
+    assert named in repr(RRD(4, 5, preset="2024", queue_size=8))
     assert repr(NCE(2)) == (
         "InfoNCELoss(weight=2, temperature=0.07, learn_temperature=False, normalize=True, "
         "backend='auto')"
@@ -186,6 +220,7 @@ def test_names_their_options() -> None:
         (RRD, (0, 4), {}, ValueError, "student_dim must be from 1 to"),
         (RRD, (4, 4), {"queue_size": -1}, ValueError, "queue_size must be from 1 to"),
         (RRD, (4, 4), {"preset": "2023"}, ValueError, "preset must be one of '2025', '2024'"),
+        (RRD, (4, 4), {"init": "empty"}, ValueError, "init must be one of 'random', 'columns'"),
         (RRD, (4, 4), {"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be a"),
         (RRD, (4, 4), {"divergence": "js"}, ValueError, "divergence must be one of"),
         (RRD, (4, 4, -1), {}, ValueError, "weight must be a finite number"),
