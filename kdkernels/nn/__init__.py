@@ -9,6 +9,7 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
 from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
+from kdkernels.nn.crd import CRDLoss
 from kdkernels.nn.info_nce import InfoNCELoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
 from kdkernels.nn.key_queue import KeyQueue
@@ -26,6 +27,7 @@ __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
     "BatchSemiHardTripletLoss",
+    "CRDLoss",
     "CodeCache",
     "ContrastiveLoss",
     "CorrelationCongruenceLoss",
