@@ -110,12 +110,16 @@ def not_negative(name: str, value: Any) -> float:
     return float(value)
 
 
+def integer(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+
+
 def labels(name: str, y: Any, of_name: str, of: Tensor) -> None:
     """One integer per row of another tensor, on its device."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(y).__name__}")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {y.dtype}")
+    integer(name, y)
     if y.shape != of.shape[:1]:
         raise ValueError(
             f"{name} must have shape {list(of.shape[:1])} like the rows of {of_name}, "

@@ -29,9 +29,8 @@ def module(**options: Any) -> kd.nn.CRDLoss:
 
 
 def scores_by_hand(x: Tensor, memory: Tensor, places: Tensor) -> Tensor:  # [B, 1 + m]
-    return torch.stack(
-        [torch.stack([(xi * memory[j]).sum() for j in of]) for xi, of in zip(x, places)]
-    )
+    pairs = zip(x, places, strict=True)
+    return torch.stack([torch.stack([(xi * memory[j]).sum() for j in of]) for xi, of in pairs])
 
 
 def loss_by_hand(
@@ -99,9 +98,10 @@ def test_far_scores_neither_overflow_nor_underflow() -> None:
     log = torch.tensor(0.0)
     result = noise_contrastive(x, bank, torch.tensor([[0, 1], [1, 0]]), log)
     far, noise = 60 / 0.07, math.log(1 / 3 + 1e-7)
-    expected = torch.tensor(
-        (noise + far + far - math.log(1 / 3)) / 2 + (noise - math.log(1 / 3)) / 2
-    )
+    # a row that finds its own, and one that does not, each with the cost of its other
+    found = 0.0 + noise - math.log(1 / 3)
+    lost = (noise + far) + (far - math.log(1 / 3))
+    expected = torch.tensor((found + lost) / 2)
     torch.testing.assert_close(result.loss, expected)
     result.loss.backward()
     torch.testing.assert_close(x.grad, torch.tensor([[0.0], [1 / 0.07]]))

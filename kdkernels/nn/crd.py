@@ -164,10 +164,7 @@ class CRDLoss(nn.Module):
     def _check(self, index: Tensor, negatives: Tensor) -> None:
         """By name here, where the operator only knows the two side by side."""
         expected = [index.shape[0], self.num_negatives]
-        if not isinstance(negatives, Tensor):
-            raise TypeError(f"negatives must be a torch.Tensor, got {type(negatives).__name__}")
-        if negatives.is_floating_point() or negatives.dtype == torch.bool:
-            raise TypeError(f"negatives must be an integer tensor, got {negatives.dtype}")
+        _checks.integer("negatives", negatives)
         if list(negatives.shape) != expected:
             raise ValueError(f"negatives must have shape {expected}, got {list(negatives.shape)}")
         _checks.same_device("negatives", negatives, "index", index)

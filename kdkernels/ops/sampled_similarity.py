@@ -65,10 +65,7 @@ class SampledSimilarityFunction(torch.autograd.Function):
 def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Arguments of the forward operator."""
     _key_bank.bank("bank", bank, "x", x)
-    if not isinstance(indices, Tensor):
-        raise TypeError(f"indices must be a torch.Tensor, got {type(indices).__name__}")
-    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-        raise TypeError(f"indices must be an integer tensor, got {indices.dtype}")
+    _checks.integer("indices", indices)
     _checks.same_device("indices", indices, "x", x)
     if indices.dim() != 2 or indices.shape[0] != x.shape[0]:
         raise ValueError(

@@ -67,6 +67,15 @@ def logits(
 
 
 @triton.jit
+def number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS: tl.constexpr):
+    """How many of K keys count, the first ones. What lies beyond may be anything."""
+    if HAS_NUM_KEYS:
+        return tl.minimum(tl.load(num_keys_ptr), K)
+    else:
+        return K
+
+
+@triton.jit
 def _counting(exclude_ptr, offs_m, offs_n, B, K, HAS_EXCLUDE: tl.constexpr):
     """Which logits of a tile count."""
     counts = (offs_m < B)[:, None] & (offs_n < K)[None, :]
@@ -86,6 +95,7 @@ def _relational_kl_weights_kernel(
     teacher_scale_ptr,  # [K] fp32, or unused
     positives_ptr,  # [B] int64, or unused
     exclude_ptr,  # [B] int64, or unused
+    num_keys_ptr,  # [] int64, or unused
     ws_ptr,  # [B, K], or unused
     wt_ptr,  # [B, K], or unused
     stats_ptr,  # [5, tiles of K, B] fp32; [3, tiles of K, B] without a teacher
@@ -104,6 +114,7 @@ def _relational_kl_weights_kernel(
     TEACHER: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_NUM_KEYS: tl.constexpr,
     ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,13 +127,14 @@ def _relational_kl_weights_kernel(
     offs_m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = j * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < B
-    counts = _counting(exclude_ptr, offs_m, offs_n, B, K, HAS_EXCLUDE)
+    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
+    counts = _counting(exclude_ptr, offs_m, offs_n, B, counting, HAS_EXCLUDE)
     stored = mask_m[:, None] & (offs_n < K)[None, :]
     offs_w = offs_m.to(tl.int64)[:, None] * K + offs_n[None, :]
     row_stats = stats_ptr + tl.cast(j, tl.int64) * B + offs_m
     step = tl.cast(tiles_n, tl.int64) * B
     a = logits(
-        x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, K, D, stride_xm, stride_xd, stride_kn,
+        x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, counting, D, stride_xm, stride_xd, stride_kn,
         stride_kd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if not TEACHER:
@@ -140,7 +152,7 @@ def _relational_kl_weights_kernel(
         tl.store(ws_ptr + offs_w, ws.to(ws_ptr.dtype.element_ty), mask=stored)
     if TEACHER:
         b = logits(
-            y_ptr, teacher_keys_ptr, teacher_scale_ptr, offs_m, offs_n, B, K, E, stride_ym,
+            y_ptr, teacher_keys_ptr, teacher_scale_ptr, offs_m, offs_n, B, counting, E, stride_ym,
             stride_yd, stride_rn, stride_rd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         b = tl.where(counts, b, -float("inf"))
@@ -171,6 +183,9 @@ def _relational_kl_merge_kernel(
     stats_ptr,  # [5 or 3, tiles, B] fp32; with FACTORS maxima become factors of weights
     positives_ptr,  # [B] int64, or unused
     exclude_ptr,  # [B] int64, or unused
+    num_keys_ptr,  # [] int64, or unused
+    own_s_ptr,  # [B] fp32, or unused
+    own_t_ptr,  # [B] fp32, or unused
     loss_ptr,  # [B] fp32
     lse_s_ptr,  # [B] fp32
     lse_t_ptr,  # [B] fp32
@@ -179,6 +194,8 @@ def _relational_kl_merge_kernel(
     tiles,
     TEACHER: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_NUM_KEYS: tl.constexpr,
+    HAS_OWN: tl.constexpr,
     ENTROPY: tl.constexpr,
     FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -186,8 +203,13 @@ def _relational_kl_merge_kernel(
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < B
     step = tl.cast(tiles, tl.int64) * B
+    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
     most_s = tl.full((BLOCK,), -float("inf"), tl.float32)
     most_t = tl.full((BLOCK,), -float("inf"), tl.float32)
+    if HAS_OWN:
+        own_s = tl.load(own_s_ptr + offs, mask=mask, other=0.0)
+        own_t = tl.load(own_t_ptr + offs, mask=mask, other=0.0)
+        most_s, most_t = own_s, own_t
     for j in range(0, tiles):
         row = stats_ptr + tl.cast(j, tl.int64) * B + offs
         top = tl.load(row + _MAX_S * step, mask=mask, other=0.0)
@@ -198,6 +220,11 @@ def _relational_kl_merge_kernel(
     sum_s = tl.zeros((BLOCK,), tl.float32)
     sum_t = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK,), tl.float32)
+    if HAS_OWN:
+        sum_s = tl.exp(own_s - most_s)
+        sum_t = tl.exp(own_t - most_t)
+        c = most_s - own_s
+        mean = sum_t * (own_t - most_t + c if ENTROPY else c)
     for j in range(0, tiles):
         row = stats_ptr + tl.cast(j, tl.int64) * B + offs
         w, total, below_s = _relative(row + _MAX_S * step, row + _SUM_S * step, mask, most_s)
@@ -210,9 +237,11 @@ def _relational_kl_merge_kernel(
         else:
             mean -= tl.load(row + _POSITIVE * step, mask=mask, other=0.0)
     no_key = offs >= B  # or none is left
-    if HAS_EXCLUDE:
-        exclude = tl.load(exclude_ptr + offs, mask=mask, other=-1)
-        no_key = no_key | ((exclude == 0) & (K == 1))
+    if TEACHER and not HAS_OWN:
+        no_key = no_key | (counting <= 0)
+        if HAS_EXCLUDE:
+            exclude = tl.load(exclude_ptr + offs, mask=mask, other=-1)
+            no_key = no_key | ((exclude == 0) & (counting == 1))
     sum_s = tl.where(no_key, 1.0, sum_s)
     log_s = tl.log(sum_s)
     lse_t = tl.zeros((BLOCK,), tl.float32)
@@ -226,7 +255,7 @@ def _relational_kl_merge_kernel(
     else:
         positive = tl.load(positives_ptr + offs, mask=mask, other=0)
         loss = mean + most_s + log_s
-        loss = tl.where((positive >= 0) & (positive < K), loss, float("nan"))
+        loss = tl.where((positive >= 0) & (positive < counting), loss, float("nan"))
     tl.store(loss_ptr + offs, tl.where(no_key, 0.0, loss), mask=mask)
     tl.store(lse_s_ptr + offs, most_s + log_s, mask=mask)
     tl.store(lse_t_ptr + offs, lse_t, mask=mask)
@@ -247,6 +276,7 @@ def _relational_kl_fwd_kernel_product(
     stats_ptr,  # [5 or 3, tiles, B] fp32: factors in the maxima's places
     keys_ptr,  # [K, D]
     scale_ptr,  # [K] fp32, or unused
+    num_keys_ptr,  # [] int64, or unused
     out_ptr,  # [splits, B, D] fp32
     B,
     K,
@@ -256,6 +286,7 @@ def _relational_kl_fwd_kernel_product(
     stride_kd,
     TEACHER: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_NUM_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,  # keys of a tile of weights; a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
@@ -271,11 +302,12 @@ def _relational_kl_fwd_kernel_product(
     step = tl.cast(tl.cdiv(K, TILE), tl.int64) * B
     w_rows = offs_m.to(tl.int64)[:, None] * K
     k_first = split * split_k
+    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(k_first, tl.minimum(k_first + split_k, K), BLOCK_K):
+    for k in range(k_first, tl.minimum(k_first + split_k, counting), BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        mask_k = ks < K
-        read = mask_m[:, None] & mask_k[None, :]
+        mask_k = ks < counting
+        read = mask_m[:, None] & (ks < K)[None, :]
         row = stats_ptr + tl.cast(k // TILE, tl.int64) * B + offs_m
         factor = tl.load(row + _MAX_S * step, mask=mask_m, other=0.0)
         ws = tl.load(ws_ptr + w_rows + ks[None, :], mask=read, other=0.0)

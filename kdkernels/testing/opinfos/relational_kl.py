@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.ops.info_nce import info_nce
@@ -62,22 +63,19 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
     for name, shape in SHAPES.items():
         yield Sample(name, shared(*shape))
-    yield Sample("one_col", shared(19, 1, 9), {"normalize": False, "teacher_temperature": 0.3})
-    for name, (B, D, E, K) in {"two_widths": (13, 6, 9, 37), "two_banks": (33, 7, 7, 41)}.items():
-        yield Sample(name, to(*_draw(B, D, E, K)))
-        options = {"divergence": "cross_entropy", "exclude": torch.arange(B, device=device)}
-        yield Sample(f"{name}-exclude", to(*_draw(B, D, E, K)), options)
-    for reduction in ("sum", "none"):
-        yield Sample(reduction, shared(13, 6, 19), {"reduction": reduction})
-    yield Sample("cross_entropy", shared(13, 6, 19), {"divergence": "cross_entropy"})
-    options = {"student_temperature": 1.3, "teacher_temperature": 0.8, "normalize": False}
-    yield Sample("inner_products", shared(17, 5, 26), options)
-    exclude = torch.arange(17, device=device) % 9 - 1
-    yield Sample("exclude", shared(17, 5, 26), {"exclude": exclude})
-    only = torch.zeros(9, dtype=torch.int32, device=device)
-    yield Sample("exclude-all", shared(9, 5, 1), {"exclude": only})
+    plain = {"normalize": False, "student_temperature": 1.3, "teacher_temperature": 0.8}
+    yield Sample("one_col", shared(19, 1, 9), plain)
+    yield Sample("two_banks", to(*_draw(17, 7, 7, 26)), {**plain, "reduction": "none"})
+    exclude = torch.arange(5, device=device)
+    options = {"divergence": "cross_entropy", "exclude": exclude}
+    yield Sample("two_widths", to(*_draw(5, 4, 6, 9)), options)
+    s, t, q = shared(13, 6, 19)
+    yield Sample("own_keys", (s, t, q), {"own_keys": t.flip(1), "reduction": "none"})
     sharp = {"student_temperature": 0.001, "teacher_temperature": 0.001}
     yield Sample("sharp", shared(11, 8, 43), sharp)
+    options = {"num_keys": torch.tensor(11, device=device), "reduction": "sum"}
+    exclude = torch.arange(-1, 12, dtype=torch.int32, device=device)
+    yield Sample("num_keys", (s, t, q), {**options, "exclude": exclude})
     s, t, q = shared(46, 12, 35)
     yield Sample("strided", (s.T.contiguous().T[::2], t[::2], q.T.contiguous().T))
     yield Sample("empty", shared(0, 4, 6))
@@ -92,14 +90,14 @@ def samples_of_info_nce(device: torch.device, dtype: torch.dtype) -> Iterator[Sa
 
     for name, shape in SHAPES.items():
         yield Sample(name, draw(*shape))
-    yield Sample("one_col", draw(19, 1, 9), {"normalize": False})
-    for reduction in ("sum", "none"):
-        yield Sample(reduction, draw(13, 6, 19), {"reduction": reduction})
-    yield Sample("inner_products", draw(17, 5, 26), {"temperature": 1.3, "normalize": False})
+    yield Sample("one_col", draw(19, 1, 9), {"normalize": False, "temperature": 1.3})
+    x, q, y = draw(13, 6, 19)
+    yield Sample("none", (x, q, y), {"reduction": "none"})
+    options = {"num_keys": torch.tensor(11, device=device), "reduction": "sum"}
+    yield Sample("num_keys", (x, q, y.int() % 11), options)
     yield Sample("sharp", draw(11, 8, 43), {"temperature": 0.001})
     x, q, y = draw(46, 12, 35)
     yield Sample("strided", (x.T.contiguous().T[::2], q.T.contiguous().T, y[::2]))
-    yield Sample("int32_positives", (x, q, y.int()))
     yield Sample("empty", draw(0, 4, 6))
 
 
@@ -108,21 +106,26 @@ def _side(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """In fp64: probabilities [B, K], sizes of the logits [B], and of d(logit) / d(row) [B] and
     d(logit) / d(key) [B, K] without their directions."""
+    normalize, own = options.get("normalize", True), options.get("own_keys")
+    K, keys = len(keys), reference.first(keys, options.get("num_keys"))
     rows, keys = rows.double(), keys.double()
-    normalize = options.get("normalize", True)
-    logits = reference.similarities(rows, keys, normalize) / temperature
-    sizes = logits.abs().amax(-1) if keys.shape[1] else logits.new_zeros(len(rows))
-    exclude = options.get("exclude")
-    if exclude is not None:
-        own = exclude[:, None] == torch.arange(len(keys), device=keys.device)
-        logits = logits.masked_fill(own, torch.finfo(torch.float64).min)
+    logits = reference.similarities(rows, keys, normalize)
+    if own is not None:
+        logits = torch.cat([logits, reference.own_similarities(rows, own, normalize)], 1)
+    logits = logits / temperature
+    sizes = logits.abs().amax(-1).clamp_min(1)
+    if "exclude" in options:
+        k = torch.arange(logits.shape[1], device=keys.device)
+        logits = logits.masked_fill(k == options["exclude"][:, None], -torch.inf)
+    p = logits.softmax(-1)[:, : len(keys)]
     of_rows, of_keys = (x.norm(dim=-1) for x in (rows, keys))
     if normalize:
         by_row = 1 / of_rows.clamp_min(reference.EPS)
-        by_key = (1 / of_keys.clamp_min(reference.EPS)).expand_as(logits)
+        by_key = (1 / of_keys.clamp_min(reference.EPS)).expand_as(p)
     else:
-        by_row, by_key = of_keys.max().expand(len(rows)), of_rows[:, None].expand_as(logits)
-    return logits.softmax(-1), sizes.clamp_min(1), by_row / temperature, by_key / temperature
+        by_row, by_key = of_keys.max().expand(len(rows)), of_rows[:, None].expand_as(p)
+    p, by_key = (F.pad(x, (0, K - len(keys))) for x in (p, by_key / temperature))
+    return p, sizes, by_row / temperature, by_key
 
 
 def magnitude(sample: Sample) -> tuple[float, tuple[Tensor, ...]]:
@@ -170,6 +173,18 @@ def _bad_numbers(name: str) -> Iterator[tuple[str, Any, type[Exception], str]]:
     yield "text", "0.1", TypeError, f"{name} must be a number, got str"
     yield "shape", torch.ones(1), ValueError, f"{name} must have no dimension, got shape [1]"
     yield "integer", torch.tensor(1), TypeError, f"{name} must be float16, bfloat16, float32 or"
+
+
+def _bad_num_keys(keys: Tensor) -> Iterator[tuple[str, Any, type[Exception], str]]:  # [12, D]
+    none = torch.tensor(0, device=keys.device)
+    yield "zero", 0, ValueError, "num_keys must be from 1 to 12, got 0"
+    yield "many", 13, ValueError, "num_keys must be from 1 to 12, got 13"
+    yield "number", 3.0, TypeError, "num_keys must be an integer, got float"
+    yield "float", none.float(), TypeError, "num_keys must be an integer tensor, got torch.float32"
+    yield "shape", none[None], ValueError, "num_keys must have no dimension, got shape [1]"
+    yield "device", none.to("meta"), ValueError, f"num_keys must be on {keys.device} like keys"
+    if keys.device.type == "cpu":
+        yield "empty", none, ValueError, "num_keys must be from 1 to 12, got 0"
 
 
 def bad_inputs(device: torch.device) -> Iterator[BadInput]:
@@ -222,6 +237,23 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
     yield bad(
         "divergence", (x, x, q), ValueError, "divergence must be one of 'kl'", divergence="js"
     )
+    yield bad(
+        "own_keys_width", (x, x, q), ValueError, "own_keys must have 4 columns like", own_keys=t
+    )
+    yield bad(
+        "own_keys_rows", (x, x, q), ValueError, "own_keys must have 8 rows like", own_keys=x[:7]
+    )
+    yield bad(
+        "own_keys_dtype",
+        (x, x, q),
+        TypeError,
+        "own_keys must be torch.float32 like student, got torch.float64",
+        own_keys=x.double(),
+    )
+    message = "own_keys must be None where there are teacher_keys, got both"
+    yield bad("own_keys_and_two_banks", (x, t, q, r), ValueError, message, own_keys=t)
+    for name, value, error, message in _bad_num_keys(q):
+        yield bad(f"num_keys_{name}", (x, x, q), error, message, num_keys=value)
     wrong = {
         "float": (i.float(), TypeError, "exclude must be an integer tensor"),
         "shape": (i[:7], ValueError, "exclude must have shape [8] like the rows of student"),
@@ -252,6 +284,10 @@ def bad_inputs_of_info_nce(device: torch.device) -> Iterator[BadInput]:
     if device.type == "cpu":
         yield bad("high", (x, q, i + 5), ValueError, "positives must be from 0 to 11, got 12")
         yield bad("low", (x, q, i - 1), ValueError, "positives must be from 0 to 11, got -1")
+        few = {"num_keys": torch.tensor(7)}
+        yield bad("beyond", (x, q, i), ValueError, "positives must be from 0 to 6, got 7", **few)
+    for name, value, error, message in _bad_num_keys(q):
+        yield bad(f"num_keys_{name}", (x, q, i), error, message, num_keys=value)
     for name, value, error, message in _bad_numbers("temperature"):
         yield bad(f"temperature_{name}", (x, q, i), error, message, temperature=value)
     yield bad("normalize", (x, q, i), TypeError, "normalize must be True or False", normalize=1)
