@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -170,6 +171,55 @@ def test_info_nce_learns_its_temperature() -> None:
     assert not NCE().state_dict()
 
 
+def disco() -> nn.Module:
+    queue = kd.nn.KeyQueue(18, 4, init="empty")
+    return NCE(temperature=math.exp(-1), learn_temperature=True, queue=queue).double()
+
+
+def test_info_nce_with_a_queue_is_the_loss_of_the_public_code() -> None:
+    """Newest keys first, the batch's before all, cut at the end; a queue that starts empty."""
+    module = disco()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)  # logit_scale
+    queue = torch.zeros(0, 4, dtype=torch.float64)
+    for _ in range(4):
+        student, teacher = rows(), rows()
+        keys = torch.cat([F.normalize(teacher).detach(), queue])
+        logits = scale.exp() * F.normalize(student) @ keys.T
+        expected = F.cross_entropy(logits, torch.arange(6))
+        loss = module(student, teacher)
+        torch.testing.assert_close(loss, expected)
+        got = torch.autograd.grad(loss, (student, module.log_temperature))
+        wanted = torch.autograd.grad(expected, (student, scale))
+        torch.testing.assert_close(got[0], wanted[0])
+        torch.testing.assert_close(got[1], -wanted[1])  # one is minus the other
+        queue = keys[: 18 - 6]
+    assert set(module.state_dict()) == {
+        "log_temperature", "queue.keys", "queue.next", "queue.num_keys"
+    }  # fmt: skip
+
+
+def test_info_nce_with_a_queue_in_evaluation_changes_nothing() -> None:
+    module = disco()
+    module(rows(), rows())
+    before = copy.deepcopy(module.state_dict())
+    student, teacher = rows(), rows()
+    loss = module.eval()(student, teacher)
+    keys = F.normalize(torch.cat([teacher, module.queue.keys[:6]]))
+    expected = F.cross_entropy(F.normalize(student) @ keys.T * math.e, torch.arange(6))
+    torch.testing.assert_close(loss, expected)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_info_nce_with_a_queue_goes_on_from_saved_state() -> None:
+    module, other = disco(), disco()
+    module(rows(), rows())
+    other.load_state_dict(module.state_dict())
+    student, teacher = rows(), rows()
+    losses = [one(student, teacher) for one in (module, other, copy.deepcopy(other))]
+    assert torch.equal(losses[0], losses[1])
+
+
 @pytest.mark.parametrize("preset", ["2025", "2024"])
 def test_relational_representation_compiles_into_one_graph(preset: str) -> None:
     student, teacher = rows(), rows(6, 5, grad=False)
@@ -193,6 +243,20 @@ def test_info_nce_compiles_into_one_graph() -> None:
     results = [call(queries, keys) for call in (compiled, module)]
     for got, wanted in zip(*(torch.autograd.grad(x, sources) for x in results), strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+def test_info_nce_with_a_queue_compiles_into_one_graph() -> None:
+    module = disco()
+    eager = copy.deepcopy(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        student, teacher = rows(), rows(grad=False)
+        results = [call(student, teacher) for call in (compiled, eager)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in results))
+        for name, value in eager.state_dict().items():
+            torch.testing.assert_close(module.state_dict()[name], value)
 
 
 def test_half_precision_under_autocast() -> None:
@@ -228,6 +292,14 @@ def test_names_their_options() -> None:
         (NCE, (), {"temperature": float("nan")}, ValueError, "temperature must be a positive"),
         (NCE, (), {"learn_temperature": 1}, TypeError, "learn_temperature must be True or False"),
         (NCE, (), {"normalize": None}, TypeError, "normalize must be True or False"),
+        (NCE, (), {"queue": 5}, TypeError, "queue must be a KeyQueue or None, got int"),
+        (
+            NCE,
+            (),
+            {"queue": kd.nn.KeyQueue(8, 4, student_dim=3)},
+            ValueError,
+            "queue must keep one side, got one with student_dim",
+        ),
         (NCE, (), {"backend": "gpu"}, ValueError, "backend must be one of"),
     ],
 )
@@ -245,6 +317,8 @@ def test_bad_options(
         (RRD(4, 5, queue_size=8), (rows(), rows(5, 5)), "teacher must have 6 rows like student"),
         (NCE(), (rows(), rows(5)), "keys must have at least 6 rows, one per query"),
         (NCE(), (rows(), rows(9, 3)), "keys must have 4 columns like queries, got 3"),
+        (disco(), (rows(), rows(7)), "keys must have 6 rows like queries with a queue, got 7"),
+        (disco(), (rows(), rows(), torch.arange(6)), "positives must be None with a queue"),
     ],
 )
 def test_bad_features(call: Any, args: Any, message: str) -> None:
