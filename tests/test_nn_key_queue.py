@@ -102,6 +102,18 @@ def test_enqueued_rows_are_constants() -> None:
     assert not queue.keys.requires_grad
 
 
+def test_only_what_was_enqueued_counts() -> None:
+    queue = QUEUE(8, 4, init="empty").double()
+    student, teacher = rows(), rows()
+    with pytest.raises(ValueError, match="num_keys must be from 1 to 8, got 0"):
+        kd.relational_kl(student, teacher, queue.keys, num_keys=queue.num_keys)
+    for count in (3, 7, 8):
+        queue.enqueue(rows(4)[: count - int(queue.num_keys)])
+        loss = kd.relational_kl(student, teacher, queue.keys, num_keys=queue.num_keys)
+        expected = kd.relational_kl(student, teacher, queue.keys[:count])
+        torch.testing.assert_close(loss, expected)
+
+
 @pytest.mark.parametrize("student_dim", [None, 3])
 def test_compiles_into_one_graph(student_dim: int | None) -> None:
     queue = QUEUE(7, 2, student_dim=student_dim, init="empty").double()

@@ -64,30 +64,28 @@ void multiply_all(const Problem<T>& problem, Matrix<const T> x, Matrix<T> scores
   }
 }
 
-// The gradient of one row, from pieces in order.
-template <typename T>
-void gather_gradient(const Problem<T>& problem, const T* weights, int64_t i, T* piece, T* dx) {
-  std::fill_n(dx, problem.D(), T(0));
-  for (int64_t k = 0; k < problem.K(); k += kPiece) {
-    loops<T>().weighted_sum(weights + k, problem.bank.data, problem.indices.row(i) + k,
-                            std::min(kPiece, problem.K() - k), problem.D(), piece);
-    loops<T>().add(piece, dx, problem.D());
-  }
-}
-
+// Pieces are added in order.
 template <typename T>
 void gather_gradients(const Problem<T>& problem, Matrix<const T> dscores, Matrix<T> dx) {
-  const Scratch<T> pieces(thread_slots() * problem.D());
-  parallel_each(problem.B(), 2.0 * problem.K() * problem.D(), [&](int64_t i) {
-    gather_gradient(problem, dscores.row(i), i, pieces.data() + thread_index() * problem.D(),
-                    dx.row(i));
+  const int64_t pieces = ceil_div(problem.K(), kPiece), D = problem.D();
+  const Scratch<T> scratch(problem.B() * pieces * D);
+  parallel_each(problem.B() * pieces, 2.0 * kPiece * D, [&](int64_t task) {
+    const int64_t i = task / pieces, k = task % pieces * kPiece;
+    loops<T>().weighted_sum(dscores.row(i) + k, problem.bank.data, problem.indices.row(i) + k,
+                            std::min(kPiece, problem.K() - k), D, scratch.data() + task * D);
+  });
+  parallel_each(problem.B(), pieces * D, [&](int64_t i) {
+    std::fill_n(dx.row(i), D, T(0));
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      loops<T>().add(scratch.data() + (i * pieces + piece) * D, dx.row(i), D);
+    }
   });
 }
 
 template <typename T>
 void multiply_gradients(const Problem<T>& problem, Matrix<const T> dscores, Matrix<T> dx) {
   const int64_t step = problem.chunk(), N = problem.N(), D = problem.D();
-  const Scratch<T> scratch(std::min(step, problem.B()) * N), pieces(thread_slots() * D);
+  const Scratch<T> scratch(std::min(step, problem.B()) * N);
   for (int64_t i0 = 0; i0 < problem.B(); i0 += step) {
     const int64_t rows = std::min(step, problem.B() - i0);
     const auto weights = Matrix<T>::contiguous(scratch.data(), rows, N);
@@ -99,11 +97,11 @@ void multiply_gradients(const Problem<T>& problem, Matrix<const T> dscores, Matr
     });
     gemm<T>(weights, problem.bank, dx.row_block(i0, rows));
     // 0 times a row that is not finite, and that was not named, must not count
-    parallel_each(rows, D, [&](int64_t i) {
-      if (loops<T>().all_finite(dx.row(i0 + i), D)) return;
-      gather_gradient(problem, dscores.row(i0 + i), i0 + i, pieces.data() + thread_index() * D,
-                      dx.row(i0 + i));
-    });
+    for (int64_t i = i0; i < i0 + rows; ++i) {
+      if (loops<T>().all_finite(dx.row(i), D)) continue;
+      const Problem<T> one{problem.bank, problem.indices.row_block(i, 1)};
+      gather_gradients<T>(one, dscores.row_block(i, 1), dx.row_block(i, 1));
+    }
   }
 }
 
