@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels._checks import accumulation_dtype
 from kdkernels.reference.relational_kl import similarities
 
 
@@ -25,7 +26,8 @@ def best_ranked(
     Reference:
         Xu et al., Knowledge Distillation Meets Self-Supervision, ECCV 2020.
     """
-    cosines = similarities(rows, keys, normalize=True)
+    acc = accumulation_dtype(rows.dtype)  # fewer digits would make equals of what is not
+    cosines = similarities(rows.to(acc), keys.to(acc), normalize=True)
     own = cosines.gather(1, positives[:, None])
     earlier = torch.arange(keys.shape[0], device=rows.device) < positives[:, None]
     rank = ((cosines > own) | ((cosines == own) & earlier)).sum(1)  # [B] 0 where it is right
