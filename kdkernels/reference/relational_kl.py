@@ -96,7 +96,8 @@ def relational_kl_fwd(
     lse_student = _log_sum_exp(a, own_student)
     log_q, of_student = _softmax(a, lse_student, out)
     if teacher is None:
-        p, c, lse_teacher = _one_hot(positives, out, a.dtype), -log_q, a.new_zeros(len(a))
+        p, lse_teacher = _one_hot(positives, out, a.dtype), a.new_zeros(len(a))
+        c = (-log_q).masked_fill(p == 0, 0.0)  # infinite where another key is infinitely far
     else:
         banks = keys, teacher_keys, key_scale, teacher_key_scale
         _, b = _teacher_side(teacher, *banks, out, num_keys)

@@ -15,13 +15,10 @@ from kdkernels.triton._common import Arch
 
 # label -> B, D, E (None: shared keys; 0: info_nce), K, whether norms are factors and some keys do
 # not count, gradients of student, teacher and keys. `_CORE` launches every kernel.
-_CORE = {
-    "rrd": (1024, 128, None, 16384, True, (True, False, False)),
-    "trained": (1024, 128, None, 16384, True, (True, True, True)),
-}
+_CORE = {"rrd": (1024, 128, None, 16384, True, (True, True, True))}
+_FORWARD = {"rrd": (1024, 128, None, 16384, True, (True, False, False))}
 _MORE = {
-    "compress": (256, 128, 512, 65536, True, (True, True, True)),
-    "in_batch": (1024, 128, 0, 1024, True, (True, False, True)),
+    "in_batch": (1024, 128, 0, 1024, True, (True, False, False)),
     "odd": (333, 37, 53, 101, False, (True, False, True)),
 }
 
@@ -33,7 +30,7 @@ def variants(
         arch,
         partial(_call, forward, backward),
         everywhere={"bf16": _CORE, "fp32": _CORE},
-        extra={"bf16": _MORE, "fp16": _CORE, "tf32": _CORE},
+        extra={"bf16": _MORE, "fp16": _CORE, "tf32": _FORWARD},
     )
 
 

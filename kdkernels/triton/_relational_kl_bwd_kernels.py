@@ -13,8 +13,8 @@ from kdkernels.triton._relational_kl_kernels import logits, number_of_keys
 
 @triton.jit
 def _relational_kl_derivatives_kernel(
-    x_ptr,  # [B, D] fp32
-    y_ptr,  # [B, E] fp32, or unused
+    x_ptr,  # [B, D] fp32, contiguous
+    y_ptr,  # [B, E] fp32, contiguous, or unused
     keys_ptr,  # [K, D], from key `first` on
     teacher_keys_ptr,  # [K, E], or unused
     scale_ptr,  # [K] fp32, or unused
@@ -34,10 +34,6 @@ def _relational_kl_derivatives_kernel(
     K,
     D,
     E,
-    stride_xm,
-    stride_xd,
-    stride_ym,
-    stride_yd,
     stride_kn,
     stride_kd,
     stride_rn,
@@ -68,14 +64,14 @@ def _relational_kl_derivatives_kernel(
     dout = tl.load(dout_ptr + offs_m * stride_dout, mask=mask_m, other=0.0)
     lse_s = tl.load(lse_s_ptr + offs_m, mask=mask_m, other=0.0)
     a = logits(
-        x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, K, D, stride_xm, stride_xd, stride_kn,
-        stride_kd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, K, D, stride_kn, stride_kd, HAS_SCALE,
+        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     log_q = a - lse_s[:, None]
     if TEACHER:
         b = logits(
-            y_ptr, teacher_keys_ptr, teacher_scale_ptr, offs_m, offs_n, B, K, E, stride_ym,
-            stride_yd, stride_rn, stride_rd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            y_ptr, teacher_keys_ptr, teacher_scale_ptr, offs_m, offs_n, B, K, E, stride_rn,
+            stride_rd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         log_p = b - tl.load(lse_t_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         p = tl.exp(log_p)
@@ -130,12 +126,13 @@ def _relational_kl_bwd_kernel_product(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(k_first, tl.minimum(k_first + split_k, counting), BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        mask_a = (offs_m < M)[:, None] & (ks < K)[None, :]
-        mask_x = (offs_n < N)[None, :] & (ks < counting)[:, None]
+        mask_k = ks < counting
+        mask_a = (offs_m < M)[:, None] & mask_k[None, :]
+        mask_x = (offs_n < N)[None, :] & mask_k[:, None]
         columns = ks.to(tl.int64)
         a = tl.load(a_ptr + rows + columns[None, :] * stride_ak, mask=mask_a, other=0.0)
         if HAS_SCALE:
-            a = (a * tl.load(scale_ptr + ks, mask=ks < counting, other=0.0)[None, :]).to(a.dtype)
+            a = (a * tl.load(scale_ptr + ks, mask=mask_k, other=0.0)[None, :]).to(a.dtype)
         x_ptrs = x_ptr + columns[:, None] * stride_xk + offs_n.to(tl.int64)[None, :] * stride_xn
         acc = dot(a, tl.load(x_ptrs, mask=mask_x, other=0.0).to(a.dtype), acc, PRECISION)
         if TWO:

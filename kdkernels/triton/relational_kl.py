@@ -50,6 +50,7 @@ def relational_kl_fwd(
     dloss = student.new_empty((B, D) if with_dloss else (0,))
     if B == 0:
         return loss, dloss, lse_student, lse_teacher
+    student, teacher = _contiguous(student), _contiguous(teacher)
     config = _config(B, keys)
     tile, sides = config.logits, 1 if teacher is None else 2
     tiles = cdiv(K, tile.n)
@@ -129,8 +130,8 @@ def relational_kl_bwd(
         return dx, dy, dq.zero_(), dr.zero_()
     config = _config(B, keys)
     rows = _Rows(
-        student, teacher, positives, exclude, dout, loss, lse_student, lse_teacher,
-        num_keys, subtract_entropy,
+        _contiguous(student), _contiguous(teacher), positives, exclude, dout, loss, lse_student,
+        lse_teacher, num_keys, subtract_entropy,
     )  # fmt: skip
     bank = _Bank(keys, teacher_keys, key_scale, teacher_key_scale)
     with on_device(student):
@@ -203,21 +204,23 @@ def _blocks(tile: Tile) -> dict[str, int]:
     }  # fmt: skip
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _given(x: Tensor | None, other: Tensor) -> Tensor:
     """An argument that a kernel does not use is some tensor."""
     return other if x is None else x.contiguous()
 
 
 def _sides(x: Tensor, y: Tensor | None, bank: _Bank) -> dict[str, Any]:
-    """Rows against keys on both sides."""
+    """Contiguous rows against keys on both sides."""
     y = x if y is None else y
     r = bank.teacher_keys
     return {
         "x_ptr": x, "y_ptr": y, "keys_ptr": bank.keys, "teacher_keys_ptr": r,
         "scale_ptr": _given(bank.scale, x), "teacher_scale_ptr": _given(bank.teacher_scale, x),
         "D": x.shape[1], "E": y.shape[1],
-        "stride_xm": x.stride(0), "stride_xd": x.stride(1),
-        "stride_ym": y.stride(0), "stride_yd": y.stride(1),
         "stride_kn": bank.keys.stride(0), "stride_kd": bank.keys.stride(1),
         "stride_rn": r.stride(0), "stride_rd": r.stride(1),
         "HAS_SCALE": bank.scale is not None,

@@ -7,6 +7,9 @@ A peer is named after its distribution, e.g. "pytorch-metric-learning", and is t
 installed; or it is one of `WAYS`, which has the version of torch. Its dictionary `PEERS` says what
 it does for each public function whose `OpInfo` names it.
 
+inf-cl and memeff compute info_nce over a batch without its matrix, too, but take CUDA tensors only
+(inf-cl 1.2.1, memeff 0.3.1), where no test here could hold a peer to its words: they are none.
+
 faiss-cpu and scikit-learn bring an OpenMP runtime of their own, whose idle threads spin for some
 milliseconds after a call. Measured on two cores, torch is no slower right after them than right
 after a product of its own, so they take turns like all other variants.
