@@ -218,10 +218,15 @@ def operators(op: str) -> list[str]:
 
 
 def needed(call: tuple[Any, tuple[Any, ...], Any]) -> list[tuple[bool, Tensor]]:
-    """Of an operator's call, each flag `need_<argument>` with the result `d<argument>`."""
+    """Of an operator's call, each flag `need_<argument>` with the result `d<argument>`. A backward
+    without flags runs only where its one gradient is needed."""
     func, args, results = call
     schema = func._schema
     results = results if isinstance(results, (tuple, list)) else (results,)
+    if func._opname.endswith("_bwd") and not any(
+        a.name.startswith("need_") for a in schema.arguments
+    ):
+        return [(True, result) for result in results]
     by_name = {found.name: result for found, result in zip(schema.returns, results, strict=True)}
     flags = zip(schema.arguments, args, strict=True)
     return [

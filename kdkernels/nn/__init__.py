@@ -9,11 +9,13 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
 from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
+from kdkernels.nn.crd import CRDLoss
 from kdkernels.nn.info_nce import InfoNCELoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
 from kdkernels.nn.key_queue import KeyQueue
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
 from kdkernels.nn.relational_representation import RelationalRepresentationLoss
+from kdkernels.nn.similarity_distillation import SimilarityDistillationLoss
 from kdkernels.nn.similarity_preserving import SimilarityPreservingLoss
 from kdkernels.nn.triplet import (
     BatchAllTripletLoss,
@@ -26,6 +28,7 @@ __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
     "BatchSemiHardTripletLoss",
+    "CRDLoss",
     "CodeCache",
     "ContrastiveLoss",
     "CorrelationCongruenceLoss",
@@ -35,6 +38,7 @@ __all__ = [
     "LSHFeatureMimickingLoss",
     "PairDistillationLoss",
     "RelationalRepresentationLoss",
+    "SimilarityDistillationLoss",
     "SimilarityPreservingLoss",
     "TripletDistillationLoss",
     "encode_dataset",

@@ -46,8 +46,13 @@ def temperature(name: str, value: Any, rows: Tensor) -> float | Tensor:
 def indices(
     name: str, index: Any, of_name: str, of: Tensor, K: int, low: int = 0
 ) -> None:  # index [B]
-    """One key per row. Values are looked at where that waits for no device."""
+    """One key per row."""
     _checks.labels(name, index, of_name, of)
+    within(name, index, low, K)
+
+
+def within(name: str, index: Tensor, low: int, K: int) -> None:
+    """From `low` to K - 1. Values are looked at where that waits for no device."""
     if not _known(index) or index.numel() == 0:
         return
     least, most = (int(value) for value in index.aminmax())

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
 
-WAYS = ("eager-with-teacher",)  # peers that need no other distribution than torch
+WAYS = ("eager-with-teacher", "dense-in-torch")  # peers that need no other distribution than torch
 
 
 @dataclass(frozen=True)
