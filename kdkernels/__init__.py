@@ -9,6 +9,7 @@ from kdkernels.ops.gram_mse import gram_mse
 from kdkernels.ops.info_nce import info_nce
 from kdkernels.ops.lsh_bce import lsh_bce, lsh_encode
 from kdkernels.ops.relational_kl import relational_kl
+from kdkernels.ops.rkd import rkd_angle, rkd_distance
 from kdkernels.ops.triplet import MinedTriplets, mine_triplets
 from kdkernels.ops.triplet_distillation import triplet_distillation
 from kdkernels.ops.triplet_loss import triplet_loss
@@ -26,6 +27,8 @@ __all__ = [
     "mine_triplets",
     "nn",
     "relational_kl",
+    "rkd_angle",
+    "rkd_distance",
     "triplet_distillation",
     "triplet_loss",
     "use_backend",
