@@ -216,6 +216,8 @@ ENTRIES = (
         lambda _: OnFeatures(kd.nn.SimilarityPreservingLoss(SP_WEIGHT)),
         twin="sp-reference",
     ),
+    # the weights are those of RepDistiller
+    Entry("rkd", "RKD", lambda _: OnFeatures(kd.nn.RKDLoss())),
     Entry("lshl2", "LSH (with L2)", HashBits),
     Entry("lsh-cached", "LSH, cached codes", CachedHashBits),
 )

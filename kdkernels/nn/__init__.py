@@ -14,6 +14,7 @@ from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
 from kdkernels.nn.key_queue import KeyQueue
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
 from kdkernels.nn.relational_representation import RelationalRepresentationLoss
+from kdkernels.nn.rkd import RKDLoss
 from kdkernels.nn.similarity_preserving import SimilarityPreservingLoss
 from kdkernels.nn.triplet import (
     BatchAllTripletLoss,
@@ -34,6 +35,7 @@ __all__ = [
     "KeyQueue",
     "LSHFeatureMimickingLoss",
     "PairDistillationLoss",
+    "RKDLoss",
     "RelationalRepresentationLoss",
     "SimilarityPreservingLoss",
     "TripletDistillationLoss",
