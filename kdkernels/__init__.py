@@ -10,6 +10,7 @@ from kdkernels.ops.info_nce import info_nce
 from kdkernels.ops.lsh_bce import lsh_bce, lsh_encode
 from kdkernels.ops.pairwise import pairwise
 from kdkernels.ops.relational_kl import relational_kl
+from kdkernels.ops.rkd import rkd_angle, rkd_distance
 from kdkernels.ops.sampled_similarity import sampled_similarity
 from kdkernels.ops.triplet import MinedTriplets, mine_triplets
 from kdkernels.ops.triplet_distillation import triplet_distillation
@@ -29,6 +30,8 @@ __all__ = [
     "nn",
     "pairwise",
     "relational_kl",
+    "rkd_angle",
+    "rkd_distance",
     "sampled_similarity",
     "triplet_distillation",
     "triplet_loss",

@@ -245,6 +245,8 @@ ENTRIES = (
         "RRD and logit KD",
         lambda setting: Sum(Relations(setting), LogitDistillation(weight=1.0, temperature=4.0)),
     ),
+    # the weights are those of RepDistiller
+    Entry("rkd", "RKD", lambda _: OnFeatures(kd.nn.RKDLoss())),
     Entry("lshl2", "LSH (with L2)", HashBits),
     Entry("lsh-cached", "LSH, cached codes", CachedHashBits),
 )

@@ -15,6 +15,7 @@ from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
 from kdkernels.nn.key_queue import KeyQueue
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
 from kdkernels.nn.relational_representation import RelationalRepresentationLoss
+from kdkernels.nn.rkd import RKDLoss
 from kdkernels.nn.similarity_distillation import SimilarityDistillationLoss
 from kdkernels.nn.similarity_preserving import SimilarityPreservingLoss
 from kdkernels.nn.triplet import (
@@ -37,6 +38,7 @@ __all__ = [
     "KeyQueue",
     "LSHFeatureMimickingLoss",
     "PairDistillationLoss",
+    "RKDLoss",
     "RelationalRepresentationLoss",
     "SimilarityDistillationLoss",
     "SimilarityPreservingLoss",

@@ -98,8 +98,10 @@ class OpInfo:
     bench_sample: Callable[[BenchShape, torch.device, torch.dtype], Sample]
     cost: Callable[[BenchShape, torch.dtype], Cost]
     # Size of the numbers whose difference a cancelling sample returns: (of the loss, of each
-    # gradient in diff_args, or of each of its rows, or None for its own size).
-    magnitude: Callable[[Sample], tuple[float, tuple[float | Tensor | None, ...]]] | None = None
+    # gradient in diff_args, or of each of its rows); None for its own size.
+    magnitude: Callable[[Sample], tuple[float | None, tuple[float | Tensor | None, ...]]] | None = (
+        None
+    )
     # Every loss is a difference, judged against `magnitude` as those of cancelling samples are.
     subtracts: bool = False
     # Peak bytes that a benchmark variant (a baseline, a backend or a peer) needs above its
