@@ -5,9 +5,11 @@ from kdkernels import nn
 from kdkernels._dispatch import BackendUnavailableError, explain, use_backend
 from kdkernels._version import __version__
 from kdkernels.ops.contrastive import contrastive_loss
+from kdkernels.ops.correlation import correlation
 from kdkernels.ops.gram_mse import gram_mse
 from kdkernels.ops.info_nce import info_nce
 from kdkernels.ops.lsh_bce import lsh_bce, lsh_encode
+from kdkernels.ops.pkt import pkt
 from kdkernels.ops.relational_kl import relational_kl
 from kdkernels.ops.triplet import MinedTriplets, mine_triplets
 from kdkernels.ops.triplet_distillation import triplet_distillation
@@ -18,6 +20,7 @@ __all__ = [
     "MinedTriplets",
     "__version__",
     "contrastive_loss",
+    "correlation",
     "explain",
     "gram_mse",
     "info_nce",
@@ -25,6 +28,7 @@ __all__ = [
     "lsh_encode",
     "mine_triplets",
     "nn",
+    "pkt",
     "relational_kl",
     "triplet_distillation",
     "triplet_loss",

@@ -106,6 +106,8 @@ class OpInfo:
     # Candidates are ranked, so where some are equally far rounding decides which one's gradient it
     # is. A zero row, equally far from all unit rows, is such a case.
     selects: bool = False
+    # Minus infinity is a value like others: the logit of a class that is ruled out.
+    takes_minus_inf: bool = False
     # What `bench.BASELINES` names, less what makes no sense for the op.
     baselines: tuple[str, ...] = ("eager", "compile", "mm")
     eager: Eager | None = None  # what "eager" and "compile" time; None: the definition
