@@ -73,7 +73,7 @@ KDK_HOST_DEVICE V two_atanh(V s) {
 // log(x) is k ln 2 + log(m) with m in [sqrt(1/2), sqrt(2)), so that |s| <= 0.1716 for
 // s = (m - 1) / (m + 1). The number of terms is the first for which the truncation error is below
 // half a unit in the last place: 2.1e-9 in float, 2.4e-17 in double. For positive normal numbers,
-// and within 3 units of rounding error (2^-24, 2^-53) of the exact value relative to it; infinity
+// and within 4 units of rounding error (2^-24, 2^-53) of the exact value relative to it; infinity
 // and NaN stay, 0 gives minus infinity.
 template <typename T>
 inline constexpr int kLogTerms = sizeof(T) == sizeof(float) ? 5 : 10;
