@@ -5,10 +5,12 @@ from kdkernels import nn
 from kdkernels._dispatch import BackendUnavailableError, explain, use_backend
 from kdkernels._version import __version__
 from kdkernels.ops.contrastive import contrastive_loss
+from kdkernels.ops.correlation import correlation
 from kdkernels.ops.gram_mse import gram_mse
 from kdkernels.ops.info_nce import info_nce
 from kdkernels.ops.lsh_bce import lsh_bce, lsh_encode
 from kdkernels.ops.pairwise import pairwise
+from kdkernels.ops.pkt import pkt
 from kdkernels.ops.relational_kl import relational_kl
 from kdkernels.ops.rkd import rkd_angle, rkd_distance
 from kdkernels.ops.sampled_similarity import sampled_similarity
@@ -21,6 +23,7 @@ __all__ = [
     "MinedTriplets",
     "__version__",
     "contrastive_loss",
+    "correlation",
     "explain",
     "gram_mse",
     "info_nce",
@@ -29,6 +32,7 @@ __all__ = [
     "mine_triplets",
     "nn",
     "pairwise",
+    "pkt",
     "relational_kl",
     "rkd_angle",
     "rkd_distance",

@@ -52,11 +52,34 @@ inline __attribute__((always_inline)) void store(T* p, Vector<T> x, int64_t coun
   }
 }
 
+// x in the first `count` lanes, `other` beyond.
+template <bool kFull, typename T>
+inline __attribute__((always_inline)) Vector<T> within(Vector<T> x, int64_t count, T other) {
+  if constexpr (kFull) return x;
+  for (int64_t i = count; i < kCount<T>; ++i) x[i] = other;
+  return x;
+}
+
 // 0 where the result would not be a normal number.
 template <typename T>
 inline __attribute__((always_inline)) Vector<T> exp_of_negative(Vector<T> x) {
   const Vector<T> e = exp_minus<T, Vector<T>, typename Lanes<T>::Integers>(-x);
   return x < -ExpSeries<T>::kLimit ? Vector<T>{} : e;
+}
+
+template <typename T>
+inline __attribute__((always_inline)) double sum(Vector<T> x) {
+  double total = 0;
+  for (int i = 0; i < kCount<T>; ++i) total += x[i];
+  return total;
+}
+
+// step<kFull>(j, count) for each vector of n elements.
+template <typename T, typename F>
+inline __attribute__((always_inline)) void each_vector(int64_t n, const F& step) {
+  int64_t j = 0;
+  for (; j + kCount<T> <= n; j += kCount<T>) step.template operator()<true>(j, kCount<T>);
+  if (j < n) step.template operator()<false>(j, n - j);
 }
 
 }  // namespace kdk::KDK_SIMD_LEVEL

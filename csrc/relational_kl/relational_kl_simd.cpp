@@ -9,29 +9,6 @@ namespace {
 
 using namespace kdk::KDK_SIMD_LEVEL;
 
-// x in the first `count` lanes, `other` beyond.
-template <bool kFull, typename T>
-inline __attribute__((always_inline)) Vector<T> within(Vector<T> x, int64_t count, T other) {
-  if constexpr (kFull) return x;
-  for (int64_t i = count; i < kCount<T>; ++i) x[i] = other;
-  return x;
-}
-
-template <typename T>
-double sum(Vector<T> x) {
-  double total = 0;
-  for (int i = 0; i < kCount<T>; ++i) total += x[i];
-  return total;
-}
-
-// step<kFull>(j, count) for each vector of n elements.
-template <typename T, typename F>
-inline __attribute__((always_inline)) void each_vector(int64_t n, const F& step) {
-  int64_t j = 0;
-  for (; j + kCount<T> <= n; j += kCount<T>) step.template operator()<true>(j, kCount<T>);
-  if (j < n) step.template operator()<false>(j, n - j);
-}
-
 template <typename T>
 T maximum(T* a, const T* factors, int64_t n) {
   constexpr T kLeast = -__builtin_huge_valf();

@@ -137,6 +137,17 @@ class OnLogits(Criterion):
         return self.loss(student.logits, teacher.logits, labels)
 
 
+class OnPredictions(Criterion):
+    """Applies a loss of this package to the logits."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
+        return self.loss(student.logits, teacher.logits)
+
+
 class OnLabels(Criterion):
     """Applies a loss of embeddings and labels to the student's features; no teacher is asked."""
 
@@ -247,6 +258,9 @@ ENTRIES = (
     ),
     # the weights are those of RepDistiller
     Entry("rkd", "RKD", lambda _: OnFeatures(kd.nn.RKDLoss())),
+    # both with the published weights
+    Entry("pkt", "PKT", lambda _: OnFeatures(kd.nn.PKTLoss())),
+    Entry("dist", "DIST", lambda _: OnPredictions(kd.nn.DISTLoss())),
     Entry("lshl2", "LSH (with L2)", HashBits),
     Entry("lsh-cached", "LSH, cached codes", CachedHashBits),
 )

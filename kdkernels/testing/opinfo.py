@@ -112,6 +112,8 @@ class OpInfo:
     selects: bool = False
     # The result has the dtype of the features; of a loss it is fp32, fp64 for fp64.
     keeps_dtype: bool = False
+    # Minus infinity is a value like others: the logit of a class that is ruled out.
+    takes_minus_inf: bool = False
     # What `bench.BASELINES` names, less what makes no sense for the op.
     baselines: tuple[str, ...] = ("eager", "compile", "mm")
     eager: Eager | None = None  # what "eager" and "compile" time; None: the definition
