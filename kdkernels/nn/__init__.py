@@ -10,8 +10,8 @@ from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
 from kdkernels.nn.comparative import ComparativeLoss
 from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
-from kdkernels.nn.crd import CRDLoss
 from kdkernels.nn.correlation_distance import CorrelationDistanceLoss
+from kdkernels.nn.crd import CRDLoss
 from kdkernels.nn.dist import DISTLoss
 from kdkernels.nn.info_nce import InfoNCELoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
