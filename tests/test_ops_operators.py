@@ -25,9 +25,11 @@ from cases import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kdkernels import _dispatch
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 
 ONE = {"pick": lambda found: few(found)[:1]}
+KERNELS = tuple(backend for backend in _dispatch.BACKENDS if backend != "reference")
 
 
 def _permuted(arg: Any) -> Any:
@@ -118,8 +120,14 @@ def _assert_compiled_equals_eager(case: Case, compiled: Any) -> None:
         assert torch.equal(g, wanted)
 
 
-@each_case()
+@each_case(backends=("reference",))
 def test_compile_fullgraph(case: Case) -> None:
+    """With all options; the graph is the same for all backends."""
+    _assert_compiled_equals_eager(case, _compiled(case, backend="aot_eager"))
+
+
+@each_case(**ONE, backends=KERNELS)
+def test_compile_fullgraph_of_kernels(case: Case) -> None:
     _assert_compiled_equals_eager(case, _compiled(case, backend="aot_eager"))
 
 

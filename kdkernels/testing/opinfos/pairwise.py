@@ -131,7 +131,8 @@ def memory(shape: BenchShape, dtype: torch.dtype, variant: str) -> float:
     B, D = shape.sizes["B"], shape.sizes["D"]
     if dtype == torch.float64 and variant == "eager":
         return 4.0 * B * B * D * dtype.itemsize
-    return 6.0 * B * B * max(dtype.itemsize, 4)
+    expanded = shape.kwargs["metric"] in ("sqeuclidean", "rbf")
+    return (6.0 if expanded or variant != "eager" else 2.5) * B * B * max(dtype.itemsize, 4)
 
 
 def _squared(x: Tensor) -> Tensor:
