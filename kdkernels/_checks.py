@@ -47,21 +47,33 @@ def same_device(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(f"{name} must be on {other.device} like {other_name}, got {x.device}")
 
 
-def same_leading(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """All dimensions but the last agree."""
+def same_groups(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """All dimensions but the last two agree."""
     if x.dim() != other.dim():
         raise ValueError(
             f"{name} must have {other.dim()} dimensions like {other_name}, "
             f"got {x.dim()}: shape {list(x.shape)}"
         )
-    if x.shape[-2] != other.shape[-2]:
-        raise ValueError(
-            f"{name} must have {other.shape[-2]} rows like {other_name}, got {x.shape[-2]}"
-        )
     if x.shape[:-2] != other.shape[:-2]:
         raise ValueError(
             f"{name} must have the leading dimensions {list(other.shape[:-2])} like {other_name}, "
             f"got {list(x.shape[:-2])}"
+        )
+
+
+def same_leading(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    """All dimensions but the last agree."""
+    same_groups(name, x, other_name, other)
+    if x.shape[-2] != other.shape[-2]:
+        raise ValueError(
+            f"{name} must have {other.shape[-2]} rows like {other_name}, got {x.shape[-2]}"
+        )
+
+
+def same_columns(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
+    if x.shape[-1] != other.shape[-1]:
+        raise ValueError(
+            f"{name} must have {other.shape[-1]} columns like {other_name}, got {x.shape[-1]}"
         )
 
 
@@ -110,12 +122,16 @@ def not_negative(name: str, value: Any) -> float:
     return float(value)
 
 
+def integer(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+
+
 def labels(name: str, y: Any, of_name: str, of: Tensor) -> None:
     """One integer per row of another tensor, on its device."""
-    if not isinstance(y, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(y).__name__}")
-    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {y.dtype}")
+    integer(name, y)
     if y.shape != of.shape[:1]:
         raise ValueError(
             f"{name} must have shape {list(of.shape[:1])} like the rows of {of_name}, "

@@ -366,6 +366,26 @@ def test_triplet_entries_reach_what_they_are_about(tmp_path: Path) -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_relations_are_those_of_the_features_and_add_up_with_logits(tmp_path: Path) -> None:
+    """The queue holds the training set, so every batch fits."""
+    setting, index = setting_in(tmp_path), torch.arange(SAMPLES)
+    student = student_outputs(setting, SAMPLES)
+    sources = student.features.requires_grad_(), student.logits.requires_grad_()
+    values, gradients = {}, {}
+    for name in ("rrd", "rrd-kd", "kd"):
+        torch.manual_seed(3)
+        criterion = losses.entry(name).build(setting)
+        values[name] = criterion(student, setting.taught, setting.data.y, index)
+        gradients[name] = torch.autograd.grad(values[name], sources, allow_unused=True)
+        trained = [x for x in criterion.parameters() if x.requires_grad]
+        assert len(trained) == (0 if name == "kd" else 2)
+    assert gradients["rrd"][1] is None
+    assert gradients["rrd"][0].ne(0).any()
+    torch.testing.assert_close(values["rrd-kd"], values["rrd"] + values["kd"] / 0.9)
+    torch.testing.assert_close(gradients["rrd-kd"][0], gradients["rrd"][0])
+    torch.testing.assert_close(gradients["rrd-kd"][1], gradients["kd"][1] / 0.9)
+
+
 def test_memory_record_sees_what_is_allocated() -> None:
     program = (
         "from kdkernels.demo import memory\n"

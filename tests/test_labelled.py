@@ -27,8 +27,8 @@ def test_gradients_of_both_sides(case: Case, distance: str) -> None:
     options = {**case.sample.kwargs, "distance": distance, "reduction": "sum"}
 
     def draw(seed: int) -> Sample:
-        bank = with_references(*normal(case, 31, 17, 6, seed=seed + 1))
-        return Sample("both", normal(case, 46, 17, 5, seed=seed), options | bank)
+        bank = with_references(*normal(case, 19, 17, 6, seed=seed + 1))
+        return Sample("both", normal(case, 26, 17, 5, seed=seed), options | bank)
 
     drawn = draw(_labelled.first(draw, _labelled.clear_of_kinks))
     (x, y), r, r_y = drawn.args, drawn.kwargs["references"], drawn.kwargs["reference_labels"]
@@ -62,7 +62,7 @@ def test_many_tiles(case: Case, bank: bool) -> None:
     if case.dtype == torch.float32 and case.info.op == "triplet_all":
         case = on(case, "smooth", *case.sample.args, soft=True, mining="batch_all")
     slow = interpreted(case.backend, case.device) or case.backend == "reference"
-    B, M = (80, 70) if slow else (700, 650)
+    B, M = (70, 66) if slow else (700, 650)
     x, y = normal(case, B, 24, 60)
     options = with_references(*normal(case, M, 24, 70, seed=2)) if bank else {}
     many = on(case, "many", x, y, **options)
@@ -72,16 +72,14 @@ def test_many_tiles(case: Case, bank: bool) -> None:
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str
-)
 @each_backend((torch.float32,))
-def test_any_integer_dtype_of_labels(case: Case, dtype: torch.dtype) -> None:
+def test_any_integer_dtype_of_labels(case: Case) -> None:
     x, y = normal(case, 40, 6, 7)
-    for given, wanted in zip(
-        gradient_of(case, x, y.to(dtype)), gradient_of(case, x, y), strict=True
-    ):
-        assert torch.equal(given, wanted)
+    loss, gradient = gradient_of(case, x, y)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        got = gradient_of(case, x, y.to(dtype))
+        assert torch.equal(got[0], loss), dtype
+        assert torch.equal(got[1], gradient), dtype
 
 
 @pytest.mark.parametrize(

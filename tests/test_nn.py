@@ -198,7 +198,8 @@ def test_state_survives_a_round_trip(preset: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", [kd.nn.SimilarityPreservingLoss(), kd.nn.IntraUtteranceSimilarityLoss()]
+    "module",
+    [kd.nn.SimilarityPreservingLoss(), kd.nn.IntraUtteranceSimilarityLoss(), kd.nn.RKDLoss()],
 )
 def test_losses_without_parameters_have_no_state(module: nn.Module) -> None:
     assert not module.state_dict()
@@ -213,6 +214,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ..
         (6, 20),
     ),
     "iusp": (kd.nn.IntraUtteranceSimilarityLoss, (2, 6, 3), (2, 6, 4)),
+    "rkd": (kd.nn.RKDLoss, (6, 3, 4), (6, 20)),
     "cc-paper": (lambda: congruence("paper"), (6, 3, 4), (6, 20)),
     "cc-torchdistill": (lambda: congruence("torchdistill"), (6, 3, 4), (6, 20)),
     "cc-repdistiller": (lambda: congruence("repdistiller"), (6, 3, 4), (6, 20)),
@@ -264,6 +266,9 @@ def test_repr_names_the_meaning() -> None:
     )
     assert repr(kd.nn.IntraUtteranceSimilarityLoss(2)) == (
         "IntraUtteranceSimilarityLoss(weight=2, algorithm='auto', backend='auto')"
+    )
+    assert repr(kd.nn.RKDLoss()) == (
+        "RKDLoss(distance_weight=25, angle_weight=50, preset='repdistiller', backend='auto')"
     )
     assert repr(kd.nn.CorrelationCongruenceLoss()) == (
         "CorrelationCongruenceLoss("

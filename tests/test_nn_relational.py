@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue and the modules on similarities to keys: the ring, published values, options, state."""
+"""The modules on similarities to keys: published values, options, state."""
 
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import kdkernels as kd
 from kdkernels.testing import numerics
 
-RRD, NCE, QUEUE = kd.nn.RelationalRepresentationLoss, kd.nn.InfoNCELoss, kd.nn.KeyQueue
+RRD, NCE = kd.nn.RelationalRepresentationLoss, kd.nn.InfoNCELoss
 
 
 def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:  # [B, D]
@@ -24,43 +25,6 @@ def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:  # [B, D]
 
 def rows(B: int = 6, D: int = 4, grad: bool = True) -> Tensor:
     return torch.randn(B, D, dtype=torch.float64, requires_grad=grad)
-
-
-@pytest.mark.parametrize("sizes", [(3, 3, 3), (7, 7), (2, 5, 1, 6), (1,) * 9, (20,), (4, 15), (0,)])
-def test_the_queue_holds_the_last_rows(sizes: tuple[int, ...]) -> None:
-    """Against a list, for batches that do and do not divide the size, and larger ones."""
-    queue = QUEUE(7, 2).double()
-    model = list(queue.keys.clone())
-    after = 0
-    for size in sizes:
-        batch = rows(size, 2, grad=False)
-        places = queue.enqueue(batch)
-        for row in batch:
-            model[after % 7] = row
-            after += 1
-        assert torch.equal(queue.keys, torch.stack(model))
-        assert queue.next.item() == after % 7
-        kept = places >= 0
-        assert kept.tolist() == [i >= size - 7 for i in range(size)]
-        assert torch.equal(queue.keys[places[kept]], batch[kept])
-
-
-def test_the_queue_starts_with_unit_rows_and_keeps_its_state() -> None:
-    queue, other = QUEUE(9, 4), QUEUE(9, 4)
-    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(9))
-    drawn = [QUEUE(9, 4, generator=torch.Generator().manual_seed(3)).keys for _ in range(2)]
-    assert torch.equal(*drawn)
-    queue.enqueue(torch.ones(5, 4))
-    assert set(queue.state_dict()) == {"keys", "next"}
-    other.load_state_dict(queue.state_dict())
-    for one in (queue, other):
-        one.enqueue(torch.full((5, 4), 2.0))
-    assert torch.equal(queue.keys, other.keys)
-    assert repr(queue) == "KeyQueue(size=9, dim=4)"
-    half = QUEUE(9, 4).half()
-    half.enqueue(torch.ones(2, 4))
-    assert half.keys.dtype == torch.float16
-    assert not list(queue.parameters())
 
 
 @pytest.mark.parametrize("preset", ["2025", "2024"])
@@ -113,6 +77,41 @@ def test_the_earlier_version_scores_first() -> None:
     torch.testing.assert_close(loss, 3 * expected)
     torch.testing.assert_close(module.queue.keys[:8], F.normalize(teacher))
     assert torch.equal(module.queue.keys[8:], old[8:])
+
+
+def step_of_the_public_code(
+    student: Tensor, teacher: Tensor, queue: Tensor, at: int, preset: str
+) -> tuple[Tensor, Tensor, int]:
+    """Loss, queue and position after one step, written like the authors' code."""
+    s, t = F.normalize(student, dim=1), F.normalize(teacher, dim=1).detach()
+    after = queue.clone()
+    after[at : at + len(t)] = t
+    scored = after if preset == "2025" else queue
+    tau_s, tau_t = {"2025": (0.1, 0.02), "2024": (0.04, 0.1)}[preset]
+    p = (t @ scored.T / tau_t).softmax(1)
+    log_q = (s @ scored.T / tau_s).log_softmax(1)
+    return -(p * log_q).sum(1).mean(), after, (at + len(t)) % len(queue)
+
+
+@pytest.mark.parametrize("preset", ["2025", "2024"])
+@pytest.mark.parametrize("init", ["random", "columns"])
+def test_follows_the_public_code_from_either_start(preset: str, init: str) -> None:
+    """Its steps while the first keys are there and after; for "columns" those have a norm that
+    counts."""
+    module = RRD(16, 16, dim=16, queue_size=24, preset=preset, init=init).double()
+    queue, at = module.queue.keys.clone(), 0
+    small = queue.norm(dim=1).mean() < 0.9
+    assert small == (init == "columns")
+    for step in range(4):
+        student = waves(8, 16, 0.9 + step, 0.31, 0.5).requires_grad_()
+        teacher = waves(8, 16, 0.7, 0.23 + step, 0.1)
+        embedded = module.embed_student(student), module.embed_teacher(teacher)
+        expected, queue, at = step_of_the_public_code(*embedded, queue, at, preset)
+        loss = module(student, teacher)
+        torch.testing.assert_close(loss, expected)
+        wanted = torch.autograd.grad(expected, student)
+        torch.testing.assert_close(torch.autograd.grad(loss, student), wanted)
+        torch.testing.assert_close(module.queue.keys, queue)
 
 
 def test_the_teacher_is_a_constant_and_maps_are_flattened() -> None:
@@ -172,6 +171,55 @@ def test_info_nce_learns_its_temperature() -> None:
     assert not NCE().state_dict()
 
 
+def disco() -> nn.Module:
+    queue = kd.nn.KeyQueue(18, 4, init="empty")
+    return NCE(temperature=math.exp(-1), learn_temperature=True, queue=queue).double()
+
+
+def test_info_nce_with_a_queue_is_the_loss_of_the_public_code() -> None:
+    """Newest keys first, the batch's before all, cut at the end; a queue that starts empty."""
+    module = disco()
+    scale = torch.ones((), dtype=torch.float64, requires_grad=True)  # logit_scale
+    queue = torch.zeros(0, 4, dtype=torch.float64)
+    for _ in range(4):
+        student, teacher = rows(), rows()
+        keys = torch.cat([F.normalize(teacher).detach(), queue])
+        logits = scale.exp() * F.normalize(student) @ keys.T
+        expected = F.cross_entropy(logits, torch.arange(6))
+        loss = module(student, teacher)
+        torch.testing.assert_close(loss, expected)
+        got = torch.autograd.grad(loss, (student, module.log_temperature))
+        wanted = torch.autograd.grad(expected, (student, scale))
+        torch.testing.assert_close(got[0], wanted[0])
+        torch.testing.assert_close(got[1], -wanted[1])  # one is minus the other
+        queue = keys[: 18 - 6]
+    assert set(module.state_dict()) == {
+        "log_temperature", "queue.keys", "queue.next", "queue.num_keys"
+    }  # fmt: skip
+
+
+def test_info_nce_with_a_queue_in_evaluation_changes_nothing() -> None:
+    module = disco()
+    module(rows(), rows())
+    before = copy.deepcopy(module.state_dict())
+    student, teacher = rows(), rows()
+    loss = module.eval()(student, teacher)
+    keys = F.normalize(torch.cat([teacher, module.queue.keys[:6]]))
+    expected = F.cross_entropy(F.normalize(student) @ keys.T * math.e, torch.arange(6))
+    torch.testing.assert_close(loss, expected)
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_info_nce_with_a_queue_goes_on_from_saved_state() -> None:
+    module, other = disco(), disco()
+    module(rows(), rows())
+    other.load_state_dict(module.state_dict())
+    student, teacher = rows(), rows()
+    losses = [one(student, teacher) for one in (module, other, copy.deepcopy(other))]
+    assert torch.equal(losses[0], losses[1])
+
+
 @pytest.mark.parametrize("preset", ["2025", "2024"])
 def test_relational_representation_compiles_into_one_graph(preset: str) -> None:
     student, teacher = rows(), rows(6, 5, grad=False)
@@ -197,6 +245,20 @@ def test_info_nce_compiles_into_one_graph() -> None:
         torch.testing.assert_close(got, wanted)
 
 
+def test_info_nce_with_a_queue_compiles_into_one_graph() -> None:
+    module = disco()
+    eager = copy.deepcopy(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        student, teacher = rows(), rows(grad=False)
+        results = [call(student, teacher) for call in (compiled, eager)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in results))
+        for name, value in eager.state_dict().items():
+            torch.testing.assert_close(module.state_dict()[name], value)
+
+
 def test_half_precision_under_autocast() -> None:
     module = RRD(4, 5, dim=3, queue_size=8)
     student, teacher = rows().detach().bfloat16().requires_grad_(), rows(6, 5).float()
@@ -208,9 +270,8 @@ def test_half_precision_under_autocast() -> None:
 
 
 def test_names_their_options() -> None:
-    assert "preset='2024', student_temperature=0.04, teacher_temperature=0.1" in repr(
-        RRD(4, 5, preset="2024", queue_size=8)
-    )
+    named = "preset='2024', init='random', student_temperature=0.04, teacher_temperature=0.1"
+    assert named in repr(RRD(4, 5, preset="2024", queue_size=8))
     assert repr(NCE(2)) == (
         "InfoNCELoss(weight=2, temperature=0.07, learn_temperature=False, normalize=True, "
         "backend='auto')"
@@ -220,11 +281,10 @@ def test_names_their_options() -> None:
 @pytest.mark.parametrize(
     ("make", "args", "options", "error", "message"),
     [
-        (QUEUE, (0, 4), {}, ValueError, "size must be from 1 to"),
-        (QUEUE, (4, 1.5), {}, TypeError, "dim must be an integer, got float"),
         (RRD, (0, 4), {}, ValueError, "student_dim must be from 1 to"),
         (RRD, (4, 4), {"queue_size": -1}, ValueError, "queue_size must be from 1 to"),
         (RRD, (4, 4), {"preset": "2023"}, ValueError, "preset must be one of '2025', '2024'"),
+        (RRD, (4, 4), {"init": "empty"}, ValueError, "init must be one of 'random', 'columns'"),
         (RRD, (4, 4), {"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be a"),
         (RRD, (4, 4), {"divergence": "js"}, ValueError, "divergence must be one of"),
         (RRD, (4, 4, -1), {}, ValueError, "weight must be a finite number"),
@@ -232,6 +292,14 @@ def test_names_their_options() -> None:
         (NCE, (), {"temperature": float("nan")}, ValueError, "temperature must be a positive"),
         (NCE, (), {"learn_temperature": 1}, TypeError, "learn_temperature must be True or False"),
         (NCE, (), {"normalize": None}, TypeError, "normalize must be True or False"),
+        (NCE, (), {"queue": 5}, TypeError, "queue must be a KeyQueue or None, got int"),
+        (
+            NCE,
+            (),
+            {"queue": kd.nn.KeyQueue(8, 4, student_dim=3)},
+            ValueError,
+            "queue must keep one side, got one with student_dim",
+        ),
         (NCE, (), {"backend": "gpu"}, ValueError, "backend must be one of"),
     ],
 )
@@ -246,11 +314,11 @@ def test_bad_options(
 @pytest.mark.parametrize(
     ("call", "args", "message"),
     [
-        (QUEUE(8, 4).enqueue, (rows(6, 5),), "rows must have 4 columns like keys, got 5"),
-        (QUEUE(8, 4).enqueue, (rows()[0],), "rows must have at least 2 dimensions"),
         (RRD(4, 5, queue_size=8), (rows(), rows(5, 5)), "teacher must have 6 rows like student"),
         (NCE(), (rows(), rows(5)), "keys must have at least 6 rows, one per query"),
         (NCE(), (rows(), rows(9, 3)), "keys must have 4 columns like queries, got 3"),
+        (disco(), (rows(), rows(7)), "keys must have 6 rows like queries with a queue, got 7"),
+        (disco(), (rows(), rows(), torch.arange(6)), "positives must be None with a queue"),
     ],
 )
 def test_bad_features(call: Any, args: Any, message: str) -> None:

@@ -25,9 +25,11 @@ from cases import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from kdkernels import _dispatch
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 
 ONE = {"pick": lambda found: few(found)[:1]}
+KERNELS = tuple(backend for backend in _dispatch.BACKENDS if backend != "reference")
 
 
 def _permuted(arg: Any) -> Any:
@@ -35,15 +37,23 @@ def _permuted(arg: Any) -> Any:
     return arg.mT.contiguous().mT if isinstance(arg, Tensor) and arg.dim() >= 2 else arg
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "permuted"])
-@each_case()
-def test_opcheck(case: Case, layout: str) -> None:
-    if layout == "permuted":
-        case = case.having(*map(_permuted, case.sample.args))
+@each_case(backends=("reference",))
+def test_opcheck(case: Case) -> None:
+    """With all options; schema, fake and registration are the same for all backends."""
     for func, args, _ in recorded(case):
-        if layout == "permuted":
-            args = tuple(map(_permuted, args))
         torch.library.opcheck(func, args)
+
+
+@each_case(**ONE, backends=KERNELS)
+def test_opcheck_of_kernels(case: Case) -> None:
+    for func, args, _ in recorded(case):
+        torch.library.opcheck(func, args)
+
+
+@each_case(**ONE)
+def test_opcheck_of_permuted_arguments(case: Case) -> None:
+    for func, args, _ in recorded(case.having(*map(_permuted, case.sample.args))):
+        torch.library.opcheck(func, tuple(map(_permuted, args)))
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
@@ -117,8 +127,14 @@ def _assert_compiled_equals_eager(case: Case, compiled: Any) -> None:
         assert torch.equal(g, wanted)
 
 
-@each_case()
+@each_case(backends=("reference",))
 def test_compile_fullgraph(case: Case) -> None:
+    """With all options; the graph is the same for all backends."""
+    _assert_compiled_equals_eager(case, _compiled(case, backend="aot_eager"))
+
+
+@each_case(**ONE, backends=KERNELS)
+def test_compile_fullgraph_of_kernels(case: Case) -> None:
     _assert_compiled_equals_eager(case, _compiled(case, backend="aot_eager"))
 
 

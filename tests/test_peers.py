@@ -17,6 +17,7 @@ from test_bench import _entry, _report
 
 import kdkernels as kd
 from kdkernels.cli import bench as command
+from kdkernels.ops.pairwise import METRICS
 from kdkernels.reference import lsh_bce as reference
 from kdkernels.testing import bench, numerics, peers, record
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos, randn
@@ -26,8 +27,13 @@ TARGETS = Path(__file__).parents[1] / "benchmarks" / "targets.json"
 INFOS = {info.name: info for info in opinfos()}
 PAIRS = [(info, peer) for info in opinfos() for peer in info.peers]
 SEARCHERS = ("faiss-cpu", "scikit-learn")
-LACKED = {"lsh_bce": "reduction"}  # an option that peers lack; references elsewhere
-WHOLE = [(info, peer) for info, peer in PAIRS if peer not in SEARCHERS]
+PARTS = {(name, peer) for name in ("triplet_loss", "pairwise") for peer in SEARCHERS}
+PARTS |= {("pairwise", "pykeops")}
+LACKED = {
+    "lsh_bce": "reduction",
+    "pairwise": "gamma",
+}  # an option that peers lack; references elsewhere
+WHOLE = [(info, peer) for info, peer in PAIRS if (info.name, peer) not in PARTS]
 
 
 def _each(pairs: list[tuple[OpInfo, str]]) -> pytest.MarkDecorator:
@@ -101,6 +107,32 @@ def test_keops_mines_what_the_op_does_among_equal_rows() -> None:
     assert torch.equal(negative[valid], mined.negatives)
 
 
+@pytest.mark.parametrize("peer", ["scikit-learn", "pykeops"])
+def test_parts_of_pairwise_are_those_of_its_matrix(peer: str) -> None:
+    info = INFOS["pairwise"]
+    found, _, dtype = _usable(info, peer)
+    assert not found.whole
+    # KeOps compiles for each metric
+    for metric in ("euclidean",) if peer == "pykeops" else METRICS:
+        x = randn(24, 8, seed=3, device=CPU, dtype=dtype)
+        sample = Sample(metric, (x,), {"metric": metric, "gamma": 0.1})
+        out = found.function(sample)(x)
+        hi, low = (info.define(sample, (x.to(t),)) for t in (torch.float64, dtype))
+        if peer == "pykeops":
+            hi, low = hi.sum(1), low.sum(1)
+        # both take some distances from products
+        error = numerics.compare(metric, out, hi, low, dtype, scale=x.square().sum(1).max().item())
+        assert error.ok, error.detail
+
+
+def test_metrics_that_a_peer_lacks_are_skipped_with_the_reason() -> None:
+    info = INFOS["pairwise"]
+    _usable(info, "pykeops")
+    (shape,) = (shape for shape in info.bench if shape.name == "cosines")
+    reason = peers.why_not(info, "pykeops", shape, torch.float32, "fwd", CPU)
+    assert reason == "pykeops has no metric 'cosine'"
+
+
 @_each(PAIRS)
 def test_the_record_names_its_version_its_work_and_the_ratio(info: OpInfo, peer: str) -> None:
     found, mode, dtype = _usable(info, peer)
@@ -171,7 +203,7 @@ def test_an_absent_peer_is_skipped_with_the_reason() -> None:
     assert bench.why_skip(other, *ask) == f"no-such-distribution has no {info.name}"
 
 
-@_each(PAIRS)
+@_each([pair for pair in PAIRS if any(s.kwargs for s in samples(pair[0], CPU, torch.float64))])
 def test_options_that_a_peer_lacks_are_refused(info: OpInfo, peer: str) -> None:
     found, _, dtype = _usable(info, peer)
     option = LACKED.get(info.name, "references")

@@ -170,6 +170,82 @@ def test_a_row_without_keys_costs_nothing(case: Case) -> None:
         assert gradient.eq(0).all()
 
 
+@pytest.mark.parametrize("divergence", ["kl", "cross_entropy"])
+@each_backend()
+def test_an_own_key_is_one_more_key(case: Case, divergence: str) -> None:
+    """Row by row, against a bank that ends with the key."""
+    student, teacher, queue = case.sample.args
+    own = teacher.flip(1)
+    exclude = torch.tensor([0, 31, -1, 5, 0, 17, 30, -1], device=case.device)
+    options = {"divergence": divergence, "exclude": exclude, "reduction": "none"}
+    got = value_and_gradients(case.call, student, teacher, queue, **options, own_keys=own)
+    by_queue = torch.zeros_like(queue)
+    for i in range(len(student)):
+        rows, bank = (student[i : i + 1], teacher[i : i + 1]), torch.cat([queue, own[i : i + 1]])
+        options["exclude"] = exclude[i : i + 1]
+        value, *by_rows, by_bank = value_and_gradients(case.call, *rows, bank, **options)
+        by_queue += by_bank[:-1]
+        wanted = value[0], by_rows[0][0], by_rows[1][0], by_bank[-1]
+        for g, w in zip((got[0], got[1], got[2], got[4]), wanted, strict=True):
+            torch.testing.assert_close(g[i], w, **FP64)
+    torch.testing.assert_close(got[3], by_queue, **FP64)
+
+
+@each_backend(torch.float32)
+def test_own_keys_alone_may_ask_for_a_gradient(case: Case) -> None:
+    args = case.sample.args
+    own = args[1].flip(1).requires_grad_()
+    (got,) = torch.autograd.grad(case.call(*args, own_keys=own), own)
+    wanted = value_and_gradients(case.call, *args, own_keys=own)[-1]
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("tensor", [True, False])
+@each_backend(torch.float32, torch.bfloat16)
+def test_keys_that_do_not_count_may_be_anything(case: Case, tensor: bool) -> None:
+    student, teacher, keys = case.sample.args
+    keys, widths = keys.clone(), (teacher[:, :9], keys[:, :9].clone())
+    keys[11:], widths[1][11:] = math.nan, math.inf
+    options = {"num_keys": torch.tensor(11, device=case.device) if tensor else 11}
+    positives = torch.arange(8, device=case.device)
+    for info, args in (
+        (INFO, (student, teacher, keys)),
+        (INFO, (student, widths[0], keys, widths[1])),
+        (NCE, (student, keys, positives)),
+    ):
+        errors = numerics.check_sample(info, Sample("few", args, options), case.dtype, case.backend)
+        assert all(error.ok for error in errors), [error.detail for error in errors]
+
+
+@each_backend(torch.float32)
+def test_a_number_of_keys_that_nobody_looked_at_is_kept_within_the_bank(case: Case) -> None:
+    args, positives = case.sample.args, torch.arange(8, device=case.device)
+    options = {"own_keys": args[1].flip(1), "num_keys": torch.tensor(0, device=case.device)}
+    torch._dynamo.reset()
+    compiled, compiled_nce = (
+        torch.compile(
+            lambda *args, call=info.function, **kw: call(
+                *args, reduction="none", backend=case.backend, **kw
+            ),
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        for info in (INFO, NCE)
+    )
+    for number in (0, -3):
+        options["num_keys"].fill_(number)
+        for few in (options, {"num_keys": options["num_keys"]}):
+            for result in value_and_gradients(compiled, *args, **few):
+                assert result.eq(0).all()
+        of_nce = value_and_gradients(compiled_nce, args[0], args[2], positives, **few)
+        assert of_nce[0].isnan().all()
+        assert of_nce[1].isnan().all()
+    options["num_keys"].fill_(40)
+    got = value_and_gradients(compiled, *args, **options)
+    wanted = value_and_gradients(case.call, *args, own_keys=options["own_keys"], reduction="none")
+    assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @each_backend(torch.float32)
 def test_low_temperatures_stay_finite(case: Case, dtype: torch.dtype) -> None:
@@ -220,10 +296,13 @@ def test_queries_without_features_are_equally_far_from_all_keys(case: Case) -> N
 def test_a_positive_that_nobody_looked_at_and_names_no_key_gives_nan(case: Case) -> None:
     """A compiled function cannot look at values, as no function can on a GPU."""
     queries, keys, positives = case.sample.args
+    few = torch.tensor(len(keys) - 1, device=case.device)
     compiled = torch.compile(
-        lambda *args: case.call(*args, reduction="none"), fullgraph=True, backend="aot_eager"
+        lambda *args: case.call(*args, reduction="none", num_keys=few),
+        fullgraph=True,
+        backend="aot_eager",
     )
-    for wrong in (-1, len(keys), 2**40):
+    for wrong in (-1, len(keys) - 1, len(keys), 2**40):
         positives = positives.clone()
         positives[3] = wrong
         value, *gradients = value_and_gradients(compiled, queries, keys, positives)

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gemm.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
@@ -11,28 +10,6 @@
 
 namespace kdk {
 namespace {
-
-// Owns a tensor handle over memory that somebody else owns.
-class View {
- public:
-  template <typename T>
-  explicit View(const Matrix<T>& m) {
-    const int64_t sizes[] = {m.rows, m.cols}, strides[] = {m.row_stride, m.col_stride};
-    const int32_t dtype =
-        sizeof(T) == sizeof(float) ? aoti_torch_dtype_float32() : aoti_torch_dtype_float64();
-    using Plain = std::remove_const_t<T>;
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_create_tensor_from_blob(const_cast<Plain*>(m.data), 2, sizes, strides, 0, dtype,
-                                           aoti_torch_device_type_cpu(), 0, &handle_));
-  }
-  ~View() { aoti_torch_delete_tensor_object(handle_); }
-  View(const View&) = delete;
-  View& operator=(const View&) = delete;
-  AtenTensorHandle get() const { return handle_; }
-
- private:
-  AtenTensorHandle handle_ = nullptr;
-};
 
 constexpr int64_t kBlock = 256;      // output block: with its operands it stays in a core's L2
 constexpr int64_t kSyrkBlock = 512;  // largest block on a diagonal that syrk computes in one go

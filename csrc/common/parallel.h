@@ -57,4 +57,22 @@ void parallel_pairs(int64_t n, double ops, const F& f) {
   }
 }
 
+// f(i, j) once for every tile of n x m blocks, so that no two calls running at the same time share
+// a row or a column of blocks; in rounds, with the order of parallel_pairs' promise.
+template <typename F>
+void parallel_tiles(int64_t n, int64_t m, double ops, const F& f) {
+  const int64_t longer = std::max(n, m), shorter = std::min(n, m);
+  for (int64_t round = 0; shorter > 0 && round < longer; ++round) {
+    parallel_each(shorter, ops, [&](int64_t k) {
+      const int64_t other = (k + round) % longer;
+      n < m ? f(k, other) : f(other, k);
+    });
+  }
+}
+
+// Rows of a block of n: fewer than `most` where n is small, so that there are blocks for all cores.
+inline int64_t tile_of(int64_t n, int64_t least, int64_t most) {
+  return std::clamp<int64_t>((n / 8 + 31) / 32 * 32, least, most);
+}
+
 }  // namespace kdk

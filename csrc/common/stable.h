@@ -2,6 +2,7 @@
 // The few things that the kernels need of LibTorch's stable ABI.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <type_traits>
 
 #include "matrix.h"
 
@@ -18,6 +20,11 @@ namespace kdk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// As the C shim takes a dtype.
+inline int32_t shim_dtype(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
 
 // An uninitialised contiguous tensor, by default on the CPU. Straight through the C shim:
 // torch::stable::new_empty looks its operator up by name in every call, which shows at small batch.
@@ -28,9 +35,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
     strides[i] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type, device,
-      &handle));
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, shim_dtype(dtype), device_type,
+      device, &handle));
   return Tensor(handle);
 }
 
@@ -40,6 +46,30 @@ template <>
 inline constexpr ScalarType scalar_type_of<float> = ScalarType::Float;
 template <>
 inline constexpr ScalarType scalar_type_of<double> = ScalarType::Double;
+
+// Owns a tensor handle over memory that somebody else owns.
+class View {
+ public:
+  template <typename T>
+  explicit View(const Matrix<T>& m)
+      : View(m.data, m, shim_dtype(scalar_type_of<std::remove_const_t<T>>)) {}
+
+  // a block of a matrix of any type: `data` is its first element
+  template <typename T>
+  View(const void* data, const Matrix<T>& form, int32_t dtype) {
+    const int64_t sizes[] = {form.rows, form.cols}, strides[] = {form.row_stride, form.col_stride};
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_create_tensor_from_blob(const_cast<void*>(data), 2, sizes, strides, 0, dtype,
+                                           aoti_torch_device_type_cpu(), 0, &handle_));
+  }
+  ~View() { aoti_torch_delete_tensor_object(handle_); }
+  View(const View&) = delete;
+  View& operator=(const View&) = delete;
+  AtenTensorHandle get() const { return handle_; }
+
+ private:
+  AtenTensorHandle handle_ = nullptr;
+};
 
 // Scratch memory that comes from torch's allocator, so that its profiler sees it. Uninitialised.
 template <typename T>
@@ -58,6 +88,13 @@ class Scratch {
 template <typename T>
 Tensor in_type(const Tensor& x) {
   return x.scalar_type() == scalar_type_of<T> ? x : torch::stable::to(x, scalar_type_of<T>);
+}
+
+// Likewise; also contiguous, without a call through the dispatcher where it is so already.
+template <typename T>
+Tensor contiguous_in_type(const Tensor& x) {
+  const Tensor wide = in_type<T>(x);
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
 }
 
 // x in fp32 or fp64, in a layout that BLAS takes; where it lies if it is so already.

@@ -69,8 +69,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
                                                const Tensor& reference_labels, bool own,
                                                double margin, triplet::Distance distance,
                                                bool need_embeddings, bool need_references) {
-  const Tensor x = torch::stable::contiguous(in_type<T>(embeddings)),
-               r = own ? x : torch::stable::contiguous(in_type<T>(references));
+  const Tensor x = contiguous_in_type<T>(embeddings),
+               r = own ? x : contiguous_in_type<T>(references);
   Sweep<T> sweep(x, labels, r, reference_labels, own, distance, need_embeddings, need_references);
   Loss<T> loss(sweep.rows.ranges, margin);
   sweep.run(loss);

@@ -14,8 +14,8 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_simd.h"
 #include "../triplet/labelled.h"
-#include "../triplet/triplet_simd.h"
 #include "pair_sweep_simd.h"
 
 namespace kdk::pairs {
@@ -115,8 +115,8 @@ struct Sweep {
 
   // From the difference of the rows as they were given.
   double measure(int64_t i, int64_t j) const {
-    const double d2 = triplet::loops<T>().squared_difference(anchors.row(i), references.row(j),
-                                                             anchors.sorted.x.cols);
+    const double d2 = rows::loops<T>().squared_difference(anchors.row(i), references.row(j),
+                                                          anchors.sorted.x.cols);
     return triplet::from_squared(d2, distance);
   }
   T exact(int64_t i, int64_t j) const { return static_cast<T>(measure(i, j)); }
@@ -138,73 +138,108 @@ struct Sweep {
   // in an order that depends on the shapes alone.
   template <typename Loss>
   void run(Loss& loss) {
-    const int64_t B = anchors.sorted.size(), M = references.sorted.size(),
-                  D = anchors.sorted.x.cols;
-    // Small batches are cut finer, so that there are tiles for all cores.
-    const auto tile_of = [](int64_t n, int64_t least) {
-      return std::clamp<int64_t>((n / 8 + 31) / 32 * 32, least, kTile);
-    };
-    const int64_t tile_i = tile_of(B, own() ? 64 : 32), tile_j = own() ? tile_i : tile_of(M, 64),
-                  n_i = (B + tile_i - 1) / tile_i, n_j = (M + tile_j - 1) / tile_j,
-                  size = tile_i * tile_j,
-                  memory = 3 * size + (needs_gradient() ? std::max(tile_i, tile_j) * D : 0);
-    const Scratch<T> scratch(thread_slots() * memory);
-    std::vector<Workspace> workspaces(thread_slots());
-    for (Workspace& workspace : workspaces) workspace.column_sums.resize(tile_j);
-    const auto visit = [&](int64_t ti, int64_t tj) {
-      const int64_t i0 = ti * tile_i, n_rows = std::min(tile_i, B - i0), j0 = tj * tile_j,
-                    n_cols = std::min(tile_j, M - j0), slot = thread_index();
+    const TileShape shape = tile_shape();
+    Workspaces workspaces(*this, shape);
+    each_tile(shape, [&](int64_t i0, int64_t n_rows, int64_t j0, int64_t n_cols) {
       if (loss.skips(i0, n_rows, j0, n_cols)) return;
-      T* at = scratch.data() + slot * memory;
-      const Tile<T> tile = {i0,
-                            j0,
-                            own() && ti != tj,
-                            Matrix<T>::contiguous(at, n_rows, n_cols),
-                            Matrix<T>::contiguous(at + size, n_rows, n_cols),
-                            Matrix<T>::contiguous(at + 2 * size, n_cols, n_rows)};
-      handle(loss, tile, at + 3 * size, workspaces[slot]);
-    };
-    const double ops = 2.0 * size * (D + 8);
-    if (own()) {
-      parallel_pairs(n_i, ops, visit);
-      return;
-    }
-    // Rounds in which no two tiles share rows or columns.
-    const int64_t longer = std::max(n_i, n_j), shorter = std::min(n_i, n_j);
-    for (int64_t round = 0; shorter > 0 && round < longer; ++round) {
-      parallel_each(shorter, ops, [&](int64_t k) {
-        const int64_t other = (k + round) % longer;
-        n_i < n_j ? visit(k, other) : visit(other, k);
-      });
-    }
+      Workspace& workspace = workspaces.mine();
+      const Tile<T> tile = workspace.tile(*this, i0, n_rows, j0, n_cols);
+      const auto stretches = [&](int64_t i, const auto& f) {
+        loss.stretches(i0 + i, j0, n_cols, f);
+      };
+      workspace.close.clear();
+      measure(tile, stretches, workspace.close);
+      if (loss.weigh(tile) && needs_gradient()) pull(tile, stretches, workspace.close, workspace);
+    });
   }
 
- private:
   struct Pair {
     int64_t i, j;  // within a tile
   };
-  struct Workspace {
-    std::vector<Pair> close;
-    std::vector<double> column_sums;
+
+  // Rows and columns of all tiles but the last ones.
+  struct TileShape {
+    int64_t rows, cols;
   };
 
-  static void blank(Sorted<T>& sorted) {
-    for (int64_t i = 0; i < sorted.size(); ++i) {
-      if (!sorted.finite(i))
-        std::fill_n(sorted.memory.data() + i * sorted.x.cols, sorted.x.cols, T(0));
+  TileShape tile_shape() const {
+    const int64_t rows = tile_of(anchors.sorted.size(), own() ? 64 : 32, kTile);
+    return {rows, own() ? rows : tile_of(references.sorted.size(), 64, kTile)};
+  }
+
+  // What one thread needs for a tile.
+  struct Workspace {
+    T* memory;     // distances, weights and spare, and a product
+    int64_t size;  // of each of the first three
+    T* product;    // [max(rows, cols), D]; null where no gradient is needed
+    std::vector<Pair> close;
+    std::vector<double> column_sums;
+
+    Tile<T> tile(const Sweep& sweep, int64_t i0, int64_t n_rows, int64_t j0, int64_t n_cols) {
+      return {i0,
+              j0,
+              sweep.own() && i0 != j0,
+              Matrix<T>::contiguous(memory, n_rows, n_cols),
+              Matrix<T>::contiguous(memory + size, n_rows, n_cols),
+              Matrix<T>::contiguous(memory + 2 * size, n_cols, n_rows)};
+    }
+  };
+
+  class Workspaces {
+   public:
+    Workspaces(const Sweep& sweep, TileShape shape)
+        : memory_(thread_slots() * elements(sweep, shape)), each_(thread_slots()) {
+      const int64_t size = shape.rows * shape.cols;
+      T* at = memory_.data();
+      for (Workspace& workspace : each_) {
+        workspace.memory = at;
+        workspace.size = size;
+        workspace.product = sweep.needs_gradient() ? at + 3 * size : nullptr;
+        workspace.column_sums.resize(shape.cols);
+        at += elements(sweep, shape);
+      }
+    }
+    Workspace& mine() { return each_[thread_index()]; }
+
+   private:
+    static int64_t elements(const Sweep& sweep, TileShape shape) {
+      const int64_t D = sweep.anchors.sorted.x.cols;
+      return 3 * shape.rows * shape.cols +
+             (sweep.needs_gradient() ? std::max(shape.rows, shape.cols) * D : 0);
+    }
+
+    Scratch<T> memory_;
+    std::vector<Workspace> each_;
+  };
+
+  // visit(i0, rows, j0, cols) for every tile, on all cores. Where own, only for those on and above
+  // the diagonal. No two calls at a time share rows or columns.
+  template <typename Visit>
+  void each_tile(TileShape shape, const Visit& visit) const {
+    const int64_t B = anchors.sorted.size(), M = references.sorted.size(),
+                  n_i = (B + shape.rows - 1) / shape.rows, n_j = (M + shape.cols - 1) / shape.cols;
+    const auto at = [&](int64_t ti, int64_t tj) {
+      const int64_t i0 = ti * shape.rows, j0 = tj * shape.cols;
+      visit(i0, std::min(shape.rows, B - i0), j0, std::min(shape.cols, M - j0));
+    };
+    const double ops = 2.0 * shape.rows * shape.cols * (anchors.sorted.x.cols + 8);
+    if (own()) {
+      parallel_pairs(n_i, ops, at);
+    } else {
+      parallel_tiles(n_i, n_j, ops, at);
     }
   }
 
-  template <typename Loss>
-  void handle(Loss& loss, const Tile<T>& tile, T* product, Workspace& workspace) {
+  // Fills in the distances of a tile in the stretches(i, f) of each row i, and adds to `close` the
+  // pairs whose distance comes from their difference.
+  template <typename Stretches>
+  void measure(const Tile<T>& tile, const Stretches& stretches, std::vector<Pair>& close) const {
     const auto& d = tile.distance;
-    const auto x = anchors.sorted.x.row_block(tile.i0, d.rows),
-               y = references.sorted.x.row_block(tile.j0, d.cols);
-    gemm<T>(x, y.t(), d);
-    workspace.close.clear();
+    gemm<T>(anchors.sorted.x.row_block(tile.i0, d.rows),
+            references.sorted.x.row_block(tile.j0, d.cols).t(), d);
     for (int64_t i = 0; i < d.rows; ++i) {
       std::fill_n(tile.weight.row(i), d.cols, T(0));
-      loss.stretches(tile.i0 + i, tile.j0, d.cols, [&](int64_t begin, int64_t end) {
+      stretches(i, [&](int64_t begin, int64_t end) {
         T* row = d.row(i);
         const T* norms = references.sorted.norm.data() + tile.j0;
         if (kernels.distances(row + begin, anchors.sorted.norm[tile.i0 + i], norms + begin,
@@ -213,26 +248,43 @@ struct Sweep {
         for (int64_t j = begin; j < end; ++j) {
           if (!(row[j] < 0)) continue;
           row[j] = exact(tile.i0 + i, tile.j0 + j);
-          workspace.close.push_back({i, j});
+          close.push_back({i, j});
         }
       });
     }
-    if (!loss.weigh(tile) || !needs_gradient()) return;
-    for (const Pair& pair : workspace.close) pull_close(tile, pair);
+  }
+
+  // Adds to the gradients of both sides what the weights of a measured tile pull, and overwrites
+  // them.
+  template <typename Stretches>
+  void pull(const Tile<T>& tile, const Stretches& stretches, const std::vector<Pair>& close,
+            Workspace& workspace) {
+    const auto& d = tile.distance;
+    for (const Pair& pair : close) pull_close(tile, pair);
     double* column_sums = workspace.column_sums.data();
     std::fill_n(column_sums, d.cols, 0.0);
     for (int64_t i = 0; i < d.rows; ++i) {
       double sum = 0;
-      loss.stretches(tile.i0 + i, tile.j0, d.cols, [&](int64_t begin, int64_t end) {
+      stretches(i, [&](int64_t begin, int64_t end) {
         sum += kernels.slopes(d.row(i) + begin, tile.weight.row(i) + begin, column_sums + begin,
                               end - begin, distance);
       });
       if (anchors.needed) anchors.weight[tile.i0 + i] += sum;
     }
-    if (anchors.needed) add_product(tile.weight, y, anchors, tile.i0, product);
+    const auto x = anchors.sorted.x.row_block(tile.i0, d.rows),
+               y = references.sorted.x.row_block(tile.j0, d.cols);
+    if (anchors.needed) add_product(tile.weight, y, anchors, tile.i0, workspace.product);
     if (!references.needed) return;
     for (int64_t j = 0; j < d.cols; ++j) references.weight[tile.j0 + j] += column_sums[j];
-    add_product(tile.weight.t(), x, references, tile.j0, product);
+    add_product(tile.weight.t(), x, references, tile.j0, workspace.product);
+  }
+
+ private:
+  static void blank(Sorted<T>& sorted) {
+    for (int64_t i = 0; i < sorted.size(); ++i) {
+      if (!sorted.finite(i))
+        std::fill_n(sorted.memory.data() + i * sorted.x.cols, sorted.x.cols, T(0));
+    }
   }
 
   void add_product(Matrix<const T> weight, Matrix<const T> other, const Side<T>& side, int64_t i0,

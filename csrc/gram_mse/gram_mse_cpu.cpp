@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common/parallel.h"
+#include "../common/rows_simd.h"
 #include "gram_mse.h"
 #include "gram_mse_simd.h"
 
@@ -43,12 +44,9 @@ Tensor prepare(const Tensor& x, Normalize normalize) {
   if (normalize != Normalize::kFeature) return from;
   const int64_t B = x.size(1), D = x.size(2);
   const Tensor unit = empty({x.size(0), B, D}, scalar_type_of<T>);
-  const auto& kernels = epilogues<T>();
   parallel_each(x.size(0) * B, 2.0 * D, [&](int64_t i) {
     const T* source = group<const T>(from, i / B).row(i % B);
-    const double norm = std::sqrt(kernels.dot(source, source, D));
-    kernels.scale(source, static_cast<T>(1 / clamp_min(norm, kEps)),
-                  group<T>(unit, i / B).row(i % B), D);
+    rows::loops<T>().normalize(source, group<T>(unit, i / B).row(i % B), D);
   });
   return unit;
 }
@@ -90,7 +88,7 @@ Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, co
   const int64_t G = own.x.size(0), B = own.x.size(1), D = own.x.size(2);
   const Tensor result = empty({G, B, D}, scalar_type_of<T>);
   const T* scale = static_cast<const T*>(dout.const_data_ptr());
-  const auto& kernels = epilogues<T>();
+  const auto& loops = rows::loops<T>();
   const bool unit = options.normalize == Normalize::kFeature;
   const Tensor source = unit ? plain<T>(own.source) : own.x;
   parallel_each(G, 2.0 * B * B * (D + other.x.size(2)), [&](int64_t g) {
@@ -110,8 +108,7 @@ Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, co
                 options);
     if (!unit) return;
     const Matrix<const T> x = group<T>(source, g);
-    parallel_each(B, 8.0 * D,
-                  [&](int64_t i) { kernels.normalize_backward(x.row(i), dx.row(i), D); });
+    parallel_each(B, 8.0 * D, [&](int64_t i) { loops.normalize_backward(x.row(i), dx.row(i), D); });
   });
   return own.source.scalar_type() == scalar_type_of<T>
              ? result

@@ -6,6 +6,7 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_simd.h"
 #include "gram_mse.h"
 #include "gram_mse_simd.h"
 
@@ -48,7 +49,7 @@ void quadratic_forms(const Forward<T>& call, double* sums) {
   fold<T>(call.gram_student, folded_s);
   fold<T>(call.gram_teacher, folded_t);
   const Scratch<T> scratch(thread_slots() * kPanel * widest);
-  const auto& kernels = epilogues<T>();
+  const auto& loops = rows::loops<T>();
   const double ops = 2.0 * kPanel * (D_s * D_s / 2 + D_t * D_t / 2 + D_s * D_t);
   parallel_each((B + kPanel - 1) / kPanel, ops, [&](int64_t p) {
     const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
@@ -58,7 +59,7 @@ void quadratic_forms(const Forward<T>& call, double* sums) {
                for_t = Matrix<T>::contiguous(memory, n, D_t);
     const auto dots = [&](Matrix<const T> product, Matrix<const T> with, int which) {
       for (int64_t i = 0; i < n; ++i) {
-        sums[(i0 + i) * kSums + which] = kernels.dot(product.row(i), with.row(i), with.cols);
+        sums[(i0 + i) * kSums + which] = loops.dot(product.row(i), with.row(i), with.cols);
       }
     };
     multiply_folded<T>(s_panel, folded_s, for_s);
@@ -73,7 +74,7 @@ void quadratic_forms(const Forward<T>& call, double* sums) {
 template <typename T>
 double squared_norm(Matrix<const T> m) {
   double sum = 0;
-  for (int64_t i = 0; i < m.rows; ++i) sum += epilogues<T>().dot(m.row(i), m.row(i), m.cols);
+  for (int64_t i = 0; i < m.rows; ++i) sum += rows::loops<T>().dot(m.row(i), m.row(i), m.cols);
   return sum;
 }
 

@@ -5,19 +5,15 @@
 
 #include <cmath>
 
-#include "../common/host_device.h"
+#include "../common/rows_math.h"
 
 namespace kdk::gram_mse {
 
 enum class Normalize { kRowL2, kRowL1, kFeature, kNone };
 
-inline constexpr double kEps = 1e-12;  // the clamp of F.normalize, on the norm
-inline constexpr int kMaxOrder = 8;    // of the Taylor polynomial
-inline constexpr int kSums = 5;        // of a row: A^2, K^2, A K, |A|, |K|
-inline constexpr int kCoefs = 5;       // of a row: a, b_s, b_t, c_s, c_t
-
-// max(x, floor) that keeps NaN, as torch.clamp_min does.
-KDK_HOST_DEVICE double clamp_min(double x, double floor) { return x < floor ? floor : x; }
+inline constexpr int kMaxOrder = 8;  // of the Taylor polynomial
+inline constexpr int kSums = 5;      // of a row: A^2, K^2, A K, |A|, |K|
+inline constexpr int kCoefs = 5;     // of a row: a, b_s, b_t, c_s, c_t
 
 struct RowResult {
   double loss;

@@ -113,38 +113,17 @@ void taylor_weights(Matrix<const T> own, Matrix<const T> other, const Taylor<T>&
 }
 
 template <typename T>
-double dot(const T* x, const T* y, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(y[j]);
-  return sum;
-}
-
-template <typename T>
 void scale(const T* x, T factor, T* y, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) y[j] = factor * x[j];
-}
-
-// In fp64: the radial part that is taken away can be much larger than what remains.
-template <typename T>
-void normalize_backward(const T* x, T* dx, int64_t n) {
-  const double norm = __builtin_sqrt(dot(x, x, n)), inverse = 1 / clamp_min(norm, kEps);
-  const double radial = norm >= kEps ? dot(x, dx, n) * inverse * inverse : 0;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    dx[j] =
-        static_cast<T>((static_cast<double>(dx[j]) - radial * static_cast<double>(x[j])) * inverse);
-  }
 }
 
 }  // namespace
 
 template <typename T>
 const Epilogues<T>& epilogues() {
-  static constexpr Epilogues<T> table = {
-      row_sums<T>, squared_difference<T>, linear_weights<T>, taylor_weights<T>, dot<T>,
-      scale<T>,    normalize_backward<T>};
+  static constexpr Epilogues<T> table = {row_sums<T>, squared_difference<T>, linear_weights<T>,
+                                         taylor_weights<T>, scale<T>};
   return table;
 }
 

@@ -26,13 +26,8 @@ struct Epilogues {
   // weights = factor taylor_weight
   void (*taylor_weights)(Matrix<const T> own, Matrix<const T> other, const Taylor<T>& f, T factor,
                          Matrix<T> weights);
-  // sum of x y
-  double (*dot)(const T* x, const T* y, int64_t n);
   // y = factor x
   void (*scale)(const T* x, T factor, T* y, int64_t n);
-  // dx = (dx - <dx, u> u) / norm with u = x / norm, where norm = max(|x|, kEps); without the middle
-  // term below kEps
-  void (*normalize_backward)(const T* x, T* dx, int64_t n);
 };
 
 KDK_SIMD_DECLARE(template <typename T> const Epilogues<T>& epilogues();)

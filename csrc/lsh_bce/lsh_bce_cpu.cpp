@@ -20,7 +20,7 @@ struct Operands {
   Operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b)
       : features(plain<T>(x)), weight(plain<T>(w)) {
     if (b) {
-      bias = torch::stable::contiguous(in_type<T>(*b));
+      bias = contiguous_in_type<T>(*b);
     } else {
       bias = empty({w.size(0)}, scalar_type_of<T>);
       std::fill_n(static_cast<T*>(bias.mutable_data_ptr()), w.size(0), T(0));

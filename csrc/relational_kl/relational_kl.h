@@ -21,9 +21,10 @@ template <typename T>
 struct Problem {
   Side<T> student, teacher;
   bool has_teacher;
-  bool shared;               // both sides have the same keys
-  const int64_t* positives;  // [B], where there is no teacher
-  const int64_t* exclude;    // [B] or null
+  bool shared;                         // both sides have the same keys
+  const int64_t* positives;            // [B], where there is no teacher
+  const int64_t* exclude;              // [B] or null
+  const T *own_student, *own_teacher;  // [B] or null: one more logit per row and side
   bool subtract_entropy;
 
   int64_t rows() const { return student.rows.rows; }
@@ -41,8 +42,8 @@ struct Residuals {
 template <typename T>
 void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Matrix<T>* gradient);
 
-// Of the losses times dout [B], what is not null: by the teacher [B, E], by the scaled keys [K, D],
-// by the scaled teacher keys [K, E].
+// The own logits do not matter here: the residuals hold them. Of the losses times dout [B], what is
+// not null: by the teacher [B, E], by the scaled keys [K, D], by the scaled teacher keys [K, E].
 template <typename T>
 struct Gradients {
   const Matrix<T>*teacher, *keys, *teacher_keys;

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // CPU operators kdkernels_C::relational_kl_{fwd,bwd}. Arguments were checked by the public
 // functions.
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
+#include "../common/cut.h"
 #include "../common/parallel.h"
 #include "../common/stable.h"
 #include "relational_kl.h"
@@ -19,8 +21,16 @@ struct Arguments {
   const Tensor& student;
   const Optional& teacher;
   const Tensor& keys;
-  const Optional &teacher_keys, &key_scale, &teacher_key_scale, &positives, &exclude;
+  const Optional &teacher_keys, &key_scale, &teacher_key_scale, &positives, &exclude, &num_keys;
   bool subtract_entropy;
+  Optional own_student = {}, own_teacher = {};  // of the forward
+
+  // How many of the keys count, the first ones.
+  int64_t counting() const {
+    const int64_t K = keys.size(0);
+    if (!num_keys) return K;
+    return std::clamp<int64_t>(*static_cast<const int64_t*>(num_keys->const_data_ptr()), 0, K);
+  }
 };
 
 // Tensors that a problem's views point into.
@@ -35,15 +45,19 @@ struct Operands {
         teacher_key_scale(flat(given.teacher_key_scale)),
         positives(flat(given.positives)),
         exclude(flat(given.exclude)),
+        own_student(flat(given.own_student)),
+        own_teacher(flat(given.own_teacher)),
+        counting(given.counting()),
         subtract_entropy(given.subtract_entropy) {}
 
   Problem<T> view() const {
-    const Side<T> of_student{matrix<const T>(student), matrix<const T>(keys), data<T>(key_scale)};
+    const Side<T> of_student{matrix<const T>(student), matrix<const T>(keys).row_block(0, counting),
+                             data<T>(key_scale)};
     Side<T> of_teacher{};
     if (teacher) {
       of_teacher = {matrix<const T>(*teacher), of_student.keys, of_student.scale};
       if (teacher_keys) {
-        of_teacher.keys = matrix<const T>(*teacher_keys);
+        of_teacher.keys = matrix<const T>(*teacher_keys).row_block(0, counting);
         of_teacher.scale = data<T>(teacher_key_scale);
       }
     }
@@ -53,6 +67,8 @@ struct Operands {
             !teacher_keys,
             data<int64_t>(positives),
             data<int64_t>(exclude),
+            data<T>(own_student),
+            data<T>(own_teacher),
             subtract_entropy};
   }
 
@@ -67,7 +83,9 @@ struct Operands {
   }
 
   Tensor student, keys;
-  Optional teacher, teacher_keys, key_scale, teacher_key_scale, positives, exclude;
+  Optional teacher, teacher_keys, key_scale, teacher_key_scale, positives, exclude, own_student,
+      own_teacher;
+  int64_t counting;
   bool subtract_entropy;
 };
 
@@ -118,11 +136,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Argumen
     const Tensor losses = torch::stable::contiguous(loss),
                  of_student = torch::stable::contiguous(lse_student),
                  of_teacher = torch::stable::contiguous(lse_teacher);
-    const auto view = [](const Tensor& x, bool needed) {
-      return needed ? matrix<T>(x) : Matrix<T>{};
+    const auto of_keys = [&](const Tensor& x, bool needed) {
+      if (!needed) return Matrix<T>{};
+      const auto all = matrix<T>(x);
+      const int64_t counting = given.counting();
+      fill_zero(all.row_block(counting, all.rows - counting));
+      return all.row_block(0, counting);
     };
-    const auto teacher = view(dy, need_teacher), keys = view(dq, need_keys),
-               teacher_keys = view(dr, need_teacher_keys);
+    const auto teacher = need_teacher ? matrix<T>(dy) : Matrix<T>{};
+    const auto keys = of_keys(dq, need_keys), teacher_keys = of_keys(dr, need_teacher_keys);
     backward<T>(
         operands.view(),
         {numbers<const T>(losses), numbers<const T>(of_student), numbers<const T>(of_teacher)},
@@ -135,10 +157,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Argumen
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
     Tensor student, Optional teacher, Tensor keys, Optional teacher_keys, Optional key_scale,
-    Optional teacher_key_scale, Optional positives, Optional exclude, bool subtract_entropy,
-    bool with_dloss) {
-  const Arguments given{student,           teacher,   keys,    teacher_keys,    key_scale,
-                        teacher_key_scale, positives, exclude, subtract_entropy};
+    Optional teacher_key_scale, Optional positives, Optional exclude, Optional num_keys,
+    bool subtract_entropy, Optional own_student, Optional own_teacher, bool with_dloss) {
+  const Arguments given{student,   teacher,           keys,        teacher_keys,
+                        key_scale, teacher_key_scale, positives,   exclude,
+                        num_keys,  subtract_entropy,  own_student, own_teacher};
   const auto run = student.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
   return run(given, with_dloss);
 }
@@ -146,10 +169,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
 std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_bwd(
     Tensor dout, Tensor student, Optional teacher, Tensor keys, Optional teacher_keys,
     Optional key_scale, Optional teacher_key_scale, Optional positives, Optional exclude,
-    bool subtract_entropy, Tensor loss, Tensor dloss, Tensor lse_student, Tensor lse_teacher,
-    bool need_student, bool need_teacher, bool need_keys, bool need_teacher_keys) {
-  const Arguments given{student,           teacher,   keys,    teacher_keys,    key_scale,
-                        teacher_key_scale, positives, exclude, subtract_entropy};
+    Optional num_keys, bool subtract_entropy, Tensor loss, Tensor dloss, Tensor lse_student,
+    Tensor lse_teacher, bool need_student, bool need_teacher, bool need_keys,
+    bool need_teacher_keys) {
+  const Arguments given{student,           teacher,   keys,    teacher_keys, key_scale,
+                        teacher_key_scale, positives, exclude, num_keys,     subtract_entropy};
   const auto run = student.scalar_type() == ScalarType::Double ? bwd<double> : bwd<float>;
   return run(dout, given, loss, dloss, lse_student, lse_teacher, need_student, need_teacher,
              need_keys, need_teacher_keys);
@@ -162,13 +186,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def(
       "relational_kl_fwd(Tensor student, Tensor? teacher, Tensor keys, Tensor? teacher_keys, "
       "Tensor? key_scale, Tensor? teacher_key_scale, Tensor? positives, Tensor? exclude, "
-      "bool subtract_entropy, bool with_dloss) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? num_keys, bool subtract_entropy, Tensor? own_student, Tensor? own_teacher, "
+      "bool with_dloss) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "relational_kl_bwd(Tensor dout, Tensor student, Tensor? teacher, Tensor keys, "
       "Tensor? teacher_keys, Tensor? key_scale, Tensor? teacher_key_scale, Tensor? positives, "
-      "Tensor? exclude, bool subtract_entropy, Tensor loss, Tensor dloss, Tensor lse_student, "
-      "Tensor lse_teacher, bool need_student, bool need_teacher, bool need_keys, "
-      "bool need_teacher_keys) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? exclude, Tensor? num_keys, bool subtract_entropy, Tensor loss, Tensor dloss, "
+      "Tensor lse_student, Tensor lse_teacher, bool need_student, bool need_teacher, "
+      "bool need_keys, bool need_teacher_keys) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_C, CPU, m) {

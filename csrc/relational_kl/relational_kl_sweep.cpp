@@ -157,6 +157,14 @@ class Sweep {
   Running* running_;
 };
 
+// Sums over a row's own logits, if it has any.
+template <typename T>
+Running start(const Problem<T>& problem, int64_t i) {
+  if (problem.own_student == nullptr) return {};
+  const double a = problem.own_student[i], b = problem.own_teacher[i];
+  return {a, b, 1, 1, problem.subtract_entropy ? b - a : -a};
+}
+
 // The weight of a piece whose maximum is `max` beside the largest of all; 0 if it has no key.
 double weight_of(double max, double sum, double most) { return sum == 0 ? 0 : shrink(max, most); }
 
@@ -188,7 +196,8 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
     sweep.run(first, end, tiles, &by_student, &by_teacher);
   });
   parallel_each(B, gradient ? 2.0 * sides * cut.pieces * D : 100.0, [&](int64_t i) {
-    double max_s = kNone, max_t = kNone, sum_s = 0, sum_t = 0, mean = 0, positive = kNotANumber;
+    const Running own = start(problem, i);
+    double max_s = own.max_student, max_t = own.max_teacher, positive = kNotANumber;
     for (int64_t piece = 0; piece < cut.pieces; ++piece) {
       const Running& row = running[piece * B + i];
       max_s = std::max(max_s, row.max_student);
@@ -196,6 +205,9 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
       if (!has_teacher && problem.positives[i] / (cut.steps * kKeys) == piece)
         positive = row.positive;
     }
+    const double own_teacher = weight_of(own.max_teacher, own.teacher, max_t);
+    double sum_s = weight_of(own.max_student, own.student, max_s), sum_t = own_teacher;
+    double mean = own_teacher * own.mean;
     for (int64_t piece = 0; piece < cut.pieces; ++piece) {
       const Running& row = running[piece * B + i];
       const double of_teacher = weight_of(row.max_teacher, row.teacher, max_t);
@@ -203,7 +215,7 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
       sum_t += of_teacher * row.teacher;
       mean += of_teacher * row.mean;
     }
-    const bool no_key = sum_s == 0;
+    const bool no_key = has_teacher && sum_s == 0;
     const double lse_s = max_s + std::log(sum_s);
     const double lse_t = has_teacher ? max_t + std::log(sum_t) : 0;
     double loss = has_teacher ? mean / sum_t + lse_s : lse_s - positive;
@@ -313,7 +325,8 @@ void backward(const Problem<T>& problem, const Residuals<const T>& residuals, co
   const Tiles<T> tiles(problem);
   const double ops = 6.0 * std::min(B, kRows) * std::min(K, kKeys) *
                      (problem.student.keys.cols + problem.teacher.keys.cols);
-  if (gradients.teacher) {
+  if (gradients.teacher && K == 0) fill_zero(*gradients.teacher);
+  if (gradients.teacher && K > 0) {
     const Cut cut(ceil_div(B, kRows), ceil_div(K, kKeys));
     const Pieces<T> sums(gradients.teacher, cut.pieces);
     parallel_each(cut.blocks * cut.pieces, ops * cut.steps, [&](int64_t task) {

@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
   const int64_t B = embeddings.size(0), D = embeddings.size(1);
   const Tensor positive = empty({B}, ScalarType::Long), negative = empty({B}, ScalarType::Long);
   const Tensor d_ap = empty({B}, scalar_type_of<T>), d_an = empty({B}, scalar_type_of<T>);
-  const Tensor x = torch::stable::contiguous(in_type<T>(embeddings)),
-               r = own ? x : torch::stable::contiguous(in_type<T>(references));
+  const Tensor x = contiguous_in_type<T>(embeddings),
+               r = own ? x : contiguous_in_type<T>(references);
   const Labelled<T> sorted(x, labels, r, reference_labels, own);
   Search<T> p(true, positives == Strategy::kEasiest, B),
       n(false, negatives != Strategy::kEasiest, B);
@@ -40,7 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
     const auto exact = [&](const Best<T>& best) {
       if (!valid) return T(0);
       if (best.key == kNanKey<T>) return std::numeric_limits<T>::quiet_NaN();
-      const double d2 = loops<T>().squared_difference(rows + row * D, other_rows + best.row * D, D);
+      const double d2 =
+          rows::loops<T>().squared_difference(rows + row * D, other_rows + best.row * D, D);
       return static_cast<T>(from_squared(d2, distance));
     };
     static_cast<int64_t*>(positive.mutable_data_ptr())[row] = valid ? p.best[i].row : -1;
@@ -65,8 +66,8 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dd_ap, const Tensor& dd_an, const T
                                bool own, bool need_embeddings, bool need_references,
                                Distance distance) {
   const int64_t B = embeddings.size(0), D = embeddings.size(1), M = references.size(0);
-  const Tensor x = torch::stable::contiguous(in_type<T>(embeddings)),
-               r = own ? x : torch::stable::contiguous(in_type<T>(references));
+  const Tensor x = contiguous_in_type<T>(embeddings),
+               r = own ? x : contiguous_in_type<T>(references);
   const auto* rows = static_cast<const T*>(x.const_data_ptr());
   const auto* others = static_cast<const T*>(r.const_data_ptr());
   const Tensor chosen[] = {positive, negative}, distances[] = {d_ap, d_an},

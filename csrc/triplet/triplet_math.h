@@ -7,15 +7,12 @@
 #include <cstdint>
 #include <limits>
 
-#include "../common/host_device.h"
+#include "../common/rows_math.h"
 
 namespace kdk::triplet {
 
-// A row counts as not finite when its squared norm is not below this: distances of rows below it,
-// and the terms of |x|^2 + |y|^2 - 2 <x, y>, cannot overflow. Every distance to or from a row that
-// is not finite is NaN; NaN is chosen before every other distance, and everything is beyond it.
-template <typename T>
-inline constexpr T kNormLimit = std::numeric_limits<T>::max() / 4;
+// Every distance to or from a row that is not finite (kNormLimit) is NaN; NaN is chosen before
+// every other distance, and everything is beyond it.
 
 enum class Distance { kEuclidean, kSqEuclidean, kCosine };
 

@@ -9,6 +9,7 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_simd.h"
 #include "labelled.h"
 #include "triplet_simd.h"
 
@@ -131,8 +132,8 @@ struct Miner {
         search.best[i] = {kNanKey<T>, row};
         return;
       }
-      const double d2 =
-          kernels.squared_difference(anchors.x.row(i), references.x.row(j), anchors.x.cols);
+      const double d2 = rows::loops<T>().squared_difference(anchors.x.row(i), references.x.row(j),
+                                                            anchors.x.cols);
       search.best[i] = {search.sign * static_cast<T>(d2), row};
     });
   }

@@ -41,43 +41,6 @@ T least_above(const T* d, T sign, T floor, const T* column_floors, T* column_key
 }
 
 template <typename T>
-double squared_difference(const T* x, const T* y, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const double e = static_cast<double>(x[j]) - static_cast<double>(y[j]);
-    sum += e * e;
-  }
-  return sum;
-}
-
-template <typename T>
-double add_offsets(const T* x, const T* origin, double* sums, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) {
-    const double e = static_cast<double>(x[j]) - static_cast<double>(origin[j]);
-    sums[j] += e;
-    sum += e * e;
-  }
-  return sum;
-}
-
-template <typename T>
-void subtract(T* x, const T* y, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) x[j] -= y[j];
-}
-
-template <typename T>
-double squared_norm(const T* x, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
-  return sum;
-}
-
-template <typename T>
 void add_difference(T factor, const T* x, const T* y, T* out, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) out[j] += factor * (x[j] - y[j]);
@@ -87,9 +50,7 @@ void add_difference(T factor, const T* x, const T* y, T* out, int64_t n) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {squared_distances<T>, least_above<T>, squared_difference<T>,
-                                     add_offsets<T>,       subtract<T>,    squared_norm<T>,
-                                     add_difference<T>};
+  static constexpr Loops<T> table = {squared_distances<T>, least_above<T>, add_difference<T>};
   return table;
 }
 

@@ -16,14 +16,6 @@ struct Loops {
   // column_keys_j becomes the lesser of itself and key_j where key_j is above column_floors_j;
   // column_keys may be null.
   T (*least_above)(const T* d, T sign, T floor, const T* column_floors, T* column_keys, int64_t n);
-  // sum (x - y)^2
-  double (*squared_difference)(const T* x, const T* y, int64_t n);
-  // sums += x - origin; returns sum (x - origin)^2
-  double (*add_offsets)(const T* x, const T* origin, double* sums, int64_t n);
-  // x -= y
-  void (*subtract)(T* x, const T* y, int64_t n);
-  // sum x^2
-  double (*squared_norm)(const T* x, int64_t n);
   // out += factor (x - y)
   void (*add_difference)(T factor, const T* x, const T* y, T* out, int64_t n);
 };

@@ -4,6 +4,7 @@
 // come from differences of the rows.
 #include <cmath>
 
+#include "../triplet/triplet_simd.h"
 #include "triplet_all.h"
 #include "triplet_all_simd.h"
 

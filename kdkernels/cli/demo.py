@@ -4,9 +4,11 @@
 Trains a convolutional teacher, then the same small student with cross-entropy only, with logit
 distillation, with a triplet loss mined among its own features, with triplet distillation (the
 teacher's logits as anchors, the student's as positives and negatives), and with similarity
-preservation (SP) twice, as it is usually written and by the kernels of this package, and with
-feature mimicking through hash bits (LSH) twice: beside the distance of the features, and alone,
-from a file in which the teacher's bits are written once, so that the teacher need not run again.
+preservation (SP) twice, as it is usually written and by the kernels of this package, with
+relational representation distillation (RRD, against a queue of the teacher's embeddings) alone and
+with logit distillation, and with feature mimicking through hash bits (LSH) twice: beside the
+distance of the features, and alone, from a file in which the teacher's bits are written once, so
+that the teacher need not run again.
 All students start from the same weights and see the same batches, so both trainings with SP have to
 follow the same curve. For LSH, the share of hash bits that student and teacher have in common on
 the test set is followed too. Then the losses are timed and their memory measured on the outputs of

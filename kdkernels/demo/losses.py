@@ -104,6 +104,28 @@ class OnFeatures(Criterion):
         return self.loss(student.features, teacher.features)
 
 
+class Relations(OnFeatures):
+    """Relational representation distillation, as its authors set it but for the length of the
+    queue, which is about that of the training set: a longer one would hold samples twice."""
+
+    def __init__(self, setting: Setting) -> None:
+        loss = kd.nn.RelationalRepresentationLoss(
+            setting.student_width, setting.teacher_width, queue_size=len(setting.data.x)
+        )
+        super().__init__(loss.to(setting.data.x.device))
+
+
+class Sum(Criterion):
+    """Of several criteria without hash bits."""
+
+    def __init__(self, *criteria: Criterion) -> None:
+        super().__init__()
+        self.criteria = nn.ModuleList(criteria)
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
+        return sum(criterion(student, teacher, labels, index) for criterion in self.criteria)
+
+
 class OnLogits(Criterion):
     """Applies a loss of this package to the logits and the labels."""
 
@@ -113,6 +135,17 @@ class OnLogits(Criterion):
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
         return self.loss(student.logits, teacher.logits, labels)
+
+
+class OnPredictions(Criterion):
+    """Applies a loss of this package to the logits."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
+        return self.loss(student.logits, teacher.logits)
 
 
 class OnLabels(Criterion):
@@ -216,6 +249,18 @@ ENTRIES = (
         lambda _: OnFeatures(kd.nn.SimilarityPreservingLoss(SP_WEIGHT)),
         twin="sp-reference",
     ),
+    # weights, temperatures and width are the authors', of both
+    Entry("rrd", "RRD", Relations),
+    Entry(
+        "rrd-kd",
+        "RRD and logit KD",
+        lambda setting: Sum(Relations(setting), LogitDistillation(weight=1.0, temperature=4.0)),
+    ),
+    # with the weight of RepDistiller; at batches of thousands the authors advise against angles
+    Entry("rkd", "RKD, distances", lambda _: OnFeatures(kd.nn.RKDLoss(angle_weight=0.0))),
+    # both with the published weights
+    Entry("pkt", "PKT", lambda _: OnFeatures(kd.nn.PKTLoss())),
+    Entry("dist", "DIST", lambda _: OnPredictions(kd.nn.DISTLoss())),
     Entry("lshl2", "LSH (with L2)", HashBits),
     Entry("lsh-cached", "LSH, cached codes", CachedHashBits),
 )

@@ -77,10 +77,11 @@ def step_of(criterion: Criterion, batch: Batch) -> Callable[[], None]:
     student = batch.student
     sources = student.features.detach().requires_grad_(), student.logits.detach().requires_grad_()
     outputs = Outputs(*sources)
+    trained = [parameter for parameter in criterion.parameters() if parameter.requires_grad]
 
     def step() -> None:
         loss = criterion(outputs, batch.teacher, batch.labels, batch.index)
-        torch.autograd.grad(loss, (*sources, *criterion.parameters()), allow_unused=True)
+        torch.autograd.grad(loss, (*sources, *trained), allow_unused=True)
 
     return step
 

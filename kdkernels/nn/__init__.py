@@ -7,13 +7,20 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 """
 
 from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
+from kdkernels.nn.comparative import ComparativeLoss
 from kdkernels.nn.contrastive import ContrastiveLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
+from kdkernels.nn.correlation_distance import CorrelationDistanceLoss
+from kdkernels.nn.crd import CRDLoss
+from kdkernels.nn.dist import DISTLoss
 from kdkernels.nn.info_nce import InfoNCELoss
 from kdkernels.nn.intra_utterance_similarity import IntraUtteranceSimilarityLoss
 from kdkernels.nn.key_queue import KeyQueue
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
+from kdkernels.nn.pkt import PKTLoss
 from kdkernels.nn.relational_representation import RelationalRepresentationLoss
+from kdkernels.nn.rkd import RKDLoss
+from kdkernels.nn.similarity_distillation import SimilarityDistillationLoss
 from kdkernels.nn.similarity_preserving import SimilarityPreservingLoss
 from kdkernels.nn.triplet import (
     BatchAllTripletLoss,
@@ -26,15 +33,22 @@ __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
     "BatchSemiHardTripletLoss",
+    "CRDLoss",
     "CodeCache",
+    "ComparativeLoss",
     "ContrastiveLoss",
     "CorrelationCongruenceLoss",
+    "CorrelationDistanceLoss",
+    "DISTLoss",
     "InfoNCELoss",
     "IntraUtteranceSimilarityLoss",
     "KeyQueue",
     "LSHFeatureMimickingLoss",
+    "PKTLoss",
     "PairDistillationLoss",
+    "RKDLoss",
     "RelationalRepresentationLoss",
+    "SimilarityDistillationLoss",
     "SimilarityPreservingLoss",
     "TripletDistillationLoss",
     "encode_dataset",

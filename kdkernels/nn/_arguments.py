@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
@@ -60,3 +61,12 @@ def flat_pair(
         expected = f"{student.shape[0]} rows like student{suffix}"
         raise ValueError(f"teacher{suffix} must have {expected}, got {teacher.shape[0]}")
     return student.flatten(1), teacher.flatten(1)
+
+
+def unit_rows(
+    x: Tensor,  # [B, D]
+    like: Tensor,
+) -> Tensor:  # [B, D]
+    """Rows of unit norm in another tensor's dtype, rounded once."""
+    wide = x.to(_checks.accumulation_dtype(x.dtype))
+    return F.normalize(wide, dim=-1).to(like.dtype)

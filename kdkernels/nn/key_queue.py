@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,14 +12,23 @@ from torch import Tensor, nn
 from kdkernels import _checks
 
 MOST = 2**31 - 1
+INITS = ("random", "columns", "empty")
+
+
+def _first(size: int, dim: int, init: str, generator: torch.Generator | None) -> Tensor:
+    if init == "empty":
+        return torch.zeros(size, dim)
+    return F.normalize(
+        torch.randn(size, dim, generator=generator), dim=0 if init == "columns" else 1
+    )
 
 
 class KeyQueue(nn.Module):
-    """The last `size` rows that were enqueued; at first random unit rows.
+    """The last `size` rows that were enqueued, of one side or of both.
 
-    Any number of rows may come at a time, more than `size` too: they overwrite the oldest, around
-    the end of the ring. Keys are written in place, nothing is copied, and where to write next is a
-    number on the device, so no step waits for it.
+    Any number of rows up to `size` may come at a time: they overwrite the oldest, around the end of
+    the ring. Keys are written in place, nothing is copied, and where to write next and how many
+    keys count are numbers on the device, so no step waits for it.
 
     A loss may be computed before and differentiated after keys are enqueued, unless the keys
     themselves, or the teacher, ask for a gradient; then autograd says that they were changed.
@@ -25,11 +36,21 @@ class KeyQueue(nn.Module):
     Args:
         size: Number of keys.
         dim: Width of a key.
+        student_dim: Width of a second key per row, the student's, which lies at the same place;
+            None keeps one.
+        init: What is there before anything was enqueued. "random" are random rows of unit norm, all
+            of which count; "columns" are random rows whose columns have unit norm, which leaves the
+            rows at sqrt(dim / size) (RRD's public code; only a loss that does not normalise keys
+            notices); "empty" is nothing: `num_keys` grows from 0 to `size`.
         generator: For the first rows; None is torch's own.
 
     Attributes:
         keys: [size, dim], a buffer.
+        student_keys: [size, student_dim], a buffer, or None.
         next: int64 without dimensions, a buffer: the row that is overwritten next.
+        num_keys: int64 without dimensions, a buffer: only the first `num_keys` keys count. It is
+            what `num_keys` of `kdkernels.relational_kl` and `kdkernels.info_nce` wants, and needed
+            only where `init` is "empty".
 
     Raises:
         TypeError, ValueError: an argument does not fit, by name; from `enqueue` too.
@@ -41,37 +62,71 @@ class KeyQueue(nn.Module):
     """
 
     keys: Tensor
+    student_keys: Tensor | None
     next: Tensor
+    num_keys: Tensor
 
-    def __init__(self, size: int, dim: int, *, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        *,
+        student_dim: int | None = None,
+        init: Literal["random", "columns", "empty"] = "random",
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         size, dim = _checks.count("size", size, 1, MOST), _checks.count("dim", dim, 1, MOST)
-        self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator)))
+        _checks.choice("init", init, INITS)
+        self.init = init
+        self.register_buffer("keys", _first(size, dim, init, generator))
+        of_student = None
+        if student_dim is not None:
+            _checks.count("student_dim", student_dim, 1, MOST)
+            of_student = _first(size, student_dim, init, generator)
+        self.register_buffer("student_keys", of_student)
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_keys", torch.tensor(0 if init == "empty" else size))
 
     @torch.no_grad()
     def enqueue(
         self,
         rows: Tensor,  # [B, dim]
+        student_rows: Tensor | None = None,  # [B, student_dim]
     ) -> Tensor:  # [B] int64
         """Write rows over the oldest keys, in the dtype of the queue.
 
         Returns:
-            Where each row lies, as `exclude` and `positives` want it; -1 for one that the same call
-            has overwritten.
+            Where each row lies, as `exclude` and `positives` want it.
         """
-        _checks.matrix("rows", rows)
-        _checks.same_device("rows", rows, "keys", self.keys)
-        size, dim = self.keys.shape
-        if rows.shape[1] != dim:
-            raise ValueError(f"rows must have {dim} columns like keys, got {rows.shape[1]}")
+        pairs = [("rows", rows, "keys", self.keys)]
+        if self.student_keys is not None:
+            pairs.append(("student_rows", student_rows, "student_keys", self.student_keys))
+        elif student_rows is not None:
+            raise ValueError("student_rows must be None for a queue without student_dim")
+        size = self.keys.shape[0]
+        for name, new, keys_name, keys in pairs:
+            _checks.matrix(name, new)
+            _checks.same_device(name, new, keys_name, keys)
+            if new.shape[1] != keys.shape[1]:
+                raise ValueError(
+                    f"{name} must have {keys.shape[1]} columns like {keys_name}, got {new.shape[1]}"
+                )
+            _checks.same_leading(name, new, "rows", rows)
+            if new.shape[0] > size:
+                raise ValueError(
+                    f"{name} must be at most {size}, the size of the queue, got {new.shape[0]}"
+                )
         B = rows.shape[0]
-        lost = max(B - size, 0)
         places = (self.next + torch.arange(B, device=rows.device)) % size
-        self.keys.index_copy_(0, places[lost:], rows[lost:].to(self.keys.dtype))
+        for _, new, _, keys in pairs:
+            keys.index_copy_(0, places, new.to(keys.dtype))
         self.next.add_(B).remainder_(size)
-        places[:lost] = -1
+        self.num_keys.add_(B).clamp_(max=size)
         return places
 
     def extra_repr(self) -> str:
-        return f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"
+        dims = f"size={self.keys.shape[0]}, dim={self.keys.shape[1]}"
+        if self.student_keys is not None:
+            dims += f", student_dim={self.student_keys.shape[1]}"
+        return f"{dims}, init={self.init!r}"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdkernels import _checks
@@ -24,6 +23,7 @@ class _Preset:
     enqueue_first: bool
 
 
+INITS = ("random", "columns")
 PRESETS = {"2025": _Preset(0.1, 0.02, True), "2024": _Preset(0.04, 0.1, False)}
 
 
@@ -41,8 +41,9 @@ class RelationalRepresentationLoss(nn.Module):
 
     Both are what the authors' code did at the time; it changed in February 2025. What differs here:
 
-    - The first keys are random rows of unit norm. In the authors' code the columns are normalised
-      in place of the rows, which leaves rows of norm 0.09 until the queue has filled.
+    - The first keys are random rows of unit norm. In the authors' code their columns are normalised
+      in place of the rows, which leaves rows of norm 0.09 (similarities near 0, so that they hardly
+      count) until the queue has filled. `init="columns"` starts as theirs.
     - Their teacher projection is given to the optimiser but never gets a gradient: it stays at its
       random start, and so it does here, without pretending to be trained.
     - Any batch size fits any queue size.
@@ -53,6 +54,7 @@ class RelationalRepresentationLoss(nn.Module):
         dim: Width of the projections.
         queue_size: Number of keys.
         preset: See above.
+        init: Of the queue, "random" or "columns", see above.
         student_temperature, teacher_temperature: In place of the preset's.
         divergence: "cross_entropy", or "kl", which is 0 where both sides agree; the gradient is the
             same.
@@ -89,6 +91,7 @@ class RelationalRepresentationLoss(nn.Module):
         dim: int = 128,
         queue_size: int = 16384,
         preset: Literal["2025", "2024"] = "2025",
+        init: Literal["random", "columns"] = "random",
         student_temperature: float | None = None,
         teacher_temperature: float | None = None,
         divergence: Literal["cross_entropy", "kl"] = "cross_entropy",
@@ -100,6 +103,7 @@ class RelationalRepresentationLoss(nn.Module):
         _checks.count("dim", dim, 1, MOST)
         _checks.count("queue_size", queue_size, 1, MOST)
         _checks.choice("preset", preset, tuple(PRESETS))
+        _checks.choice("init", init, INITS)
         _checks.choice("divergence", divergence, DIVERGENCES)
         requested_backend(backend)  # an unknown name raises here, not in the first step
         self.weight = _arguments.weight(weight)
@@ -118,13 +122,14 @@ class RelationalRepresentationLoss(nn.Module):
         )
         self.embed_student = nn.Linear(student_dim, dim)
         self.embed_teacher = nn.Linear(teacher_dim, dim).requires_grad_(False)
-        self.queue = KeyQueue(queue_size, dim)
+        self.queue = KeyQueue(queue_size, dim, init=init)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
-        s = self.embed_student(student)
+        # keys are left as they are: those of init="columns" have no unit norm
+        s = _arguments.unit_rows(self.embed_student(student), self.queue.keys)
         with torch.no_grad():
-            t = F.normalize(self.embed_teacher(teacher), dim=-1)
+            t = _arguments.unit_rows(self.embed_teacher(teacher), self.queue.keys)
         first = PRESETS[self.preset].enqueue_first
         if self.training and first:
             self.queue.enqueue(t)
@@ -134,6 +139,7 @@ class RelationalRepresentationLoss(nn.Module):
             self.queue.keys,
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
+            normalize=False,
             divergence=self.divergence,
             backend=self.backend,
         )
@@ -143,7 +149,7 @@ class RelationalRepresentationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"weight={self.weight:g}, preset={self.preset!r}, "
+            f"weight={self.weight:g}, preset={self.preset!r}, init={self.queue.init!r}, "
             f"student_temperature={self.student_temperature:g}, "
             f"teacher_temperature={self.teacher_temperature:g}, divergence={self.divergence!r}, "
             f"backend={self.backend!r}"

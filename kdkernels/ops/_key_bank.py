@@ -16,15 +16,17 @@ from kdkernels.reference.relational_kl import EPS
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def bank(name: str, keys: Any, rows_name: str, rows: Any) -> None:
-    """A matrix with at least one row, of the width and on the device of the rows that meet it."""
+def meet(name: str, keys: Any, rows_name: str, rows: Any) -> None:
+    """A matrix of the width and on the device of the rows that meet it."""
     _checks.matrix(rows_name, rows)
     _checks.matrix(name, keys)
     _checks.same_device(name, keys, rows_name, rows)
-    if keys.shape[1] != rows.shape[1]:
-        raise ValueError(
-            f"{name} must have {rows.shape[1]} columns like {rows_name}, got {keys.shape[1]}"
-        )
+    _checks.same_columns(name, keys, rows_name, rows)
+
+
+def bank(name: str, keys: Any, rows_name: str, rows: Any) -> None:
+    """A matrix that rows meet, with at least one row."""
+    meet(name, keys, rows_name, rows)
     if keys.shape[0] == 0:
         raise ValueError(f"{name} must have at least 1 row, got shape {list(keys.shape)}")
 
@@ -44,16 +46,52 @@ def temperature(name: str, value: Any, rows: Tensor) -> float | Tensor:
 def indices(
     name: str, index: Any, of_name: str, of: Tensor, K: int, low: int = 0
 ) -> None:  # index [B]
-    """One key per row. Values are looked at where that waits for no device."""
+    """One key per row."""
     _checks.labels(name, index, of_name, of)
-    known = index.device.type == "cpu" and not torch.compiler.is_compiling()
-    if not known or isinstance(index, FakeTensor) or index.numel() == 0:
+    within(name, index, low, K)
+
+
+def within(name: str, index: Tensor, low: int, K: int) -> None:
+    """From `low` to K - 1. Values are looked at where that waits for no device."""
+    if not _known(index) or index.numel() == 0:
         return
     least, most = (int(value) for value in index.aminmax())
     if least < low or most >= K:
         raise ValueError(
             f"{name} must be from {low} to {K - 1}, got {least if least < low else most}"
         )
+
+
+def _known(x: Tensor) -> bool:
+    """Whether looking at values waits for no device."""
+    compiling = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
+    return x.device.type == "cpu" and not compiling
+
+
+def limit(num_keys: Any, keys: Tensor) -> int:
+    """Checks the number of keys that count; returns it, or where it is not known their most."""
+    K = keys.shape[0]
+    if num_keys is None:
+        return K
+    if isinstance(num_keys, Tensor):
+        _checks.integer("num_keys", num_keys)
+        if num_keys.dim() != 0:
+            raise ValueError(f"num_keys must have no dimension, got shape {list(num_keys.shape)}")
+        _checks.same_device("num_keys", num_keys, "keys", keys)
+        if not _known(num_keys):
+            return K
+        num_keys = int(num_keys)
+    return _checks.count("num_keys", num_keys, 1, K)
+
+
+def cut(
+    num_keys: int | Tensor | None,
+    *banks: Tensor | None,  # [K, D]
+) -> tuple[Tensor | None, ...]:
+    """What the operator takes for num_keys, and the banks: cut where the number is one."""
+    if isinstance(num_keys, Tensor):
+        return num_keys.long(), *banks
+    return None, *(x if x is None else x[:num_keys] for x in banks)
 
 
 def one_dtype(named: dict[str, Tensor | None]) -> list[Tensor | None]:

@@ -49,11 +49,7 @@ def labelled_rows(
     if references is not None:
         _labelled("references", references, "reference_labels", reference_labels)
         _checks.same_device("references", references, "embeddings", embeddings)
-        if references.shape[1] != embeddings.shape[1]:
-            raise ValueError(
-                f"references must have {embeddings.shape[1]} columns like embeddings, "
-                f"got {references.shape[1]}"
-            )
+        _checks.same_columns("references", references, "embeddings", embeddings)
         references, embeddings = _checks.same_dtype(
             "references", references, "embeddings", embeddings
         )

@@ -20,18 +20,22 @@ def _prepare(
     *,
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
+    num_keys: int | Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[Any, ...]:
     """Arguments of the forward operator, without with_dloss."""
     _key_bank.bank("keys", keys, "queries", queries)
-    _key_bank.indices("positives", positives, "queries", queries, keys.shape[0])
+    limit = _key_bank.limit(num_keys, keys)
+    _key_bank.indices("positives", positives, "queries", queries, limit)
     by = _key_bank.temperature("temperature", temperature, queries)
     _checks.flag("normalize", normalize)
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
     queries, keys = _key_bank.one_dtype({"queries": queries, "keys": keys})
+    num_keys, keys = _key_bank.cut(num_keys, keys)
     x = _key_bank.divided(queries, by, normalize)
     scale = _key_bank.scale_of(keys, normalize)
-    return x, None, keys, None, scale, None, positives.long(), None, False
+    positives = positives.long()
+    return x, None, keys, None, scale, None, positives, None, num_keys, False, None, None
 
 
 def _operator_args(*args: Any, **options: Any) -> tuple[Any, ...]:
@@ -51,6 +55,7 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
+    num_keys: int | Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -69,6 +74,9 @@ def info_nce(
             NaN.
         normalize: Divide every query and key by its norm, clamped at 1e-12: similarities are
             cosines. False takes inner products as they are.
+        num_keys: How many of the keys count, the first ones, where a queue is not yet full: an
+            integer, or an integer tensor without dimensions on the device of the keys, for which
+            nothing waits. What lies beyond may be anything, and its gradient is 0.
         reduction: "mean" and "sum" over rows; "none" gives [B].
         backend: See `kdkernels.explain`.
 
@@ -76,8 +84,9 @@ def info_nce(
         fp32 (fp64 for fp64 inputs): a scalar, or [B]. 0 for an empty batch.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, by name. Positives are looked at only where
-            they lie on the CPU; elsewhere one that names no key makes the loss NaN.
+        TypeError, ValueError: an argument does not fit, by name. Positives and num_keys are looked
+            at only where they lie on the CPU; elsewhere num_keys is taken to lie between 0 and K,
+            and a positive that names no key, or one that does not count, makes the loss NaN.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
     Reference:
@@ -85,6 +94,7 @@ def info_nce(
         2018, arXiv:1807.03748.
     """
     prepared = _prepare(
-        queries, keys, positives, temperature=temperature, normalize=normalize, reduction=reduction
-    )
+        queries, keys, positives, temperature=temperature, normalize=normalize, num_keys=num_keys,
+        reduction=reduction,
+    )  # fmt: skip
     return apply(prepared, reduction, backend)

@@ -129,10 +129,7 @@ def _projection(
     _checks.matrix(name, x)
     _checks.matrix("weight", weight)
     _checks.same_device("weight", weight, name, x)
-    if weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"weight must have {x.shape[1]} columns like {name}, got {weight.shape[1]}"
-        )
+    _checks.same_columns("weight", weight, name, x)
     weight, x = _checks.same_dtype("weight", weight, name, x)
     if bias is not None:
         _checks.features("bias", bias, min_dim=1)

@@ -20,8 +20,11 @@ from kdkernels.ops._key_bank import (
     EPS,
     REDUCTIONS,
     bank,
+    cut,
     divided,
     indices,
+    limit,
+    meet,
     one_dtype,
     scale_of,
     temperature,
@@ -33,22 +36,25 @@ CLAMPED = 0.999  # of EPS / norm: from here on the norm was clamped, up to round
 # The operator knows neither norms of rows nor temperatures: student [B, D] and teacher [B, E] come
 # normalised and divided, in the accumulation dtype. Keys come as they are, with a factor per key.
 # With logits a = student (key_scale keys)^T, b = teacher (teacher_key_scale teacher_keys)^T,
-# teacher_keys None meaning keys, one key per row left out of both (exclude, -1 for none), and
-# p = softmax(b), or the one key `positives` of each row where teacher is None; all [B] fp32, fp64
-# for fp64:
+# teacher_keys None meaning keys, one key per row left out of both (exclude, -1 for none), only the
+# first num_keys of the keys counting (int64 without dimensions, on the device), one more logit per
+# row on each side (own_student, own_teacher [B], where there is a teacher), and p = softmax(b), or
+# the one key `positives` of each row where teacher is None; all [B] fp32, fp64 for fp64:
 #   loss         sum_k p_k c_k with c = subtract_entropy log p - log softmax(a)
 #   dloss [B, D] its derivative by the student; empty (0) unless with_dloss
 #   lse_student  log-sum-exp of a
 #   lse_teacher  of b; 0 where teacher is None
 # A row that no key is left for has loss and derivatives of 0, and its other residuals are not
-# read. The backward scales dloss by rows; other gradients take a second sweep. dkeys and
-# dteacher_keys are by the scaled keys, in the accumulation dtype.
+# read. A positive that names no key that counts makes its row NaN. The backward scales dloss by
+# rows; other gradients take a second sweep, those by the own logits none. dkeys and dteacher_keys
+# are by the scaled keys, in the accumulation dtype. Keys that do not count may be anything.
 
 
 def _fwd_fake(
     student: Tensor, teacher: Tensor | None, keys: Tensor, teacher_keys: Tensor | None,
     key_scale: Tensor | None, teacher_key_scale: Tensor | None, positives: Tensor | None,
-    exclude: Tensor | None, subtract_entropy: bool, with_dloss: bool, backend: str,
+    exclude: Tensor | None, num_keys: Tensor | None, subtract_entropy: bool,
+    own_student: Tensor | None, own_teacher: Tensor | None, with_dloss: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     loss, *sums = (student.new_empty(student.shape[0]) for _ in range(3))
     return loss, student.new_empty(student.shape if with_dloss else (0,)), *sums
@@ -57,9 +63,9 @@ def _fwd_fake(
 def _bwd_fake(
     dout: Tensor, student: Tensor, teacher: Tensor | None, keys: Tensor,
     teacher_keys: Tensor | None, key_scale: Tensor | None, teacher_key_scale: Tensor | None,
-    positives: Tensor | None, exclude: Tensor | None, subtract_entropy: bool, loss: Tensor,
-    dloss: Tensor, lse_student: Tensor, lse_teacher: Tensor, need_student: bool,
-    need_teacher: bool, need_keys: bool, need_teacher_keys: bool, backend: str,
+    positives: Tensor | None, exclude: Tensor | None, num_keys: Tensor | None,
+    subtract_entropy: bool, loss: Tensor, dloss: Tensor, lse_student: Tensor, lse_teacher: Tensor,
+    need_student: bool, need_teacher: bool, need_keys: bool, need_teacher_keys: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     needs = (need_student, need_teacher, need_keys, need_teacher_keys)
     like = (student, teacher, keys, teacher_keys)
@@ -71,13 +77,14 @@ def _bwd_fake(
 
 _TENSORS = (
     "Tensor student, Tensor? teacher, Tensor keys, Tensor? teacher_keys, Tensor? key_scale, "
-    "Tensor? teacher_key_scale, Tensor? positives, Tensor? exclude, bool subtract_entropy"
+    "Tensor? teacher_key_scale, Tensor? positives, Tensor? exclude, Tensor? num_keys, "
+    "bool subtract_entropy"
 )
 _fwd = define_operator(
     "relational_kl",
     "fwd",
-    f"({_TENSORS}, bool with_dloss, str backend) -> (Tensor loss, Tensor dloss, "
-    "Tensor lse_student, Tensor lse_teacher)",
+    f"({_TENSORS}, Tensor? own_student, Tensor? own_teacher, bool with_dloss, str backend) -> "
+    "(Tensor loss, Tensor dloss, Tensor lse_student, Tensor lse_teacher)",
     _fwd_fake,
 )
 _bwd = define_operator(
@@ -94,13 +101,31 @@ def _through_norms(
     dunit: Tensor,  # [K, D] by the scaled keys
     keys: Tensor,  # [K, D]
     scale: Tensor | None,  # [K]
+    num_keys: Tensor | None,  # []
 ) -> Tensor:  # [K, D]
     """Gradient by the keys themselves. Where the norm is clamped, the scale is a constant."""
     if scale is not None:
         unit = keys.to(dunit.dtype) * scale[:, None]
         along = (unit * dunit).sum(-1, keepdim=True) * (scale * EPS < CLAMPED)[:, None]
         dunit = (dunit - unit * along) * scale[:, None]
+        if num_keys is not None:  # norms of what does not count may be anything
+            beyond = torch.arange(len(keys), device=keys.device) >= num_keys
+            dunit = dunit.masked_fill(beyond[:, None], 0.0)
     return dunit.to(keys.dtype)
+
+
+def _by_own_logits(
+    own_student: Tensor,  # [B]
+    own_teacher: Tensor,  # [B]
+    loss: Tensor,  # [B]
+    lse_student: Tensor,  # [B]
+    lse_teacher: Tensor,  # [B]
+    subtract_entropy: bool,
+) -> tuple[Tensor, Tensor]:  # [B], [B]
+    """Derivatives of the loss, those of any key's logits."""
+    log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
+    p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
+    return log_q.exp() - p, p * (c - loss)
 
 
 class RelationalKLFunction(torch.autograd.Function):
@@ -117,7 +142,10 @@ class RelationalKLFunction(torch.autograd.Function):
         teacher_key_scale: Tensor | None,
         positives: Tensor | None,
         exclude: Tensor | None,
+        num_keys: Tensor | None,
         subtract_entropy: bool,
+        own_student: Tensor | None,
+        own_teacher: Tensor | None,
         with_dloss: bool,
         sweep_again: bool,
         reduction: str,
@@ -125,11 +153,13 @@ class RelationalKLFunction(torch.autograd.Function):
     ) -> Tensor:
         tensors = (
             student, teacher, keys, teacher_keys, key_scale, teacher_key_scale, positives, exclude,
+            num_keys,
         )  # fmt: skip
-        residuals = _fwd(*tensors, subtract_entropy, with_dloss, backend)
+        own = own_student, own_teacher
+        residuals = _fwd(*tensors, subtract_entropy, *own, with_dloss, backend)
         loss = residuals[0]
         # A backward that only scales dloss reads no keys: a queue may move on before it.
-        ctx.save_for_backward(*(tensors if sweep_again else tensors[:1]), *residuals)
+        ctx.save_for_backward(*(tensors if sweep_again else tensors[:1]), *own, *residuals)
         ctx.scale = 1 / max(student.shape[0], 1) if reduction == "mean" else 1.0
         ctx.subtract_entropy, ctx.backend = subtract_entropy, backend
         return loss if reduction == "none" else loss.sum() * ctx.scale
@@ -137,18 +167,24 @@ class RelationalKLFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        tensors, residuals = ctx.saved_tensors[:-4], ctx.saved_tensors[-4:]
+        tensors, (own_student, own_teacher) = ctx.saved_tensors[:-6], ctx.saved_tensors[-6:-4]
+        loss, dloss, *sums = ctx.saved_tensors[-4:]
         if len(tensors) == 1:  # some tensor in the keys' place
-            tensors = (tensors[0], None, tensors[0], *(None,) * 5)
+            tensors = (tensors[0], None, tensors[0], *(None,) * 6)
         dout = (dout * ctx.scale).expand(tensors[0].shape[0])
         need = ctx.needs_input_grad[:4]
-        grads = _bwd(dout, *tensors, ctx.subtract_entropy, *residuals, *need, ctx.backend)
+        flag = ctx.subtract_entropy
+        grads = _bwd(dout, *tensors, flag, loss, dloss, *sums, *need, ctx.backend)
         dx, dy, dq, dr = (grad if n else None for grad, n in zip(grads, need, strict=True))
         if dq is not None:
-            dq = _through_norms(dq, tensors[2], tensors[4])
+            dq = _through_norms(dq, tensors[2], tensors[4], tensors[8])
         if dr is not None:
-            dr = _through_norms(dr, tensors[3], tensors[5])
-        return dx, dy, dq, dr, *(None,) * 9
+            dr = _through_norms(dr, tensors[3], tensors[5], tensors[8])
+        own = None, None
+        if own_student is not None:
+            by_logits = _by_own_logits(own_student, own_teacher, loss, *sums, flag)
+            own = tuple(dout * derivative for derivative in by_logits)
+        return dx, dy, dq, dr, *(None,) * 6, *own, *(None,) * 4
 
 
 def _prepare(
@@ -157,11 +193,13 @@ def _prepare(
     keys: Tensor,
     teacher_keys: Tensor | None = None,
     *,
+    own_keys: Tensor | None = None,
     student_temperature: float | Tensor = 0.1,
     teacher_temperature: float | Tensor = 0.02,
     normalize: bool = True,
     divergence: str = "kl",
     exclude: Tensor | None = None,
+    num_keys: int | Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[Any, ...]:
     """Arguments of the forward operator, without with_dloss."""
@@ -177,6 +215,12 @@ def _prepare(
             f"teacher must have {keys.shape[1]} columns like keys, or teacher_keys of its own, "
             f"got {teacher.shape[1]}"
         )
+    if own_keys is not None:
+        if teacher_keys is not None:
+            raise ValueError("own_keys must be None where there are teacher_keys, got both")
+        meet("own_keys", own_keys, "teacher", teacher)
+        _checks.same_leading("own_keys", own_keys, "student", student)
+    limit(num_keys, keys)
     student_temperature = temperature("student_temperature", student_temperature, student)
     teacher_temperature = temperature("teacher_temperature", teacher_temperature, student)
     _checks.flag("normalize", normalize)
@@ -185,18 +229,30 @@ def _prepare(
     if exclude is not None:
         indices("exclude", exclude, "student", student, keys.shape[0], low=-1)
         exclude = exclude.long()
-    named = {"student": student, "teacher": teacher, "keys": keys, "teacher_keys": teacher_keys}
-    student, teacher, keys, teacher_keys = one_dtype(named)
+    named = {
+        "student": student, "teacher": teacher, "keys": keys, "teacher_keys": teacher_keys,
+        "own_keys": own_keys,
+    }  # fmt: skip
+    student, teacher, keys, teacher_keys, own_keys = one_dtype(named)
+    num_keys, keys, teacher_keys = cut(num_keys, keys, teacher_keys)
+    x = divided(student, student_temperature, normalize)
+    y = divided(teacher, teacher_temperature, normalize)
+    own = None, None
+    if own_keys is not None:
+        own_keys = divided(own_keys, 1.0, normalize)
+        own = tuple((rows * own_keys).sum(-1) for rows in (x, y))
     return (
-        divided(student, student_temperature, normalize),
-        divided(teacher, teacher_temperature, normalize),
+        x,
+        y,
         keys,
         teacher_keys,
         scale_of(keys, normalize),
         scale_of(teacher_keys, normalize),
         None,
         exclude,
+        num_keys,
         divergence == "kl",
+        *own,
     )
 
 
@@ -235,11 +291,13 @@ def relational_kl(
     keys: Tensor,  # [K, D]
     teacher_keys: Tensor | None = None,  # [K, E]
     *,
+    own_keys: Tensor | None = None,  # [B, E]
     student_temperature: float | Tensor = 0.1,
     teacher_temperature: float | Tensor = 0.02,
     normalize: bool = True,
     divergence: Literal["kl", "cross_entropy"] = "kl",
     exclude: Tensor | None = None,  # [B]
+    num_keys: int | Tensor | None = None,
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -259,6 +317,8 @@ def relational_kl(
         teacher: [B, E], same dtype and device (under autocast the widest dtype is taken).
         keys: [K, D], a queue or a batch, with K of at least 1; any K.
         teacher_keys: [K, E], or None where both sides share the keys and D = E.
+        own_keys: [B, E], one more key per row that no other row sees, as SEED has its teacher's
+            embedding beside the queue; only where both sides share the keys.
         student_temperature, teacher_temperature: Positive numbers, or tensors of one element and
             no dimension, which get a gradient if they ask for one. A tensor's value is not looked
             at; one that is not positive makes the loss NaN.
@@ -268,6 +328,9 @@ def relational_kl(
             gradient is the same.
         exclude: One key per row that neither side counts, integer [B], -1 for none. A row whose
             only key is excluded costs 0.
+        num_keys: How many of the keys count, the first ones, where a queue is not yet full: an
+            integer, or an integer tensor without dimensions on the device of the keys, for which
+            nothing waits. What lies beyond may be anything, and its gradient is 0.
         reduction: "mean" and "sum" over rows; "none" gives [B].
         backend: See `kdkernels.explain`.
 
@@ -275,8 +338,9 @@ def relational_kl(
         fp32 (fp64 for fp64 inputs): a scalar, or [B]. 0 for an empty batch.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, by name. Indices are looked at only where
-            they lie on the CPU; elsewhere one that names no key excludes none.
+        TypeError, ValueError: an argument does not fit, by name. Indices and num_keys are looked at
+            only where they lie on the CPU; elsewhere an index that names no key excludes none,
+            num_keys is taken to lie between 0 and K, and of 0 keys a row costs 0.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
     Reference:
@@ -284,8 +348,9 @@ def relational_kl(
         Fang et al., SEED, ICLR 2021; Koohpayegani et al., CompRess, NeurIPS 2020.
     """
     prepared = _prepare(
-        student, teacher, keys, teacher_keys, student_temperature=student_temperature,
-        teacher_temperature=teacher_temperature, normalize=normalize, divergence=divergence,
-        exclude=exclude, reduction=reduction,
+        student, teacher, keys, teacher_keys, own_keys=own_keys,
+        student_temperature=student_temperature, teacher_temperature=teacher_temperature,
+        normalize=normalize, divergence=divergence, exclude=exclude, num_keys=num_keys,
+        reduction=reduction,
     )  # fmt: skip
     return apply(prepared, reduction, backend)

@@ -8,29 +8,39 @@ from torch import Tensor
 
 
 def distances(
-    x: Tensor,  # [B, D]
-    r: Tensor,  # [M, D]
+    x: Tensor,  # [..., B, D]
+    r: Tensor,  # [..., M, D]
     distance: str,
-) -> Tensor:  # [B, M]
+) -> Tensor:  # [..., B, M]
     """Distances from exact differences, differentiable; "cosine" takes unit vectors.
 
-    NaN to and from a row whose squared norm is not below a quarter of the largest number, since
-    such a distance may overflow.
+    NaN to and from a row that is not finite.
     """
     # in half precision torch has no cdist on the CPU
     x, r = (t.float() if t.itemsize < 4 else t for t in (x, r))
     d = torch.cdist(x, r, compute_mode="donot_use_mm_for_euclid_dist")
     if distance != "euclidean":
         d = d * d / (1 if distance == "sqeuclidean" else 2)
-    finite_x, finite_r = (t.detach().square().sum(1) < torch.finfo(t.dtype).max / 4 for t in (x, r))
-    return torch.where(finite_x[:, None] & finite_r[None], d, torch.nan)
+    return torch.where(finite_pairs(x, r), d, torch.nan)
+
+
+def finite_pairs(
+    x: Tensor,  # [..., B, D]
+    r: Tensor,  # [..., M, D]
+) -> Tensor:  # [..., B, M]
+    """Whether both rows are finite: a squared norm below a quarter of the largest number, since
+    other distances may overflow."""
+    finite_x, finite_r = (
+        wide(t.detach()).square().sum(-1) < torch.finfo(wide(t).dtype).max / 4 for t in (x, r)
+    )
+    return finite_x[..., :, None] & finite_r[..., None, :]
 
 
 def pull(
-    weight: Tensor,  # [B, M], derivative of a sum by each distance
-    d: Tensor,  # [B, M]
-    x: Tensor,  # [B, D]
-    r: Tensor,  # [M, D]
+    weight: Tensor,  # [..., B, M], derivative of a sum by each distance
+    d: Tensor,  # [..., B, M]
+    x: Tensor,  # [..., B, D]
+    r: Tensor,  # [..., M, D]
     distance: str,
 ) -> tuple[Tensor, Tensor]:
     """Derivatives of that sum by x and by r; 0 between coincident points.
@@ -41,10 +51,10 @@ def pull(
         weight = torch.where((d == 0) | (weight == 0), 0.0, weight / d)
     elif distance == "sqeuclidean":
         weight = 2 * weight
-    weight, centre = weight.double(), r.double().sum(0) / max(len(r), 1)
+    weight, centre = weight.double(), r.double().sum(-2, keepdim=True) / max(r.shape[-2], 1)
     wide_x, wide_r = x.double() - centre, r.double() - centre
-    dx = weight.sum(1, keepdim=True) * wide_x - weight @ wide_r
-    dr = weight.sum(0)[:, None] * wide_r - weight.mT @ wide_x
+    dx = weight.sum(-1, keepdim=True) * wide_x - weight @ wide_r
+    dr = weight.sum(-2)[..., None] * wide_r - weight.mT @ wide_x
     return dx.to(x.dtype).contiguous(), dr.to(r.dtype).contiguous()
 
 

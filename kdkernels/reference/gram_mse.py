@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12  # the clamp of F.normalize, on the norm
+from kdkernels.reference._rows import EPS, normalize_backward
 
 
 def gram_mse(
@@ -116,13 +116,7 @@ def gram_mse_bwd(
     def gradient(source: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
         dx = (factored if algorithm == "factored" else tiled)(x, *terms) * dout[:, None, None]
         if normalize == "feature":
-            # in fp64: the radial part that is taken away can be much larger than what remains
-            wide, dx = source.double(), dx.double()
-            norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-            unit = wide / norm.clamp_min(EPS)
-            dx = (dx - unit * (unit * dx).sum(-1, keepdim=True) * (norm >= EPS)) / norm.clamp_min(
-                EPS
-            )
+            dx = normalize_backward(source, dx)
         return dx.to(source.dtype)
 
     nothing = student.new_empty(0)

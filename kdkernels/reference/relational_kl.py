@@ -20,17 +20,26 @@ def relational_kl(
     keys: Tensor,  # [K, D]
     teacher_keys: Tensor | None = None,  # [K, E]; None: keys, and E = D
     *,
+    own_keys: Tensor | None = None,  # [B, D]; one more key per row, of both sides
     student_temperature: float | Tensor = 0.1,
     teacher_temperature: float | Tensor = 0.02,
     normalize: bool = True,
     divergence: str = "kl",
     exclude: Tensor | None = None,  # [B]; -1 for none
+    num_keys: int | Tensor | None = None,  # the first of the keys
 ) -> Tensor:  # [B]
     """KL(p_teacher || p_student) or the cross-entropy of each row, differentiable by autograd."""
-    a = similarities(student, keys, normalize) / student_temperature
+    keys, teacher_keys = (first(x, num_keys) for x in (keys, teacher_keys))
+    a = similarities(student, keys, normalize)
     b = similarities(teacher, keys if teacher_keys is None else teacher_keys, normalize)
-    b = b / teacher_temperature
-    out = _excluded(exclude, len(student), len(keys), a.device)
+    out = _not_counting(*a.shape, a.device, exclude)
+    if own_keys is not None:
+        a, b = (
+            torch.cat([z, own_similarities(x, own_keys, normalize)], 1)
+            for z, x in ((a, student), (b, teacher))
+        )
+        out = F.pad(out, (0, 1))
+    a, b = a / student_temperature, b / teacher_temperature
     log_q, log_p = (z.masked_fill(out, -torch.inf).log_softmax(-1) for z in (a, b))
     c = log_p - log_q if divergence == "kl" else -log_q
     rows = (log_p.exp() * c.masked_fill(out, 0.0)).sum(-1)
@@ -44,10 +53,15 @@ def info_nce(
     *,
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
+    num_keys: int | Tensor | None = None,
 ) -> Tensor:  # [B]
     """Cross-entropy of each row against its one positive key, differentiable by autograd."""
-    a = similarities(queries, keys, normalize) / temperature
+    a = similarities(queries, first(keys, num_keys), normalize) / temperature
     return F.cross_entropy(a, positives.long(), reduction="none")
+
+
+def first(keys: Tensor | None, num_keys: int | Tensor | None) -> Tensor | None:
+    return keys if keys is None or num_keys is None else keys[: int(num_keys)]
 
 
 def similarities(x: Tensor, keys: Tensor, normalize: bool) -> Tensor:  # [B, K]
@@ -55,6 +69,11 @@ def similarities(x: Tensor, keys: Tensor, normalize: bool) -> Tensor:  # [B, K]
     if normalize:
         x, keys = (F.normalize(z, dim=-1, eps=EPS) for z in (x, keys))
     return x @ keys.mT
+
+
+def own_similarities(x: Tensor, own_keys: Tensor, normalize: bool) -> Tensor:  # [B, 1]
+    """Of each row and its own key."""
+    return similarities(x[:, None], own_keys[:, None].to(x.dtype), normalize)[:, 0]
 
 
 def relational_kl_fwd(
@@ -66,23 +85,30 @@ def relational_kl_fwd(
     teacher_key_scale: Tensor | None,  # [K]
     positives: Tensor | None,  # [B]
     exclude: Tensor | None,  # [B]
+    num_keys: Tensor | None,  # []
     subtract_entropy: bool,
+    own_student: Tensor | None,  # [B]
+    own_teacher: Tensor | None,  # [B]
     with_dloss: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, a, out = _side(student, keys, key_scale, exclude)
-    lse_student = a.logsumexp(-1)
-    log_q = a - lse_student[:, None]
+    out = _not_counting(len(student), len(keys), student.device, exclude, num_keys)
+    q, a = _side(student, keys, key_scale, out, num_keys)
+    lse_student = _log_sum_exp(a, own_student)
+    log_q, of_student = _softmax(a, lse_student, out)
     if teacher is None:
-        p, c, lse_teacher = _one_hot(positives, a), -log_q, a.new_zeros(len(a))
+        p, lse_teacher = _one_hot(positives, out, a.dtype), a.new_zeros(len(a))
+        c = (-log_q).masked_fill(p == 0, 0.0)  # infinite where another key is infinitely far
     else:
-        _, b, _ = _teacher_side(teacher, keys, teacher_keys, key_scale, teacher_key_scale, exclude)
-        lse_teacher = b.logsumexp(-1)
-        log_p = b - lse_teacher[:, None]
-        p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
-    loss = (p * c).masked_fill(out, 0.0).sum(-1).where(~out.all(-1), 0.0)
-    dloss = student.new_empty(0)
-    if with_dloss:
-        dloss = (log_q.exp() - p).masked_fill(out, 0.0) @ q
+        banks = keys, teacher_keys, key_scale, teacher_key_scale
+        _, b = _teacher_side(teacher, *banks, out, num_keys)
+        lse_teacher = _log_sum_exp(b, own_teacher)
+        log_p, p = _softmax(b, lse_teacher, out)
+        c = log_p - log_q if subtract_entropy else -log_q
+    loss = (p * c).sum(-1)
+    if own_student is not None:
+        log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
+        loss = loss + log_p.exp() * (log_p - log_q if subtract_entropy else -log_q)
+    dloss = (of_student - p) @ q if with_dloss else student.new_empty(0)
     return loss, dloss, lse_student, lse_teacher
 
 
@@ -96,6 +122,7 @@ def relational_kl_bwd(
     teacher_key_scale: Tensor | None,  # [K]
     positives: Tensor | None,  # [B]
     exclude: Tensor | None,  # [B]
+    num_keys: Tensor | None,  # []
     subtract_entropy: bool,
     loss: Tensor,  # [B]
     dloss: Tensor,  # [B, D] or empty
@@ -111,21 +138,22 @@ def relational_kl_bwd(
         dx = (dout[:, None] * dloss).contiguous()
     if not (need_teacher or need_keys or need_teacher_keys):
         return dx, dy, dq, dr
-    _, a, out = _side(student, keys, key_scale, exclude)
-    log_q = a - lse_student[:, None]
+    out = _not_counting(len(student), len(keys), student.device, exclude, num_keys)
+    _, a = _side(student, keys, key_scale, out, num_keys)
+    log_q, of_student = _softmax(a, lse_student, out)
     h = None
     if teacher is None:
-        p = _one_hot(positives, a)
+        p = _one_hot(positives, out, a.dtype)
     else:
-        r, b, _ = _teacher_side(teacher, keys, teacher_keys, key_scale, teacher_key_scale, exclude)
-        log_p = b - lse_teacher[:, None]
-        p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
-        h = dout[:, None] * (p * (c - loss[:, None])).masked_fill(out, 0.0)
+        banks = keys, teacher_keys, key_scale, teacher_key_scale
+        r, b = _teacher_side(teacher, *banks, out, num_keys)
+        log_p, p = _softmax(b, lse_teacher, out)
+        c = log_p - log_q if subtract_entropy else -log_q
+        h = dout[:, None] * p * (c - loss[:, None])
     if need_teacher:
         dy = h @ r
     if need_keys:
-        g = (log_q.exp() - p).masked_fill(out, 0.0)
-        dq = (dout[:, None] * g).mT @ student
+        dq = (dout[:, None] * (of_student - p)).mT @ student
         if teacher is not None and teacher_keys is None:
             dq = dq + h.mT @ teacher
     if need_teacher_keys:
@@ -133,26 +161,46 @@ def relational_kl_bwd(
     return dx, dy, dq, dr
 
 
-def _excluded(exclude: Tensor | None, B: int, K: int, device: torch.device) -> Tensor:  # [B, K]
-    if exclude is None:
-        return torch.zeros(B, K, dtype=torch.bool, device=device)
-    return exclude[:, None] == torch.arange(K, device=device)
+def _not_counting(
+    B: int,
+    K: int,
+    device: torch.device,
+    exclude: Tensor | None,  # [B]
+    num_keys: Tensor | None = None,  # []
+) -> Tensor:  # [B, K]
+    k = torch.arange(K, device=device)
+    out = torch.zeros(B, K, dtype=torch.bool, device=device)
+    if exclude is not None:
+        out = exclude[:, None] == k
+    return out if num_keys is None else out | (k >= num_keys)
 
 
-def _one_hot(positives: Tensor, a: Tensor) -> Tensor:  # [B, K]
-    """A positive that names no key makes its row NaN."""
-    hot = (positives[:, None] == torch.arange(a.shape[1], device=a.device)).to(a.dtype)
-    return hot.where(hot.any(-1, keepdim=True), torch.nan)
+def _one_hot(positives: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:  # [B, K]
+    """A positive that names no key that counts makes its row NaN."""
+    hot = (positives[:, None] == torch.arange(out.shape[1], device=out.device)) & ~out
+    return hot.to(dtype).where(hot.any(-1, keepdim=True), torch.nan)
+
+
+def _softmax(logits: Tensor, lse: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms and probabilities, [B, K]; 0 where a key does not count."""
+    log = logits - lse[:, None]
+    return log.masked_fill(out, 0.0), log.exp().masked_fill(out, 0.0)
+
+
+def _log_sum_exp(logits: Tensor, own: Tensor | None) -> Tensor:  # [B]
+    among_keys = logits.logsumexp(-1)
+    return among_keys if own is None else torch.logaddexp(among_keys, own)
 
 
 def _side(
-    x: Tensor, keys: Tensor, scale: Tensor | None, exclude: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled keys in the accumulation dtype, logits [B, K], and which of them do not count."""
+    x: Tensor, keys: Tensor, scale: Tensor | None, out: Tensor, num_keys: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Scaled keys in the accumulation dtype, and logits [B, K]."""
     q = keys.to(x.dtype)
     q = q if scale is None else q * scale[:, None]
-    out = _excluded(exclude, len(x), len(q), x.device)
-    return q, (x @ q.mT).masked_fill(out, -torch.inf), out
+    if num_keys is not None:  # what lies beyond may be anything
+        q = q.masked_fill((torch.arange(len(q), device=q.device) >= num_keys)[:, None], 0.0)
+    return q, (x @ q.mT).masked_fill(out, -torch.inf)
 
 
 def _teacher_side(
@@ -161,8 +209,9 @@ def _teacher_side(
     teacher_keys: Tensor | None,
     key_scale: Tensor | None,
     teacher_key_scale: Tensor | None,
-    exclude: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    out: Tensor,
+    num_keys: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     if teacher_keys is None:
-        return _side(teacher, keys, key_scale, exclude)
-    return _side(teacher, teacher_keys, teacher_key_scale, exclude)
+        return _side(teacher, keys, key_scale, out, num_keys)
+    return _side(teacher, teacher_keys, teacher_key_scale, out, num_keys)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels._checks import accumulation_dtype
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -96,8 +98,10 @@ class OpInfo:
     bench_sample: Callable[[BenchShape, torch.device, torch.dtype], Sample]
     cost: Callable[[BenchShape, torch.dtype], Cost]
     # Size of the numbers whose difference a cancelling sample returns: (of the loss, of each
-    # gradient in diff_args, or of each of its rows, or None for its own size).
-    magnitude: Callable[[Sample], tuple[float, tuple[float | Tensor | None, ...]]] | None = None
+    # gradient in diff_args, or of each of its rows); None for its own size.
+    magnitude: Callable[[Sample], tuple[float | None, tuple[float | Tensor | None, ...]]] | None = (
+        None
+    )
     # Every loss is a difference, judged against `magnitude` as those of cancelling samples are.
     subtracts: bool = False
     # Peak bytes that a benchmark variant (a baseline, a backend or a peer) needs above its
@@ -106,6 +110,10 @@ class OpInfo:
     # Candidates are ranked, so where some are equally far rounding decides which one's gradient it
     # is. A zero row, equally far from all unit rows, is such a case.
     selects: bool = False
+    # The result has the dtype of the features; of a loss it is fp32, fp64 for fp64.
+    keeps_dtype: bool = False
+    # Minus infinity is a value like others: the logit of a class that is ruled out.
+    takes_minus_inf: bool = False
     # What `bench.BASELINES` names, less what makes no sense for the op.
     baselines: tuple[str, ...] = ("eager", "compile", "mm")
     eager: Eager | None = None  # what "eager" and "compile" time; None: the definition
@@ -121,6 +129,10 @@ class OpInfo:
     def public(self) -> str:
         """Name of the public function."""
         return self.function.__name__
+
+    def result_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the result for features of a dtype."""
+        return dtype if self.keeps_dtype else accumulation_dtype(dtype)
 
     def places(self, args: tuple[Any, ...]) -> dict[str, int]:
         """Where the differentiable arguments are; the last ones may be left out."""

@@ -95,6 +95,13 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def launch(self) -> dict[str, int]:
+        """As arguments of a kernel."""
+        return {
+            "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k,
+            "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -154,3 +161,16 @@ def dot_weights(w, x, acc, PRECISION: tl.constexpr):
         return dot(w.to(tl.bfloat16), x, acc, PRECISION)
     else:
         return dot(w.to(tl.float32), x.to(tl.float32), acc, PRECISION)
+
+
+@triton.jit
+def two_atanh(s):
+    """log((1 + s) / (1 - s)) for |s| <= 1 / 3: the Taylor polynomial of csrc/common/exp_math.h with
+    7 terms."""
+    s2 = s * s
+    p = s2 * (1.0 / 13.0) + (1.0 / 11.0)
+    p = s2 * p + (1.0 / 9.0)
+    p = s2 * p + (1.0 / 7.0)
+    p = s2 * p + (1.0 / 5.0)
+    p = s2 * p + (1.0 / 3.0)
+    return 2.0 * s * (s2 * p + 1.0)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A call of a loss over many pairs of labelled rows: rows in the order of their labels, anchors in
-chunks, and the gradient from weights on distances."""
+"""A call of a loss over many pairs of rows: anchors in chunks, and the gradient from weights on
+distances; labelled rows in the order of their labels."""
 
 from __future__ import annotations
 
@@ -22,47 +22,30 @@ _DISTANCES = {
 }
 
 
-class Call:
-    """The rows of one call, sorted. With `own` the references are the embeddings."""
+class Pairs:
+    """Pairs of rows of x and r, or without r of x."""
 
     def __init__(
         self,
-        embeddings: Tensor,  # [B, D]
-        labels: Tensor,  # [B] int64
-        references: Tensor,  # [M, D]
-        reference_labels: Tensor,  # [M] int64
-        own: bool,
+        x: Tensor,  # [B, D]
+        r: Tensor | None,  # [M, D]
         distance: str,
+        sides: int = 1,
     ) -> None:
-        self.own = own
+        self.own = r is None
         self.distance = _DISTANCES[distance]
-        (self.B, self.D), self.M = embeddings.shape, len(references)
+        self.x = x.contiguous()
+        self.r = self.x if r is None else r.contiguous()
+        (self.B, self.D), self.M = x.shape, len(self.r)
         self.config = pick_config(
-            self.B, self.M, dtype=embeddings.dtype, arch=arch_of(embeddings),
-            fp32_matmul=torch.get_float32_matmul_precision(),
+            self.B, self.M, dtype=x.dtype, arch=arch_of(x),
+            fp32_matmul=torch.get_float32_matmul_precision(), sides=sides,
         )  # fmt: skip
-        self.labels, self.order = labels.sort(stable=True)
-        self.x = embeddings[self.order]
         self.x_norm = _squared_norms(self.x)
-        if own:
-            self.reference_labels, self.reference_order = self.labels, self.order
-            self.r, self.r_norm = self.x, self.x_norm
-        else:
-            self.reference_labels, self.reference_order = reference_labels.sort(stable=True)
-            self.r = references[self.reference_order]
-            self.r_norm = _squared_norms(self.r)
+        self.r_norm = self.x_norm if r is None else _squared_norms(self.r)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
-
-    @cached_property
-    def begin(self) -> Tensor:  # [B] int64
-        """Where the references with the label of each anchor begin."""
-        return torch.searchsorted(self.reference_labels, self.labels)
-
-    @cached_property
-    def end(self) -> Tensor:  # [B] int64
-        return torch.searchsorted(self.reference_labels, self.labels, right=True)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first anchor, number of anchors)"""
@@ -82,14 +65,6 @@ class Call:
     def tiles(self, rows: int) -> tuple[int, int]:
         """Of the distances of so many anchors: down, across."""
         return cdiv(rows, self.config.distances.m), cdiv(self.M, self.config.distances.n)
-
-    def distances(self, first: int, rows: int, d: Tensor) -> Tensor:
-        """Those of a chunk into `d`, [rows, M]; which of their tiles have close rows, int32."""
-        close = self.new(*self.tiles(rows), dtype=torch.int32)
-        kernels._labelled_distances_kernel[(close.numel(),)](
-            d_ptr=d, close_ptr=close, first=first, rows=rows, **self.distance_arguments()
-        )
-        return close
 
     def pull(self, w: Tensor, first: int, close: Tensor, *, references: bool = False) -> Tensor:
         """How weights w [rows, M] of a chunk pull its anchors, [rows, D], or the references,
@@ -111,6 +86,44 @@ class Call:
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
+
+
+class Call(Pairs):
+    """The rows of one call, sorted. With `own` the references are the embeddings."""
+
+    def __init__(
+        self,
+        embeddings: Tensor,  # [B, D]
+        labels: Tensor,  # [B] int64
+        references: Tensor,  # [M, D]
+        reference_labels: Tensor,  # [M] int64
+        own: bool,
+        distance: str,
+    ) -> None:
+        self.labels, self.order = labels.sort(stable=True)
+        self.reference_labels, self.reference_order = self.labels, self.order
+        if not own:
+            self.reference_labels, self.reference_order = reference_labels.sort(stable=True)
+        super().__init__(
+            embeddings[self.order], None if own else references[self.reference_order], distance
+        )
+
+    @cached_property
+    def begin(self) -> Tensor:  # [B] int64
+        """Where the references with the label of each anchor begin."""
+        return torch.searchsorted(self.reference_labels, self.labels)
+
+    @cached_property
+    def end(self) -> Tensor:  # [B] int64
+        return torch.searchsorted(self.reference_labels, self.labels, right=True)
+
+    def distances(self, first: int, rows: int, d: Tensor) -> Tensor:
+        """Those of a chunk into `d`, [rows, M]; which of their tiles have close rows, int32."""
+        close = self.new(*self.tiles(rows), dtype=torch.int32)
+        kernels._labelled_distances_kernel[(close.numel(),)](
+            d_ptr=d, close_ptr=close, first=first, rows=rows, **self.distance_arguments()
+        )
+        return close
 
 
 def _squared_norms(x: Tensor) -> Tensor:  # [N] fp32, rounded once

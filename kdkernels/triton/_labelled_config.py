@@ -4,7 +4,7 @@ function."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,10 +45,11 @@ class LabelledConfig:
 
 
 def pick_config(
-    B: int, M: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str
+    B: int, M: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str, sides: int = 1
 ) -> LabelledConfig:
     """The configuration of B anchors and M references.
 
+    `sides` is how many tiles of distances a program holds at once, which narrows them.
     `fp32_matmul` is `torch.get_float32_matmul_precision()`. Distances and pulls are differences of
     products: single tf32 operands would lose those of near rows, so fp32 features never get less
     than tf32x3.
@@ -56,6 +57,8 @@ def pick_config(
     precisions = pick_precision(dtype, arch, fp32_matmul)
     precision = precisions.factors if dtype == torch.float32 else precisions.features
     distances, pull, buffer = _tiles(dtype, arch, precisions)
+    if sides == 2:
+        distances = _half(distances, pull)
     fit = max(1, buffer // max(M, 1) // distances.m) * distances.m
     interpreted = arch.vendor == "interpreter"
     return LabelledConfig(
@@ -68,6 +71,13 @@ def pick_config(
         pull_precision=precisions.factors,
         processors=arch.processors,
     )
+
+
+def _half(tile: Tile, pull: Tile) -> Tile:
+    """A tile of half as many distances, in which whole tiles of a pull fit."""
+    if tile.m >= 2 * pull.m:
+        return replace(tile, m=tile.m // 2)
+    return replace(tile, n=tile.n // 2, num_warps=tile.num_warps // 2)
 
 
 def _tiles(dtype: torch.dtype, arch: Arch, precisions: Precision) -> tuple[Tile, Tile, int]:

@@ -13,7 +13,27 @@ from kdkernels.triton._common import dot, dot_split
 from kdkernels.triton._triplet_kernels import EUCLIDEAN, FINITE, SQEUCLIDEAN
 
 # |x|^2 + |r|^2 - 2 <x, r> has lost four bits where it is below this share of |x|^2 + |r|^2.
-_CLOSE = tl.constexpr(1 / 16)
+CLOSE = tl.constexpr(1 / 16)
+
+
+@triton.jit
+def product_tile(
+    x_ptrs,  # [m] rows of x
+    r_ptrs,  # [n] rows of r
+    D,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """[m, n] products of contiguous rows."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        x = tl.load(x_ptrs[:, None] + ks[None, :], mask=(ks < D)[None, :], other=0.0)
+        r = tl.load(r_ptrs[None, :] + ks[:, None], mask=(ks < D)[:, None], other=0.0)
+        acc = dot(x, r, acc, PRECISION)
+    return acc
 
 
 @triton.jit
@@ -41,17 +61,12 @@ def distance_tile(
     # int64: a row number times D passes 2**31 on large inputs
     x_ptrs = x_ptr + offs_m.to(tl.int64) * D
     r_ptrs = r_ptr + offs_n.to(tl.int64) * D
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, D, BLOCK_K):
-        ks = k + tl.arange(0, BLOCK_K)
-        x = tl.load(x_ptrs[:, None] + ks[None, :], mask=(ks < D)[None, :], other=0.0)
-        r = tl.load(r_ptrs[None, :] + ks[:, None], mask=(ks < D)[:, None], other=0.0)
-        acc = dot(x, r, acc, PRECISION)
+    acc = product_tile(x_ptrs, r_ptrs, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
     x_norm = tl.load(x_norm_ptr + offs_m)
     r_norm = tl.load(r_norm_ptr + offs_n)
     # in this order, so that nothing is rounded to the digits of the sum of the norms
     d2 = (x_norm[:, None] - acc) + (r_norm[None, :] - acc)
-    near = d2 < (x_norm[:, None] + r_norm[None, :]) * _CLOSE
+    near = d2 < (x_norm[:, None] + r_norm[None, :]) * CLOSE
     if OWN:
         near = near & (offs_m[:, None] != offs_n[None, :])
     close = tl.max(near.to(tl.int32))

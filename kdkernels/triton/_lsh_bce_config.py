@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from kdkernels.triton._common import Arch, Tile, cdiv, pick_precision
+from kdkernels.triton._common import Arch, Tile, pick_precision
 
 ELEMENTS = 1024  # per program of an element-wise kernel
-MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,6 @@ class LshBceConfig:
         """How many of `count` rows (or columns) of derivatives are made at a time."""
         fitting = self.derivative_bytes // max(row_bytes, 1) // tile * tile
         return min(count, max(tile, fitting))
-
-    def splits(self, m: int, n: int, k: int) -> int:
-        """Of the contraction of an m x n product over k: enough to fill the device twice, while
-        a split still takes several steps."""
-        tiles = cdiv(m, self.product.m) * cdiv(n, self.product.n)
-        wanted = min(cdiv(2 * self.processors, max(tiles, 1)), k // (4 * self.product.k))
-        return max(1, min(wanted, MOST_SPLITS))
 
 
 def pick_config(B: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> LshBceConfig:

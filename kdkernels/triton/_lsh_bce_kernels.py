@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton._common import dot
+from kdkernels.triton._common import dot, two_atanh
 
 
 @triton.jit
@@ -58,20 +58,6 @@ def _project(
     if HAS_BIAS:
         acc += tl.load(b_ptr + offs_n * stride_b, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     return acc
-
-
-@triton.jit
-def _log1p_unit(e):
-    """log(1 + e) for e in [0, 1] as 2 atanh(e / (2 + e)): the Taylor polynomial of
-    csrc/lsh_bce/lsh_bce_math.h."""
-    s = e / (2.0 + e)
-    s2 = s * s
-    p = s2 * (1.0 / 13.0) + (1.0 / 11.0)
-    p = s2 * p + (1.0 / 9.0)
-    p = s2 * p + (1.0 / 7.0)
-    p = s2 * p + (1.0 / 5.0)
-    p = s2 * p + (1.0 / 3.0)
-    return 2.0 * s * (s2 * p + 1.0)
 
 
 @triton.jit
@@ -174,7 +160,7 @@ def _lsh_bce_project_kernel(
     e = tl.exp(-tl.abs(z))
     if LOSS:
         # a comparison that is false for NaN keeps it, through z y
-        loss = tl.where(z > 0.0, z, 0.0) - z * y + _log1p_unit(e)
+        loss = tl.where(z > 0.0, z, 0.0) - z * y + two_atanh(e / (2.0 + e))
         sums = tl.sum(tl.where(counts, loss, 0.0), 1)
         tl.store(loss_ptr + j.to(tl.int64) * stride_loss + offs_m, sums, mask=mask_m)
     if DZ or DB:
@@ -193,59 +179,6 @@ def _lsh_bce_project_kernel(
             )
         if DB:
             tl.store(db_ptr + i.to(tl.int64) * N + offs_n, tl.sum(dz, 0), mask=offs_n < N)
-
-
-@triton.jit
-def _lsh_bce_product_kernel(
-    a_ptr,  # [M, K]
-    x_ptr,  # [K, N]
-    keep_ptr,  # [K] int32, or unused: which rows of x are read
-    out_ptr,  # [splits, M, N]
-    M,
-    N,
-    K,
-    split_k,  # length of a split; a multiple of BLOCK_K
-    stride_am,
-    stride_ak,
-    stride_xk,
-    stride_xn,
-    stride_keep,
-    HAS_MASK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    k_first = split * split_k
-    a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_am
-    x_ptrs = x_ptr + offs_n.to(tl.int64)[None, :] * stride_xn
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(k_first, tl.minimum(k_first + split_k, K), BLOCK_K):
-        ks = k + tl.arange(0, BLOCK_K)
-        mask_k = ks < K
-        a = tl.load(
-            a_ptrs + ks.to(tl.int64)[None, :] * stride_ak,
-            mask=(offs_m < M)[:, None] & mask_k[None, :],
-            other=0.0,
-        )
-        read = mask_k
-        if HAS_MASK:
-            read &= tl.load(keep_ptr + ks * stride_keep, mask=mask_k, other=0) != 0
-        x = tl.load(
-            x_ptrs + ks.to(tl.int64)[:, None] * stride_xk,
-            mask=(offs_n < N)[None, :] & read[:, None],
-            other=0.0,
-        )
-        acc = dot(a, x.to(a.dtype), acc, PRECISION)
-    tl.store(
-        out_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
-    )
 
 
 @triton.jit

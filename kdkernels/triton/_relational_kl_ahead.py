@@ -13,15 +13,12 @@ from torch import Tensor
 from kdkernels.triton._ahead import AotVariant, variants_of
 from kdkernels.triton._common import Arch
 
-# label -> B, D, E (None: shared keys; 0: info_nce), K, whether norms are factors and keys are
-# excluded, gradients of student, teacher and keys. `_CORE` launches every kernel.
-_CORE = {
-    "rrd": (1024, 128, None, 16384, True, (True, False, False)),
-    "trained": (1024, 128, None, 16384, True, (True, True, True)),
-}
+# label -> B, D, E (None: shared keys; 0: info_nce), K, whether norms are factors and some keys do
+# not count, gradients of student, teacher and keys. `_CORE` launches every kernel.
+_CORE = {"rrd": (1024, 128, None, 16384, True, (True, True, True))}
+_FORWARD = {"rrd": (1024, 128, None, 16384, True, (True, False, False))}
 _MORE = {
-    "compress": (256, 128, 512, 65536, True, (True, True, True)),
-    "in_batch": (1024, 128, 0, 1024, True, (True, False, True)),
+    "in_batch": (1024, 128, 0, 1024, True, (True, False, False)),
     "odd": (333, 37, 53, 101, False, (True, False, True)),
 }
 
@@ -33,7 +30,7 @@ def variants(
         arch,
         partial(_call, forward, backward),
         everywhere={"bf16": _CORE, "fp32": _CORE},
-        extra={"bf16": _MORE, "fp16": _CORE, "tf32": _CORE},
+        extra={"bf16": _MORE, "fp16": _CORE, "tf32": _FORWARD},
     )
 
 
@@ -64,7 +61,9 @@ def _call(
         scale if own_keys else None,
         None if has_teacher else index,
         index if has_teacher and optional else None,
+        meta(dtype=torch.int64) if optional else None,
         has_teacher,
     )
-    residuals = forward(*tensors, need[0])
+    own = meta(B) if E is None else None
+    residuals = forward(*tensors, own, own, need[0])
     backward(meta(B), *tensors, *residuals, *need, own_keys and need[2])

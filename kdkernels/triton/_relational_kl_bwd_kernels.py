@@ -8,19 +8,20 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton._common import dot
-from kdkernels.triton._relational_kl_kernels import logits
+from kdkernels.triton._relational_kl_kernels import logits, number_of_keys
 
 
 @triton.jit
 def _relational_kl_derivatives_kernel(
-    x_ptr,  # [B, D] fp32
-    y_ptr,  # [B, E] fp32, or unused
+    x_ptr,  # [B, D] fp32, contiguous
+    y_ptr,  # [B, E] fp32, contiguous, or unused
     keys_ptr,  # [K, D], from key `first` on
     teacher_keys_ptr,  # [K, E], or unused
     scale_ptr,  # [K] fp32, or unused
     teacher_scale_ptr,  # [K] fp32, or unused
     positives_ptr,  # [B] int64, or unused
     exclude_ptr,  # [B] int64, or unused
+    num_keys_ptr,  # [] int64, or unused
     loss_ptr,  # [B] fp32
     lse_s_ptr,  # [B] fp32
     lse_t_ptr,  # [B] fp32
@@ -33,10 +34,6 @@ def _relational_kl_derivatives_kernel(
     K,
     D,
     E,
-    stride_xm,
-    stride_xd,
-    stride_ym,
-    stride_yd,
     stride_kn,
     stride_kd,
     stride_rn,
@@ -45,6 +42,7 @@ def _relational_kl_derivatives_kernel(
     TEACHER: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_NUM_KEYS: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,  # whether g is asked for
     PRECISION: tl.constexpr,
@@ -57,7 +55,8 @@ def _relational_kl_derivatives_kernel(
     offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < B
     stored = mask_m[:, None] & (offs_n < K)[None, :]
-    counts = stored
+    counting = number_of_keys(num_keys_ptr, total, HAS_NUM_KEYS)
+    counts = mask_m[:, None] & (offs_n < tl.minimum(counting - first, K))[None, :]
     if HAS_EXCLUDE:
         exclude = tl.load(exclude_ptr + offs_m, mask=mask_m, other=-1)
         counts &= (first + offs_n)[None, :] != exclude[:, None]
@@ -65,14 +64,14 @@ def _relational_kl_derivatives_kernel(
     dout = tl.load(dout_ptr + offs_m * stride_dout, mask=mask_m, other=0.0)
     lse_s = tl.load(lse_s_ptr + offs_m, mask=mask_m, other=0.0)
     a = logits(
-        x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, K, D, stride_xm, stride_xd, stride_kn,
-        stride_kd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, K, D, stride_kn, stride_kd, HAS_SCALE,
+        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     log_q = a - lse_s[:, None]
     if TEACHER:
         b = logits(
-            y_ptr, teacher_keys_ptr, teacher_scale_ptr, offs_m, offs_n, B, K, E, stride_ym,
-            stride_yd, stride_rn, stride_rd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            y_ptr, teacher_keys_ptr, teacher_scale_ptr, offs_m, offs_n, B, K, E, stride_rn,
+            stride_rd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         log_p = b - tl.load(lse_t_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         p = tl.exp(log_p)
@@ -83,7 +82,7 @@ def _relational_kl_derivatives_kernel(
     else:
         positive = tl.load(positives_ptr + offs_m, mask=mask_m, other=0)
         p = tl.where((first + offs_n)[None, :] == positive[:, None], 1.0, 0.0)
-        dout = tl.where((positive >= 0) & (positive < total), dout, float("nan"))
+        dout = tl.where((positive >= 0) & (positive < counting), dout, float("nan"))
     if STUDENT:
         g = tl.where(counts, dout[:, None] * (tl.exp(log_q) - p), 0.0)
         tl.store(g_ptr + offs_w, g.to(g_ptr.dtype.element_ty), mask=stored)
@@ -96,6 +95,7 @@ def _relational_kl_bwd_kernel_product(
     a2_ptr,  # [M, K] of the same strides, or unused
     x2_ptr,  # [K, N], or unused
     scale_ptr,  # [K] fp32, or unused
+    num_keys_ptr,  # [] int64, or unused
     out_ptr,  # [splits, M, N] fp32
     M,
     N,
@@ -108,6 +108,7 @@ def _relational_kl_bwd_kernel_product(
     stride_x2k,
     stride_x2n,
     HAS_SCALE: tl.constexpr,
+    HAS_NUM_KEYS: tl.constexpr,  # a contraction over keys of which the first count
     TWO: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -121,15 +122,17 @@ def _relational_kl_bwd_kernel_product(
     split = tl.program_id(1)
     rows = offs_m.to(tl.int64)[:, None] * stride_am
     k_first = split * split_k
+    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(k_first, tl.minimum(k_first + split_k, K), BLOCK_K):
+    for k in range(k_first, tl.minimum(k_first + split_k, counting), BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        mask_a = (offs_m < M)[:, None] & (ks < K)[None, :]
-        mask_x = (offs_n < N)[None, :] & (ks < K)[:, None]
+        mask_k = ks < counting
+        mask_a = (offs_m < M)[:, None] & mask_k[None, :]
+        mask_x = (offs_n < N)[None, :] & mask_k[:, None]
         columns = ks.to(tl.int64)
         a = tl.load(a_ptr + rows + columns[None, :] * stride_ak, mask=mask_a, other=0.0)
         if HAS_SCALE:
-            a = (a * tl.load(scale_ptr + ks, mask=ks < K, other=0.0)[None, :]).to(a.dtype)
+            a = (a * tl.load(scale_ptr + ks, mask=mask_k, other=0.0)[None, :]).to(a.dtype)
         x_ptrs = x_ptr + columns[:, None] * stride_xk + offs_n.to(tl.int64)[None, :] * stride_xn
         acc = dot(a, tl.load(x_ptrs, mask=mask_x, other=0.0).to(a.dtype), acc, PRECISION)
         if TWO:

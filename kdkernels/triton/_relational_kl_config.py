@@ -68,9 +68,10 @@ def _tiles(B: int, dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile
         return Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)
     stages = 2
     if dtype == torch.float32:
-        # without tensor cores every operand of a step is held in registers: a short step
-        step = 16 if precision == "ieee" and arch.vendor == "cuda" else 32
-        return Tile(64, 64, step, 8, stages), Tile(64, 64, step, 8, stages)
+        if precision == "ieee" and arch.vendor == "cuda":
+            # without tensor cores every operand of a step is held in registers: a short step
+            return Tile(64, 64, 16, 4, stages), Tile(64, 64, 16, 8, stages)
+        return Tile(64, 64, 32, 8, stages), Tile(64, 64, 32, 8, stages)
     rows, warps = (64, 4) if B <= 64 else (128, 8)
     # fp32 rows, of which a step holds two bf16 pieces beside the keys
     return Tile(rows, 64, 32, warps, stages), Tile(rows, 64, 32, warps, stages)

@@ -20,11 +20,13 @@ _POSITIVE = tl.constexpr(2)  # without a teacher: logit of the positive key, 0 i
 _MAX_T = tl.constexpr(2)
 _SUM_T = tl.constexpr(3)
 _MEAN = tl.constexpr(4)
+# In place of a logit that does not count: no weight, and finite, so that 0 times it is 0.
+_LEAST = tl.constexpr(-3e38)
 
 
 @triton.jit
 def logits(
-    x_ptr,  # [B, D] fp32
+    x_ptr,  # [B, D] fp32, contiguous
     keys_ptr,  # [K, D]
     scale_ptr,  # [K] fp32, or unused
     offs_m,
@@ -32,8 +34,6 @@ def logits(
     B,
     K,
     D,
-    stride_xm,
-    stride_xd,
     stride_kn,
     stride_kd,
     HAS_SCALE: tl.constexpr,
@@ -44,14 +44,14 @@ def logits(
 ):
     """x (scale keys)^T of a tile, fp32."""
     # int64: a row number times a row stride passes 2**31 on large inputs
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xm
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * D
     keys_ptrs = keys_ptr + offs_n.to(tl.int64)[None, :] * stride_kn
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for d in range(0, D, BLOCK_K):
         ds = d + tl.arange(0, BLOCK_K)
         mask_d = ds < D
         x = tl.load(
-            x_ptrs + ds.to(tl.int64)[None, :] * stride_xd,
+            x_ptrs + ds[None, :],
             mask=(offs_m < B)[:, None] & mask_d[None, :],
             other=0.0,
         )
@@ -67,25 +67,33 @@ def logits(
 
 
 @triton.jit
-def _counting(exclude_ptr, offs_m, offs_n, B, K, HAS_EXCLUDE: tl.constexpr):
-    """Which logits of a tile count."""
-    counts = (offs_m < B)[:, None] & (offs_n < K)[None, :]
-    if HAS_EXCLUDE:
-        exclude = tl.load(exclude_ptr + offs_m, mask=offs_m < B, other=-1)
-        counts &= offs_n[None, :] != exclude[:, None]
-    return counts
+def number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS: tl.constexpr):
+    """How many of K keys count, the first ones. What lies beyond may be anything."""
+    if HAS_NUM_KEYS:
+        return tl.minimum(tl.load(num_keys_ptr), K).to(tl.int32)
+    else:
+        return K
+
+
+@triton.jit
+def _below_largest(a):
+    """Logits less the largest of each row, and that: -inf where none of them counts."""
+    most = tl.max(a, 1)
+    none = most <= _LEAST
+    return a - tl.where(none, 0.0, most)[:, None], tl.where(none, -float("inf"), most)
 
 
 @triton.jit
 def _relational_kl_weights_kernel(
-    x_ptr,  # [B, D] fp32
-    y_ptr,  # [B, E] fp32, or unused
+    x_ptr,  # [B, D] fp32, contiguous
+    y_ptr,  # [B, E] fp32, contiguous, or unused
     keys_ptr,  # [K, D]
     teacher_keys_ptr,  # [K, E], or unused
     scale_ptr,  # [K] fp32, or unused
     teacher_scale_ptr,  # [K] fp32, or unused
     positives_ptr,  # [B] int64, or unused
     exclude_ptr,  # [B] int64, or unused
+    num_keys_ptr,  # [] int64, or unused
     ws_ptr,  # [B, K], or unused
     wt_ptr,  # [B, K], or unused
     stats_ptr,  # [5, tiles of K, B] fp32; [3, tiles of K, B] without a teacher
@@ -93,10 +101,6 @@ def _relational_kl_weights_kernel(
     K,
     D,
     E,
-    stride_xm,
-    stride_xd,
-    stride_ym,
-    stride_yd,
     stride_kn,
     stride_kd,
     stride_rn,
@@ -104,6 +108,7 @@ def _relational_kl_weights_kernel(
     TEACHER: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_NUM_KEYS: tl.constexpr,
     ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -116,43 +121,42 @@ def _relational_kl_weights_kernel(
     offs_m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = j * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < B
-    counts = _counting(exclude_ptr, offs_m, offs_n, B, K, HAS_EXCLUDE)
-    stored = mask_m[:, None] & (offs_n < K)[None, :]
-    offs_w = offs_m.to(tl.int64)[:, None] * K + offs_n[None, :]
+    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
     row_stats = stats_ptr + tl.cast(j, tl.int64) * B + offs_m
     step = tl.cast(tiles_n, tl.int64) * B
     a = logits(
-        x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, K, D, stride_xm, stride_xd, stride_kn,
-        stride_kd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, counting, D, stride_kn, stride_kd,
+        HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if not TEACHER:
         positive = tl.load(positives_ptr + offs_m, mask=mask_m, other=-1)
         at = tl.sum(tl.where(offs_n[None, :] == positive[:, None], a, 0.0), 1)
         tl.store(row_stats + _POSITIVE * step, at, mask=mask_m)
-    a = tl.where(counts, a, -float("inf"))
-    max_s = tl.max(a, 1)
-    # a tile in which nothing counts has weights of 0
-    a = a - tl.where(max_s == -float("inf"), 0.0, max_s)[:, None]
+    counts = (offs_n < counting)[None, :]
+    if HAS_EXCLUDE:
+        exclude = tl.load(exclude_ptr + offs_m, mask=mask_m, other=-1)
+        counts &= offs_n[None, :] != exclude[:, None]
+    a, max_s = _below_largest(tl.where(counts, a, _LEAST))
     ws = tl.exp(a)
     tl.store(row_stats + _MAX_S * step, max_s, mask=mask_m)
     tl.store(row_stats + _SUM_S * step, tl.sum(ws, 1), mask=mask_m)
-    if STORE:
-        tl.store(ws_ptr + offs_w, ws.to(ws_ptr.dtype.element_ty), mask=stored)
     if TEACHER:
         b = logits(
-            y_ptr, teacher_keys_ptr, teacher_scale_ptr, offs_m, offs_n, B, K, E, stride_ym,
-            stride_yd, stride_rn, stride_rd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            y_ptr, teacher_keys_ptr, teacher_scale_ptr, offs_m, offs_n, B, counting, E,
+            stride_rn, stride_rd, HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        b = tl.where(counts, b, -float("inf"))
-        max_t = tl.max(b, 1)
-        b = b - tl.where(max_t == -float("inf"), 0.0, max_t)[:, None]
+        # a tells what does not count: predicates would be held through the product
+        b, max_t = _below_largest(tl.where(a < 0.5 * _LEAST, _LEAST, b))
         wt = tl.exp(b)
         c = b - a if ENTROPY else -a
         tl.store(row_stats + _MAX_T * step, max_t, mask=mask_m)
         tl.store(row_stats + _SUM_T * step, tl.sum(wt, 1), mask=mask_m)
-        mean = tl.sum(tl.where(counts, wt * c, 0.0), 1)
-        tl.store(row_stats + _MEAN * step, mean, mask=mask_m)
-        if STORE:
+        tl.store(row_stats + _MEAN * step, tl.sum(wt * c, 1), mask=mask_m)
+    if STORE:  # last: addresses would be held through the product, too
+        offs_w = offs_m.to(tl.int64)[:, None] * K + offs_n[None, :]
+        stored = mask_m[:, None] & (offs_n < counting)[None, :]
+        tl.store(ws_ptr + offs_w, ws.to(ws_ptr.dtype.element_ty), mask=stored)
+        if TEACHER:
             tl.store(wt_ptr + offs_w, wt.to(wt_ptr.dtype.element_ty), mask=stored)
 
 
@@ -171,6 +175,9 @@ def _relational_kl_merge_kernel(
     stats_ptr,  # [5 or 3, tiles, B] fp32; with FACTORS maxima become factors of weights
     positives_ptr,  # [B] int64, or unused
     exclude_ptr,  # [B] int64, or unused
+    num_keys_ptr,  # [] int64, or unused
+    own_s_ptr,  # [B] fp32, or unused
+    own_t_ptr,  # [B] fp32, or unused
     loss_ptr,  # [B] fp32
     lse_s_ptr,  # [B] fp32
     lse_t_ptr,  # [B] fp32
@@ -179,6 +186,8 @@ def _relational_kl_merge_kernel(
     tiles,
     TEACHER: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    HAS_NUM_KEYS: tl.constexpr,
+    HAS_OWN: tl.constexpr,
     ENTROPY: tl.constexpr,
     FACTORS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -186,8 +195,13 @@ def _relational_kl_merge_kernel(
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < B
     step = tl.cast(tiles, tl.int64) * B
+    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
     most_s = tl.full((BLOCK,), -float("inf"), tl.float32)
     most_t = tl.full((BLOCK,), -float("inf"), tl.float32)
+    if HAS_OWN:
+        own_s = tl.load(own_s_ptr + offs, mask=mask, other=0.0)
+        own_t = tl.load(own_t_ptr + offs, mask=mask, other=0.0)
+        most_s, most_t = own_s, own_t
     for j in range(0, tiles):
         row = stats_ptr + tl.cast(j, tl.int64) * B + offs
         top = tl.load(row + _MAX_S * step, mask=mask, other=0.0)
@@ -198,6 +212,11 @@ def _relational_kl_merge_kernel(
     sum_s = tl.zeros((BLOCK,), tl.float32)
     sum_t = tl.zeros((BLOCK,), tl.float32)
     mean = tl.zeros((BLOCK,), tl.float32)
+    if HAS_OWN:
+        sum_s = tl.exp(own_s - most_s)
+        sum_t = tl.exp(own_t - most_t)
+        c = most_s - own_s
+        mean = sum_t * (own_t - most_t + c if ENTROPY else c)
     for j in range(0, tiles):
         row = stats_ptr + tl.cast(j, tl.int64) * B + offs
         w, total, below_s = _relative(row + _MAX_S * step, row + _SUM_S * step, mask, most_s)
@@ -210,9 +229,11 @@ def _relational_kl_merge_kernel(
         else:
             mean -= tl.load(row + _POSITIVE * step, mask=mask, other=0.0)
     no_key = offs >= B  # or none is left
-    if HAS_EXCLUDE:
-        exclude = tl.load(exclude_ptr + offs, mask=mask, other=-1)
-        no_key = no_key | ((exclude == 0) & (K == 1))
+    if TEACHER and not HAS_OWN:
+        no_key = no_key | (counting <= 0)
+        if HAS_EXCLUDE:
+            exclude = tl.load(exclude_ptr + offs, mask=mask, other=-1)
+            no_key = no_key | ((exclude == 0) & (counting == 1))
     sum_s = tl.where(no_key, 1.0, sum_s)
     log_s = tl.log(sum_s)
     lse_t = tl.zeros((BLOCK,), tl.float32)
@@ -226,7 +247,7 @@ def _relational_kl_merge_kernel(
     else:
         positive = tl.load(positives_ptr + offs, mask=mask, other=0)
         loss = mean + most_s + log_s
-        loss = tl.where((positive >= 0) & (positive < K), loss, float("nan"))
+        loss = tl.where((positive >= 0) & (positive < counting), loss, float("nan"))
     tl.store(loss_ptr + offs, tl.where(no_key, 0.0, loss), mask=mask)
     tl.store(lse_s_ptr + offs, most_s + log_s, mask=mask)
     tl.store(lse_t_ptr + offs, lse_t, mask=mask)
@@ -247,6 +268,7 @@ def _relational_kl_fwd_kernel_product(
     stats_ptr,  # [5 or 3, tiles, B] fp32: factors in the maxima's places
     keys_ptr,  # [K, D]
     scale_ptr,  # [K] fp32, or unused
+    num_keys_ptr,  # [] int64, or unused
     out_ptr,  # [splits, B, D] fp32
     B,
     K,
@@ -256,6 +278,7 @@ def _relational_kl_fwd_kernel_product(
     stride_kd,
     TEACHER: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    HAS_NUM_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,  # keys of a tile of weights; a multiple of BLOCK_K
     BLOCK_M: tl.constexpr,
@@ -271,10 +294,11 @@ def _relational_kl_fwd_kernel_product(
     step = tl.cast(tl.cdiv(K, TILE), tl.int64) * B
     w_rows = offs_m.to(tl.int64)[:, None] * K
     k_first = split * split_k
+    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(k_first, tl.minimum(k_first + split_k, K), BLOCK_K):
+    for k in range(k_first, tl.minimum(k_first + split_k, counting), BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
-        mask_k = ks < K
+        mask_k = ks < counting
         read = mask_m[:, None] & mask_k[None, :]
         row = stats_ptr + tl.cast(k // TILE, tl.int64) * B + offs_m
         factor = tl.load(row + _MAX_S * step, mask=mask_m, other=0.0)

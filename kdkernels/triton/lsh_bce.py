@@ -16,8 +16,9 @@ from torch import Tensor
 from kdkernels.triton import _lsh_bce_ahead
 from kdkernels.triton import _lsh_bce_kernels as kernels
 from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, Tile, arch_of, cdiv, on_device
+from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
 from kdkernels.triton._lsh_bce_config import ELEMENTS, LshBceConfig, pick_config
+from kdkernels.triton._product import multiply
 
 
 def supports(*args: Any) -> str | None:
@@ -46,7 +47,7 @@ def lsh_bce_encode(
             stride_xm=features.stride(0), stride_xd=features.stride(1),
             stride_wn=weight.stride(0), stride_wd=weight.stride(1),
             stride_b=0 if bias is None else bias.stride(0),
-            HAS_BIAS=bias is not None, PRECISION=config.precision, **_blocks(tile),
+            HAS_BIAS=bias is not None, PRECISION=config.precision, **tile.launch(),
         )  # fmt: skip
     return codes
 
@@ -153,13 +154,6 @@ def _config(x: Tensor) -> LshBceConfig:
     )  # fmt: skip
 
 
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
-
-
 def _loadable(sample_mask: Tensor | None) -> Tensor | None:
     """In 32 bits: a load of 8 bits on the way to a fp32 operand makes the compiler for sm_100
     (triton 3.7) multiply in tf32 whatever the precision that is asked for.
@@ -202,7 +196,7 @@ def _project(
         stride_loss=stride(loss),
         HAS_BIAS=bias is not None, HAS_MASK=keep is not None, HAS_FACTOR=factor is not None,
         LOSS=loss is not None, DZ=dz is not None, DB=db is not None,
-        PRECISION=config.precision, **_blocks(tile),
+        PRECISION=config.precision, **tile.launch(),
     )  # fmt: skip
 
 
@@ -213,25 +207,7 @@ def _multiply(
     keep: Tensor | None,  # [K], which rows of x are read
     out: Tensor,  # [M, N], contiguous
 ) -> None:
-    """out = a x"""
-    (M, K), N = a.shape, x.shape[1]
-    if out.numel() == 0:
-        return
-    tile = config.product
-    splits = config.splits(M, N, K)
-    length = cdiv(cdiv(K, tile.k), splits) * tile.k
-    splits = cdiv(K, length)
-    target = out if splits == 1 else out.new_empty((splits, M, N), dtype=torch.float32)
-    kernels._lsh_bce_product_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n), splits)](
-        a_ptr=a, x_ptr=x, keep_ptr=a if keep is None else keep, out_ptr=target,
-        M=M, N=N, K=K, split_k=length,
-        stride_am=a.stride(0), stride_ak=a.stride(1),
-        stride_xk=x.stride(0), stride_xn=x.stride(1),
-        stride_keep=0 if keep is None else keep.stride(0),
-        HAS_MASK=keep is not None, PRECISION=config.weights, **_blocks(tile),
-    )  # fmt: skip
-    if splits > 1:
-        torch.sum(target, 0, out=out) if out.dtype == torch.float32 else out.copy_(target.sum(0))
+    multiply(config.product, config.processors, config.weights, a, x, out, keep)
 
 
 def _scale(

@@ -39,7 +39,10 @@ def relational_kl_fwd(
     teacher_key_scale: Tensor | None,  # [K]
     positives: Tensor | None,  # [B]
     exclude: Tensor | None,  # [B]
+    num_keys: Tensor | None,  # []
     subtract_entropy: bool,
+    own_student: Tensor | None,  # [B]
+    own_teacher: Tensor | None,  # [B]
     with_dloss: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (B, D), K = student.shape, keys.shape[0]
@@ -47,6 +50,7 @@ def relational_kl_fwd(
     dloss = student.new_empty((B, D) if with_dloss else (0,))
     if B == 0:
         return loss, dloss, lse_student, lse_teacher
+    student, teacher = _contiguous(student), _contiguous(teacher)
     config = _config(B, keys)
     tile, sides = config.logits, 1 if teacher is None else 2
     tiles = cdiv(K, tile.n)
@@ -59,30 +63,38 @@ def relational_kl_fwd(
         for first in range(0, B, step):
             rows = slice(first, min(first + step, B))
             count = rows.stop - first
-            x, y, positive, excluded = (
+            x, y, positive, excluded, own_s, own_t = (
                 None if part is None else part[rows]
-                for part in (student, teacher, positives, exclude)
+                for part in (student, teacher, positives, exclude, own_student, own_teacher)
             )
             flags = {
                 "TEACHER": teacher is not None,
                 "HAS_EXCLUDE": exclude is not None,
+                "HAS_NUM_KEYS": num_keys is not None,
                 "ENTROPY": subtract_entropy,
             }
-            indices = {"positives_ptr": _given(positive, x), "exclude_ptr": _given(excluded, x)}
+            indices = {
+                "positives_ptr": _given(positive, x),
+                "exclude_ptr": _given(excluded, x),
+                "num_keys_ptr": _given(num_keys, x),
+            }
             kernels._relational_kl_weights_kernel[(cdiv(count, tile.m) * tiles,)](
                 ws_ptr=weights, wt_ptr=weights[-1], stats_ptr=stats, B=count, K=K,
                 **_sides(x, y, bank), **indices, **flags, STORE=with_dloss,
                 PRECISION=config.of_logits, **_blocks(tile),
             )  # fmt: skip
             kernels._relational_kl_merge_kernel[(cdiv(count, MERGED),)](
-                stats_ptr=stats, loss_ptr=loss[rows], lse_s_ptr=lse_student[rows],
+                stats_ptr=stats, own_s_ptr=_given(own_s, x), own_t_ptr=_given(own_t, x),
+                HAS_OWN=own_s is not None, loss_ptr=loss[rows], lse_s_ptr=lse_student[rows],
                 lse_t_ptr=lse_teacher[rows], B=count, K=K, tiles=tiles,
                 **indices, **flags, FACTORS=with_dloss, BLOCK=MERGED,
             )  # fmt: skip
             if with_dloss and D > 0:
-                _softmax_product(config, weights, stats, keys, key_scale, dloss[rows], sides == 2)
+                _softmax_product(
+                    config, weights, stats, keys, key_scale, num_keys, dloss[rows], sides == 2
+                )
     if with_dloss and positives is not None:
-        _subtract_positives(dloss, keys, key_scale, positives)
+        _subtract_positives(dloss, keys, key_scale, positives, num_keys)
     return loss, dloss, lse_student, lse_teacher
 
 
@@ -96,6 +108,7 @@ def relational_kl_bwd(
     teacher_key_scale: Tensor | None,  # [K]
     positives: Tensor | None,  # [B]
     exclude: Tensor | None,  # [B]
+    num_keys: Tensor | None,  # []
     subtract_entropy: bool,
     loss: Tensor,  # [B]
     dloss: Tensor,  # [B, D] or empty
@@ -117,8 +130,8 @@ def relational_kl_bwd(
         return dx, dy, dq.zero_(), dr.zero_()
     config = _config(B, keys)
     rows = _Rows(
-        student, teacher, positives, exclude, dout, loss, lse_student, lse_teacher,
-        subtract_entropy,
+        _contiguous(student), _contiguous(teacher), positives, exclude, dout, loss, lse_student,
+        lse_teacher, num_keys, subtract_entropy,
     )  # fmt: skip
     bank = _Bank(keys, teacher_keys, key_scale, teacher_key_scale)
     with on_device(student):
@@ -163,17 +176,18 @@ class _Rows:
         loss: Tensor,
         lse_student: Tensor,
         lse_teacher: Tensor,
+        num_keys: Tensor | None,
         subtract_entropy: bool,
     ) -> None:
         self.student, self.teacher = student, teacher
         self.tensors = (
             student, teacher, positives, exclude, dout, loss, lse_student, lse_teacher,
         )  # fmt: skip
-        self.subtract_entropy = subtract_entropy
+        self.num_keys, self.subtract_entropy = num_keys, subtract_entropy
 
     def part(self, of: slice) -> _Rows:
         parts = (None if x is None else x[of] for x in self.tensors)
-        return _Rows(*parts, self.subtract_entropy)
+        return _Rows(*parts, self.num_keys, self.subtract_entropy)
 
 
 def _config(B: int, keys: Tensor) -> RelationalKLConfig:
@@ -190,21 +204,23 @@ def _blocks(tile: Tile) -> dict[str, int]:
     }  # fmt: skip
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 def _given(x: Tensor | None, other: Tensor) -> Tensor:
     """An argument that a kernel does not use is some tensor."""
     return other if x is None else x.contiguous()
 
 
 def _sides(x: Tensor, y: Tensor | None, bank: _Bank) -> dict[str, Any]:
-    """Rows against keys on both sides."""
+    """Contiguous rows against keys on both sides."""
     y = x if y is None else y
     r = bank.teacher_keys
     return {
         "x_ptr": x, "y_ptr": y, "keys_ptr": bank.keys, "teacher_keys_ptr": r,
         "scale_ptr": _given(bank.scale, x), "teacher_scale_ptr": _given(bank.teacher_scale, x),
         "D": x.shape[1], "E": y.shape[1],
-        "stride_xm": x.stride(0), "stride_xd": x.stride(1),
-        "stride_ym": y.stride(0), "stride_yd": y.stride(1),
         "stride_kn": bank.keys.stride(0), "stride_kd": bank.keys.stride(1),
         "stride_rn": r.stride(0), "stride_rd": r.stride(1),
         "HAS_SCALE": bank.scale is not None,
@@ -217,6 +233,7 @@ def _softmax_product(
     stats: Tensor,
     keys: Tensor,  # [K, D]
     scale: Tensor | None,  # [K]
+    num_keys: Tensor | None,  # []
     out: Tensor,  # [B, D]
     teacher: bool,
 ) -> None:
@@ -225,9 +242,11 @@ def _softmax_product(
     target = out if splits == 1 else out.new_empty((splits, B, D))
     kernels._relational_kl_fwd_kernel_product[(cdiv(B, tile.m) * cdiv(D, tile.n), splits)](
         ws_ptr=weights, wt_ptr=weights[-1], stats_ptr=stats, keys_ptr=keys,
-        scale_ptr=_given(scale, stats), out_ptr=target, B=B, K=K, D=D, split_k=length,
+        scale_ptr=_given(scale, stats), num_keys_ptr=_given(num_keys, stats), out_ptr=target,
+        B=B, K=K, D=D, split_k=length,
         stride_kn=keys.stride(0), stride_kd=keys.stride(1),
-        TEACHER=teacher, HAS_SCALE=scale is not None, PRECISION=config.of_weights,
+        TEACHER=teacher, HAS_SCALE=scale is not None, HAS_NUM_KEYS=num_keys is not None,
+        PRECISION=config.of_weights,
         TILE=config.logits.n, **_blocks(tile),
     )  # fmt: skip
     if splits > 1:
@@ -239,11 +258,15 @@ def _subtract_positives(
     keys: Tensor,  # [K, D]
     scale: Tensor | None,  # [K]
     positives: Tensor,  # [B]
+    num_keys: Tensor | None,  # []
 ) -> None:
     named = positives.clamp(0, keys.shape[0] - 1)
+    wrong = named != positives
+    if num_keys is not None:
+        wrong |= named >= num_keys
     own = keys[named].to(dloss.dtype)
     own = own if scale is None else own * scale[named, None]
-    own.masked_fill_((named != positives)[:, None], torch.nan)
+    own.masked_fill_(wrong[:, None], torch.nan)
     dloss -= own
 
 
@@ -260,6 +283,7 @@ def _derivatives(
     B, K, tile = x.shape[0], bank.keys.shape[0], config.logits
     bwd_kernels._relational_kl_derivatives_kernel[(cdiv(B, tile.m) * cdiv(K, tile.n),)](
         positives_ptr=_given(positives, x), exclude_ptr=_given(exclude, x),
+        num_keys_ptr=_given(rows.num_keys, x), HAS_NUM_KEYS=rows.num_keys is not None,
         loss_ptr=loss.contiguous(), lse_s_ptr=lse_student.contiguous(),
         lse_t_ptr=lse_teacher.contiguous(), dout_ptr=dout,
         g_ptr=_given(g, x), h_ptr=_given(h, x), first=first, total=total, B=B, K=K,
@@ -280,7 +304,10 @@ def _teacher_gradient(
         part = slice(begin, min(begin + step, B))
         h = memory[: (part.stop - begin) * K].view(-1, K)
         _derivatives(config, rows.part(part), bank, None, h, 0, K)
-        _multiply(config, h, bank.teacher_keys, dteacher[part], scale=bank.teacher_scale)
+        _multiply(
+            config, h, bank.teacher_keys, dteacher[part], scale=bank.teacher_scale,
+            num_keys=rows.num_keys,
+        )  # fmt: skip
 
 
 def _key_gradients(
@@ -316,20 +343,21 @@ def _multiply(
     out: Tensor,  # [M, N], contiguous
     *,
     scale: Tensor | None = None,  # [K]
+    num_keys: Tensor | None = None,  # []
     second: tuple[Tensor, Tensor] | None = None,  # [M, K], [K, N]
 ) -> None:
-    """out = (scale a) x, plus the product of `second`"""
+    """out = (scale a) x over all of K or its first num_keys, plus the product of `second`"""
     (M, K), N, tile = a.shape, x.shape[1], config.product
     length, splits = config.split(M, N, K, tile.k)
     target = out if splits == 1 else out.new_empty((splits, M, N))
     a2, x2 = (a, x) if second is None else second
     bwd_kernels._relational_kl_bwd_kernel_product[(cdiv(M, tile.m) * cdiv(N, tile.n), splits)](
-        a_ptr=a, x_ptr=x, a2_ptr=a2, x2_ptr=x2, scale_ptr=_given(scale, out), out_ptr=target,
-        M=M, N=N, K=K, split_k=length,
+        a_ptr=a, x_ptr=x, a2_ptr=a2, x2_ptr=x2, scale_ptr=_given(scale, out),
+        num_keys_ptr=_given(num_keys, out), out_ptr=target, M=M, N=N, K=K, split_k=length,
         stride_am=a.stride(0), stride_ak=a.stride(1),
         stride_xk=x.stride(0), stride_xn=x.stride(1),
         stride_x2k=x2.stride(0), stride_x2n=x2.stride(1),
-        HAS_SCALE=scale is not None, TWO=second is not None,
+        HAS_SCALE=scale is not None, HAS_NUM_KEYS=num_keys is not None, TWO=second is not None,
         PRECISION=config.of_weights, **_blocks(tile),
     )  # fmt: skip
     if splits > 1:

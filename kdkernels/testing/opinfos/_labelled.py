@@ -111,10 +111,10 @@ def samples(
 
     def referring(form: dict[str, Any]) -> Sample:
         def draw(seed: int, device: torch.device = cpu) -> Sample:
-            bank, bank_labels = labelled(31, 24, 6, device, dtype, seed + 1)
+            bank, bank_labels = labelled(21, 24, 5, device, dtype, seed + 1)
             options = always | {"references": bank, "reference_labels": bank_labels} | form
             name = "-".join(("references", *map(str, form.values())))
-            return Sample(name, labelled(46, 24, 5, device, dtype, seed), options)
+            return Sample(name, labelled(34, 24, 4, device, dtype, seed), options)
 
         return draw(first(draw, accept), device)
 
@@ -122,7 +122,7 @@ def samples(
         # a unit vector of one component cannot move
         yield batch(name, shape, **({"normalize_embeddings": False} if shape[1] == 1 else {}))
     for form in forms:
-        yield batch("-".join(str(value) for value in form.values()), (53, 11, 6), **form)
+        yield batch("-".join(str(value) for value in form.values()), (37, 11, 5), **form)
     for form in referred:
         yield referring(form)
     other = (46, 24, 5)

@@ -7,6 +7,9 @@ A peer is named after its distribution, e.g. "pytorch-metric-learning", and is t
 installed; or it is one of `WAYS`, which has the version of torch. Its dictionary `PEERS` says what
 it does for each public function whose `OpInfo` names it.
 
+inf-cl and memeff compute info_nce over a batch without its matrix, too, but take CUDA tensors only
+(inf-cl 1.2.1, memeff 0.3.1), where no test here could hold a peer to its words: they are none.
+
 faiss-cpu and scikit-learn bring an OpenMP runtime of their own, whose idle threads spin for some
 milliseconds after a call. Measured on two cores, torch is no slower right after them than right
 after a product of its own, so they take turns like all other variants.
@@ -18,6 +21,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +29,7 @@ from torch import Tensor
 
 from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
 
-WAYS = ("eager-with-teacher",)  # peers that need no other distribution than torch
+WAYS = ("eager-with-teacher", "dense-in-torch")  # peers that need no other distribution than torch
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Peer:
     devices: tuple[str, ...] = ("cpu", "cuda")
     most_work: int | None = None  # largest B * B * D; beyond, measuring it takes minutes
     why_not: Callable[[], str | None] = lambda: None  # what else this machine lacks
+    # What the library lacks of a shape's options, e.g. "metric 'rbf'".
+    lacks: Callable[[dict[str, Any]], str | None] = lambda options: None
 
 
 def unit_rows(sample: Sample) -> Sample:
@@ -50,6 +56,30 @@ def unit_rows(sample: Sample) -> Sample:
         return sample
     x, *rest = sample.args
     return Sample(sample.name, (F.normalize(x, dim=-1), *rest), sample.kwargs)
+
+
+def without_metrics(*metrics: str) -> Callable[[dict[str, Any]], str | None]:
+    """`Peer.lacks` of a library that has all metrics of pairwise but these."""
+
+    def lacks(options: dict[str, Any]) -> str | None:
+        metric = options.get("metric", "cosine")
+        return f"metric {metric!r}" if metric in metrics else None
+
+    return lacks
+
+
+def one_side(sample: Sample, lacks: Callable[[dict[str, Any]], str | None]) -> tuple[str, float]:
+    """(metric, gamma) of a sample of pairwise of one matrix with itself.
+
+    Raises:
+        ValueError: The sample has a second side, groups, or a metric that the library lacks.
+    """
+    x, *others = sample.args
+    if others or x.dim() != 2 or lacks(sample.kwargs) is not None:
+        raise ValueError(
+            f"sample must have one matrix and a metric of the library, got {sample.kwargs}"
+        )
+    return sample.kwargs.get("metric", "cosine"), sample.kwargs.get("gamma", 1.0)
 
 
 def version(peer: str) -> str | None:
@@ -85,6 +115,9 @@ def why_not(
         return f"{peer} is not timed on {device.type}"
     if dtype not in found.dtypes:
         return f"{peer} has no {str(dtype).removeprefix('torch.')}"
+    lacked = found.lacks(shape.kwargs)
+    if lacked is not None:
+        return f"{peer} has no {lacked}"
     if found.most_work is not None and shape.sizes["B"] ** 2 * shape.sizes["D"] > found.most_work:
         return f"{peer} would take minutes"
     return found.why_not()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.testing.opinfo import Sample
-from kdkernels.testing.peers import Peer
+from kdkernels.testing.peers import Peer, one_side, without_metrics
 
 _DEFAULTS = {"mining": "batch_hard", "distance": "euclidean", "soft": False}
 _DEFAULTS |= {"reduction": "mean_nonzero", "normalize_embeddings": True}
@@ -77,7 +77,42 @@ def triplet_loss(sample: Sample) -> Callable[..., Tensor]:
     return call
 
 
+_LACKS = without_metrics("dot", "cosine")
+
+
+def row_sums(sample: Sample) -> Callable[..., Tensor]:
+    """Sums over the rows of the matrix of the sample's metric.
+
+    Raises:
+        ValueError: The sample is not one matrix, or its metric is not written here.
+    """
+    metric, gamma = one_side(sample, _LACKS)
+
+    def call(x: Tensor) -> Tensor:
+        x = x.detach()
+        with contextlib.redirect_stdout(sys.stderr):
+            from pykeops.torch import LazyTensor
+
+            d2 = LazyTensor(x[:, None, :]).sqdist(LazyTensor(x[None, :, :]))
+            values = {"euclidean": d2.sqrt, "sqeuclidean": lambda: d2}
+            values |= {"rbf": lambda: (-gamma * d2).exp()}
+            return values[metric]().sum(dim=1)[:, 0]
+
+    return call
+
+
 PEERS = {
+    "pairwise": Peer(
+        computes="Sums of the rows of the matrix, by one reduction over symbolic distances "
+        "(LazyTensor): KeOps writes no matrix; compiled before the clock starts, no gradient.",
+        function=row_sums,
+        whole=False,
+        dtypes=(torch.float32, torch.float64),
+        devices=("cpu",),
+        most_work=2**33,
+        why_not=why_not,
+        lacks=_LACKS,
+    ),
     "triplet_loss": Peer(
         computes="The whole loss: both winners of each row by one argmin over symbolic distances "
         "(LazyTensor), compiled before the clock starts; normalisation, distances of the winners "
@@ -87,5 +122,5 @@ PEERS = {
         devices=("cpu",),
         most_work=2**33,
         why_not=why_not,
-    )
+    ),
 }

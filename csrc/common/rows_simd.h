@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Vectorised loops over one or two rows, one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "simd.h"
+
+namespace kdk::rows {
+
+template <typename T>
+struct Loops {
+  // sum of x y
+  double (*dot)(const T* x, const T* y, int64_t n);
+  // sum (x - y)^2
+  double (*squared_difference)(const T* x, const T* y, int64_t n);
+  // sums += x - origin; returns sum (x - origin)^2
+  double (*add_offsets)(const T* x, const T* origin, double* sums, int64_t n);
+  // x -= y
+  void (*subtract)(T* x, const T* y, int64_t n);
+  // u = x / max(|x|, kEps)
+  void (*normalize)(const T* x, T* u, int64_t n);
+  // dx = (dx - <dx, u> u) / norm with u = x / norm, where norm = max(|x|, kEps); without the middle
+  // term below kEps
+  void (*normalize_backward)(const T* x, T* dx, int64_t n);
+};
+
+KDK_SIMD_DECLARE(template <typename T> const Loops<T>& loops();)
+
+template <typename T>
+const Loops<T>& loops() {
+  return KDK_SIMD_CALL(loops<T>)();
+}
+
+}  // namespace kdk::rows

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic of pkt, on scalars or on GCC vectors of them. Derivation and names:
+// docs/ops/pkt.md.
+#pragma once
+
+#include "../common/exp_math.h"
+
+namespace kdk::pkt {
+
+enum class Kernel { kCosine, kStudentT };
+enum class Divergence { kKl, kJeffreys };
+
+inline constexpr double kKlEps = 1e-7;        // in the logarithms, and of the norms with "kl"
+inline constexpr double kJeffreysEps = 1e-6;  // of the norms with "jeffreys"
+inline constexpr double kDistanceEps = 1e-6;  // added to squared distances
+
+// (<u_i, u_j> + 1) / 2, not below what it can be: rows that point apart have almost 0, which
+// rounding would make negative. a is 1 - |u|.
+template <typename T, typename V>
+KDK_HOST_DEVICE V cosine_similarity(V product, T a_i, V a_j) {
+  const V k = (product + T(1)) * T(0.5), floor = (a_i + a_j - a_i * a_j) * T(0.5);
+  return k < floor ? floor : k;  // keeps NaN
+}
+
+// Terms of the divergence, and their derivatives by p; of kKl plus 1, since a constant in a row
+// changes no gradient, and like this p - q is taken once.
+template <Divergence kDivergence, typename T, typename V, typename I>
+KDK_HOST_DEVICE V term(V p, V q) {
+  if constexpr (kDivergence == Divergence::kKl) {
+    constexpr T eps = static_cast<T>(kKlEps);
+    return q * log_positive<T, V, I>((q + eps) / (p + eps));
+  } else {
+    return (q - p) * log_positive<T, V, I>(q / p);
+  }
+}
+
+template <Divergence kDivergence, typename T, typename V, typename I>
+KDK_HOST_DEVICE V slope(V p, V q) {
+  if constexpr (kDivergence == Divergence::kKl) {
+    constexpr T eps = static_cast<T>(kKlEps);
+    return (p - q + eps) / (p + eps);
+  } else {
+    return (p - q) / p - log_positive<T, V, I>(q / p);
+  }
+}
+
+}  // namespace kdk::pkt

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vectorised epilogues of pkt on the CPU, one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/matrix.h"
+#include "../common/simd.h"
+#include "pkt_math.h"
+
+namespace kdk::pkt {
+
+// What a stretch of rows brings to a tile: of rows i or of columns j.
+template <typename T>
+struct Stretch {
+  const T* own[2];  // of student and teacher: a = 1 - |u| (cosine), or squared norms (student_t)
+  const T* inverse[2];  // of student and teacher: 1 / Z
+  const T* r;           // student_t: what a row's slopes lose; null for 0
+};
+
+template <typename T>
+struct Epilogues {
+  // x becomes K from inner products. `diagonal`: rows are the columns.
+  void (*similarities)(Matrix<T> x, const T* own_i, const T* own_j, bool diagonal, Kernel kernel);
+  // Adds the sums of rows, and unless null of columns.
+  void (*sums)(Matrix<const T> k, double* rows, T* cols);
+  // Sum of the terms of all (i, j) and, if cols is given, all (j, i). Adds sum_j p slope to rows,
+  // and to cols.
+  double (*loss)(Matrix<const T> k_s, Matrix<const T> k_t, const Stretch<T>& i, const Stretch<T>& j,
+                 Divergence divergence, double* rows, T* cols);
+  // k_s becomes dL/dK_ij + dL/dK_ji, the r left out where null. For student_t it becomes the sum
+  // of the derivatives by the squared distances, 0 on a diagonal, and is added up in rows and, if
+  // given, cols.
+  void (*weights)(Matrix<T> k_s, Matrix<const T> k_t, const Stretch<T>& i, const Stretch<T>& j,
+                  Divergence divergence, Kernel kernel, bool diagonal, double* rows, T* cols);
+};
+
+KDK_SIMD_DECLARE(template <typename T> const Epilogues<T>& epilogues();)
+
+template <typename T>
+const Epilogues<T>& epilogues() {
+  return KDK_SIMD_CALL(epilogues<T>)();
+}
+
+}  // namespace kdk::pkt

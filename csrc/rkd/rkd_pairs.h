@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Distances between the rows of one side of rkd, tile by tile above the diagonal, and what weights
+// on them add to the gradient. In terms of the sweep over labelled rows, here all of one label.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <vector>
+
+#include "../common/cut.h"
+#include "../contrastive/pair_sweep.h"
+
+namespace kdk::rkd {
+
+// Rows and columns of a tile.
+struct Block {
+  int64_t i0, rows, j0, cols;
+
+  bool diagonal() const { return i0 == j0; }
+  // Columns of row i before those above the diagonal.
+  int64_t begin(int64_t i) const { return diagonal() ? i + 1 : 0; }
+};
+
+template <typename T>
+class Pairs {
+ public:
+  using Tile = pairs::Tile<T>;
+
+  // x: [B, D], contiguous and in T. If `keep`, [B, B] distances are kept once measured.
+  Pairs(const Tensor& x, triplet::Distance distance, bool need, bool keep)
+      : sweep_(x, zeros(x.size(0)), x, zeros(x.size(0)), true, distance, need, need),
+        shape_(sweep_.tile_shape()),
+        workspaces_(sweep_, shape_),
+        kept_(keep ? x.size(0) * x.size(0) : 0),
+        close_(keep ? tiles() * tiles() : 0) {}
+
+  int64_t rows() const { return sweep_.anchors.sorted.size(); }
+  Matrix<T> kept() const { return Matrix<T>::contiguous(kept_.data(), rows(), rows()); }
+
+  // f(block) on all cores; no two calls at a time share rows or columns.
+  template <typename F>
+  void each(const F& f) const {
+    sweep_.each_tile(shape_, [&](int64_t i0, int64_t rows, int64_t j0, int64_t cols) {
+      f(Block{i0, rows, j0, cols});
+    });
+  }
+
+  // The tile of a block, with distances above the diagonal and weights of 0. It belongs to the
+  // calling thread until its next one. Distances are measured unless they are `kept`.
+  Tile tile(const Block& block, bool kept) {
+    auto& workspace = workspaces_.mine();
+    Tile tile = workspace.tile(sweep_, block.i0, block.rows, block.j0, block.cols);
+    if (kept_.data() != nullptr)
+      tile.distance = this->kept().block(block.i0, block.rows, block.j0, block.cols);
+    if (kept && kept_.data() != nullptr) {
+      fill_zero(tile.weight);
+      return tile;
+    }
+    auto& close = close_pairs(block);
+    close.clear();
+    sweep_.measure(tile, stretches(block), close);
+    return tile;
+  }
+
+  // Weights are derivatives by the distances of pairs of rows, each pair once.
+  void pull(const Block& block, const Tile& tile) {
+    sweep_.pull(tile, stretches(block), close_pairs(block), workspaces_.mine());
+  }
+
+  Tensor gradient() const {
+    return sweep_.anchors.gradient(0, [](int64_t, double*) {});
+  }
+  Tensor nan_gradient() const { return pairs::nan_gradient(sweep_.anchors); }
+
+ private:
+  static Tensor zeros(int64_t n) {
+    const Tensor labels = empty({n}, ScalarType::Long);
+    std::fill_n(static_cast<int64_t*>(labels.mutable_data_ptr()), n, 0);
+    return labels;
+  }
+
+  static auto stretches(const Block& block) {
+    return [block](int64_t i, const auto& f) {
+      if (block.begin(i) < block.cols) f(block.begin(i), block.cols);
+    };
+  }
+
+  int64_t tiles() const { return ceil_div(rows(), shape_.rows); }
+
+  auto& close_pairs(const Block& block) {
+    if (close_.empty()) return workspaces_.mine().close;
+    return close_[block.i0 / shape_.rows * tiles() + block.j0 / shape_.cols];
+  }
+
+  pairs::Sweep<T> sweep_;
+  typename pairs::Sweep<T>::TileShape shape_;
+  typename pairs::Sweep<T>::Workspaces workspaces_;
+  Scratch<T> kept_;
+  std::vector<std::vector<typename pairs::Sweep<T>::Pair>> close_;  // of each tile, if kept
+};
+
+}  // namespace kdk::rkd

@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// The vectorised loops of rkd_distance on the CPU, one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/simd.h"
+
+namespace kdk::rkd {
+
+// Distances of n pairs on both sides, and what brings them to a mean of 1.
+template <typename T>
+struct Compared {
+  const T *student, *teacher;
+  int64_t n;
+  T inverse_student, inverse_teacher;  // 1 / mean distance
+};
+
+template <typename T>
+struct Loops {
+  double (*sum)(const T* d, int64_t n);
+  // With h the distances over their means, e the difference of the sides' and g the derivative of
+  // huber(e): adds huber(e) to *loss and g h_student to *shared.
+  void (*compare)(const Compared<T>& pairs, double* loss, double* shared);
+  // weight = factor (g - shared)
+  void (*weigh)(const Compared<T>& pairs, T shared, T factor, T* weight);
+};
+
+KDK_SIMD_DECLARE(template <typename T> const Loops<T>& loops();)
+
+template <typename T>
+const Loops<T>& loops() {
+  return KDK_SIMD_CALL(loops<T>)();
+}
+
+}  // namespace kdk::rkd

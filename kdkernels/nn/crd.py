@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contrastive representation distillation (Tian, Krishnan and Isola, ICLR 2020)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from kdkernels import _checks
+from kdkernels._dispatch import Backend, requested_backend
+from kdkernels.nn import _arguments
+from kdkernels.nn.key_queue import MOST
+from kdkernels.ops import _key_bank
+from kdkernels.ops.noise_contrastive import move_rows, noise_contrastive
+
+
+class CRDLoss(nn.Module):
+    r"""Student and teacher shall tell each other's embedding of a sample from those of others.
+
+    Two memories hold an embedding of every sample of the data set, one per side. The student's
+    embedding of a sample is scored against its own row and `num_negatives` random ones of the
+    teacher's memory, the teacher's against the same rows of the student's memory, and both losses
+    of noise contrastive estimation (`kdkernels.ops.noise_contrastive`) are added. The B x K x dim
+    rows are never in memory.
+
+    In training mode both memories are then moved: a row becomes `momentum` times what it was plus
+    the rest of the new embedding, with unit norm. Each side's partition is set by its first batch
+    in training mode, and stays; in evaluation mode before that the batch's own is used.
+
+    As the authors' code does it, with two differences: norms of embeddings are clamped at 1e-12,
+    and logarithms replace exponentials, which underflow.
+
+    Args:
+        student_dim, teacher_dim: Widths of the (flattened) features.
+        num_samples: Of the data set, to which `index` points.
+        weight: Factor of the loss. 0.8 is the authors', beside a cross-entropy of weight 1.
+        dim: Width of the embeddings.
+        num_negatives: How many others a sample is told from.
+        temperature: Of the scores.
+        momentum: Of the memories, from 0 to 1.
+        generator: For the first memories; None is torch's own.
+        backend: See `kdkernels.explain`.
+
+    Shape:
+        - student: [B, ...], teacher: [B, ...], flattened. The teacher's features are detached.
+        - index: where the samples are in the data set, integer [B]. Of samples that occur twice
+          the last embedding is kept.
+        - negatives: other rows for each sample, integer [B, num_negatives]; None draws them
+          uniformly from the whole data set, the sample itself and its class included, as the
+          authors' code does without its "exact" mode. To leave the own class out, as that mode
+          does, draw them where labels are known.
+        - output: scalar, fp32 (fp64 for a module in fp64).
+
+    Attributes:
+        embed_student, embed_teacher: Linear layers, both trained: give the parameters of this
+            module to the optimiser.
+        student_memory, teacher_memory: [num_samples, dim], buffers; at first uniform numbers with
+            rows of norm near 1.
+        log_partitions: [2], a buffer: logarithms of the partitions of the student's scores and of
+            the teacher's; NaN before they are set.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, by name; from `forward` too.
+        BackendUnavailableError: `backend` cannot run this call, with the reason.
+
+    Example:
+        >>> criterion = kd.nn.CRDLoss(64, 256, num_samples=len(dataset))
+        >>> loss = criterion(student_features, teacher_features, index)
+
+    Reference:
+        Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2020,
+        arXiv:1910.10699.
+    """
+
+    student_memory: Tensor
+    teacher_memory: Tensor
+    log_partitions: Tensor
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        num_samples: int,
+        weight: float = 0.8,
+        *,
+        dim: int = 128,
+        num_negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        generator: torch.Generator | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (
+            ("student_dim", student_dim),
+            ("teacher_dim", teacher_dim),
+            ("num_samples", num_samples),
+            ("dim", dim),
+            ("num_negatives", num_negatives),
+        ):
+            _checks.count(name, value, 1, MOST)
+        requested_backend(backend)  # an unknown name raises here, not in the first step
+        self.weight = _arguments.weight(weight)
+        self.num_negatives, self.backend = num_negatives, backend
+        self.temperature = _checks.positive("temperature", temperature)
+        self.momentum = _checks.not_negative("momentum", momentum)
+        if self.momentum > 1:
+            raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
+        self.embed_student = nn.Linear(student_dim, dim)
+        self.embed_teacher = nn.Linear(teacher_dim, dim)
+        for side in ("student", "teacher"):
+            bound = 1 / math.sqrt(dim / 3)
+            first = torch.rand(num_samples, dim, generator=generator) * (2 * bound) - bound
+            self.register_buffer(f"{side}_memory", first)
+        self.register_buffer("log_partitions", torch.full((2,), torch.nan))
+
+    def sample(
+        self,
+        index: Tensor,  # [B]
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # [B, num_negatives]
+        """Uniform negatives for each sample, drawn on its device."""
+        return torch.randint(
+            self.student_memory.shape[0],
+            (index.shape[0], self.num_negatives),
+            generator=generator,
+            device=index.device,
+        )
+
+    def forward(
+        self, student: Tensor, teacher: Tensor, index: Tensor, negatives: Tensor | None = None
+    ) -> Tensor:
+        student, teacher = _arguments.flat_pair("", student, teacher)
+        _checks.labels("index", index, "student", student)
+        if negatives is None:
+            negatives = self.sample(index)
+        self._check(index, negatives)
+        rows = torch.cat([index[:, None].long(), negatives.long()], 1)
+        s = _arguments.unit_rows(self.embed_student(student), self.student_memory)
+        t = _arguments.unit_rows(self.embed_teacher(teacher), self.teacher_memory)
+        of_student, of_teacher = (
+            noise_contrastive(
+                x,
+                memory,
+                rows,
+                log_partition,
+                temperature=self.temperature,
+                backend=self.backend,
+            )
+            for x, memory, log_partition in (
+                (s, self.teacher_memory, self.log_partitions[0]),
+                (t, self.student_memory, self.log_partitions[1]),
+            )
+        )
+        if self.training:
+            move_rows(self.student_memory, index, s, self.momentum)
+            move_rows(self.teacher_memory, index, t, self.momentum)
+            partitions = torch.stack([of_student.log_partition, of_teacher.log_partition])
+            self.log_partitions.copy_(partitions)
+        return self.weight * (of_student.loss + of_teacher.loss)
+
+    def _check(self, index: Tensor, negatives: Tensor) -> None:
+        """By name here, where the operator only knows the two side by side."""
+        expected = [index.shape[0], self.num_negatives]
+        _checks.integer("negatives", negatives)
+        if list(negatives.shape) != expected:
+            raise ValueError(f"negatives must have shape {expected}, got {list(negatives.shape)}")
+        _checks.same_device("negatives", negatives, "index", index)
+        num_samples = self.student_memory.shape[0]
+        for name, given in (("index", index), ("negatives", negatives)):
+            _key_bank.within(name, given, 0, num_samples)
+
+    def extra_repr(self) -> str:
+        return (
+            f"weight={self.weight:g}, num_samples={self.student_memory.shape[0]}, "
+            f"num_negatives={self.num_negatives}, temperature={self.temperature:g}, "
+            f"momentum={self.momentum:g}, backend={self.backend!r}"
+        )

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""noise_contrastive: the loss of contrastive representation distillation on sampled similarities,
+and the moving average of its memories. Both are torch around the operators of sampled_similarity.
+Derivation: docs/ops/sampled_similarity.md.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdkernels import _checks
+from kdkernels._dispatch import Backend, requested_backend
+from kdkernels._library import first_order
+from kdkernels.ops import sampled_similarity
+from kdkernels.reference.noise_contrastive import EPS
+
+
+class NoiseContrastive(NamedTuple):
+    loss: Tensor  # scalar
+    log_partition: Tensor  # scalar: that which was used
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=40)  # from where on exp(-x) is below the rounding of x, in fp64
+
+
+class NoiseContrastiveFunction(torch.autograd.Function):
+    """The gradient is made in the forward, so the bank may change before the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bank: Tensor,
+        indices: Tensor,
+        log_partition: Tensor,
+        temperature: float,
+        with_dx: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        B, N, m = x.shape[0], bank.shape[0], indices.shape[1] - 1
+        logits = sampled_similarity._fwd(x, bank, indices, backend).div_(temperature)
+        log_z = log_partition.to(logits.dtype)
+        if B > 0:
+            first = logits.logsumexp((0, 1)) + math.log(N / logits.numel())
+            log_z = torch.where(log_z.isnan(), first, log_z)
+        logits -= log_z
+        noise = math.log(m / N + EPS)
+        own, others = logits[:, 0], logits[:, 1:]
+        loss = _softplus(noise - own).sum()
+        loss = loss + (_softplus(others - noise) + (noise - math.log(m / N))).sum()
+        scale = 1 / max(B, 1)
+        dx = None
+        if with_dx:
+            derivative = torch.sigmoid(logits - noise)
+            derivative[:, 0] = -torch.sigmoid(noise - own)
+            derivative *= scale / temperature
+            dx = sampled_similarity._bwd(derivative, x, bank, indices, backend)
+        ctx.save_for_backward(x, dx)
+        log_z = log_z.to(log_partition.dtype)
+        log_z = log_z.clone() if log_z is log_partition else log_z
+        ctx.mark_non_differentiable(log_z)
+        return loss * scale, log_z
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
+        _, dx = ctx.saved_tensors
+        return (dout * dx).to(dx.dtype), *(None,) * 6
+
+
+def noise_contrastive(
+    x: Tensor,  # [B, D]
+    bank: Tensor,  # [N, D]
+    indices: Tensor,  # [B, 1 + m]
+    log_partition: Tensor,  # scalar
+    *,
+    temperature: float = 0.07,
+    backend: Backend = "auto",
+) -> NoiseContrastive:
+    r"""Each row shall tell its own place in a bank from m others, drawn as noise.
+
+    With o_ik = exp(<x_i, bank[indices_ik]> / temperature) / Z and c = m / N,
+
+        loss = -(1/B) sum_i [ log(o_i0 / (o_i0 + c + eps))
+                              + sum_(k >= 1) log(c / (o_ik + c + eps)) ]
+
+    with eps = 1e-7, computed from logarithms: nothing over- or underflows. Z is a constant. The
+    gradient of x is made in the forward, so the bank may be changed before the backward.
+
+    Args:
+        x: [B, D], and
+        bank: [N, D], as for `kdkernels.sampled_similarity`.
+        indices: Integer [B, 1 + m] with m of at least 1, the row's own place first.
+        log_partition: log Z without dimensions; NaN where it is yet to be set, to
+            log(N mean(exp(. / temperature))) of these scores. On its device that needs no look.
+        temperature: Positive.
+        backend: See `kdkernels.explain`.
+
+    Returns:
+        (loss, log_partition): scalars, the loss in fp32 (fp64 for fp64 inputs), 0 for an empty
+        batch, and the log Z that was used, to be kept.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, by name.
+
+    Reference:
+        Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2020,
+        arXiv:1910.10699.
+    """
+    x, bank, indices = sampled_similarity.prepared(x, bank, indices)
+    if indices.shape[1] < 2:
+        raise ValueError(
+            f"indices must have at least 2 columns, its own place and one other, "
+            f"got {indices.shape[1]}"
+        )
+    _checks.features("log_partition", log_partition, min_dim=0)
+    if log_partition.dim() != 0:
+        raise ValueError(
+            f"log_partition must have no dimension, got shape {list(log_partition.shape)}"
+        )
+    _checks.same_device("log_partition", log_partition, "x", x)
+    temperature = _checks.positive("temperature", temperature)
+    with_dx = x.requires_grad and torch.is_grad_enabled()
+    return NoiseContrastive(
+        *NoiseContrastiveFunction.apply(
+            x, bank, indices, log_partition, temperature, with_dx, requested_backend(backend)
+        )
+    )
+
+
+@torch.no_grad()
+def move_rows(
+    bank: Tensor,  # [N, D]
+    index: Tensor,  # [B]
+    rows: Tensor,  # [B, D]
+    momentum: float,
+) -> None:
+    """bank[index] becomes momentum times what it was plus the rest of rows, of unit norm, in place.
+
+    Of rows with the same index the last one counts, on every device.
+    """
+    index = index.long()
+    if index.numel() == 0:
+        return
+    moved = momentum * bank[index] + (1 - momentum) * rows
+    order = index.argsort(stable=True)
+    last = order[torch.searchsorted(index[order], index, right=True) - 1]
+    bank.index_copy_(0, index, F.normalize(moved, dim=-1)[last].to(bank.dtype))

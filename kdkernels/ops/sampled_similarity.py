@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""sampled_similarity: inner products of rows with rows of a bank that each of them names.
+
+The B x K x D rows that are named are never in memory. Traffic of one forward and backward, in
+elements: 2 B K D reads of the bank where rows are gathered, or 2 N D and a few passes over B x N
+where all products are cheaper, and 4 B K of scores and indices. Derivation:
+docs/ops/sampled_similarity.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels import _checks
+from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels._library import define_operator, first_order
+from kdkernels.ops import _key_bank
+
+# The operators know x [B, D] and bank [N, D] of one dtype and indices [B, K] int64:
+#   scores [B, K]  <x_i, bank[indices_ik]>, fp32, fp64 for fp64
+#   dx     [B, D]  sum over k of dscores_ik bank[indices_ik], in the dtype of x
+# An index that names no row makes its score, and the row's gradient, NaN.
+
+
+def _fwd_fake(x: Tensor, bank: Tensor, indices: Tensor, backend: str) -> Tensor:
+    return x.new_empty(indices.shape, dtype=_checks.accumulation_dtype(x.dtype))
+
+
+def _bwd_fake(dscores: Tensor, x: Tensor, bank: Tensor, indices: Tensor, backend: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_fwd = define_operator(
+    "sampled_similarity",
+    "fwd",
+    "(Tensor x, Tensor bank, Tensor indices, str backend) -> Tensor scores",
+    _fwd_fake,
+)
+_bwd = define_operator(
+    "sampled_similarity",
+    "bwd",
+    "(Tensor dscores, Tensor x, Tensor bank, Tensor indices, str backend) -> Tensor dx",
+    _bwd_fake,
+)
+
+
+class SampledSimilarityFunction(torch.autograd.Function):
+    """Attaches the operator pair to autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bank: Tensor, indices: Tensor, backend: str) -> Tensor:
+        ctx.save_for_backward(x, bank, indices)
+        ctx.backend = backend
+        return _fwd(x, bank, indices, backend)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, dscores: Tensor) -> tuple[Any, ...]:
+        return _bwd(dscores, *ctx.saved_tensors, ctx.backend), None, None, None
+
+
+def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of the forward operator."""
+    _key_bank.bank("bank", bank, "x", x)
+    _checks.integer("indices", indices)
+    _checks.same_device("indices", indices, "x", x)
+    if indices.dim() != 2 or indices.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"indices must have shape [{x.shape[0]}, K], a row per row of x, "
+            f"got {list(indices.shape)}"
+        )
+    _key_bank.within("indices", indices, 0, bank.shape[0])
+    if bank.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "bank must not require a gradient, which is implemented for x only: detach it, or index"
+            " it in torch"
+        )
+    x, bank = _key_bank.one_dtype({"x": x, "bank": bank})
+    return x, bank, indices.long()
+
+
+def _choices(*_: Any, **__: Any) -> dict[str, str]:
+    return {}
+
+
+@explained_by(prepared, _choices)
+def sampled_similarity(
+    x: Tensor,  # [B, D]
+    bank: Tensor,  # [N, D]
+    indices: Tensor,  # [B, K]
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    r"""Inner products of each row with the rows of a bank that it names.
+
+    Score (i, k) is <x_i, bank[indices_ik]>. The B x K x D rows that are named are never in memory,
+    neither here nor in the backward, which gathers them again. So the bank must stay as it is in
+    between; autograd notices where it does not. Nothing is normalised.
+
+    Args:
+        x: [B, D], fp16, bf16, fp32 or fp64. Any strides.
+        bank: [N, D] with N of at least 1, same dtype and device (under autocast the wider dtype is
+            taken). A constant: one that asks for a gradient is refused.
+        indices: Rows of the bank, integer [B, K], in any order and as often as they like.
+        backend: See `kdkernels.explain`.
+
+    Returns:
+        [B, K], fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        TypeError, ValueError: an argument does not fit, by name. Indices are looked at only where
+            they lie on the CPU; elsewhere one that names no row makes its score NaN.
+        BackendUnavailableError: `backend` cannot run this call, with the reason.
+
+    Reference:
+        Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2020,
+        arXiv:1910.10699, whose memories are such banks.
+    """
+    return SampledSimilarityFunction.apply(*prepared(x, bank, indices), requested_backend(backend))

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Noise contrastive estimation as in contrastive representation distillation, in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.reference.sampled_similarity import sampled_similarity
+
+EPS = 1e-7
+
+
+def noise_contrastive(
+    x: Tensor,  # [B, D]
+    bank: Tensor,  # [N, D]
+    indices: Tensor,  # [B, 1 + m]; the row's own place first
+    partition: Tensor | None = None,  # Z; None: set by these scores
+    *,
+    temperature: float = 0.07,
+) -> Tensor:
+    """The definition, by exponentials, differentiable by autograd."""
+    N, m = len(bank), indices.shape[1] - 1
+    o = torch.exp(sampled_similarity(x, bank, indices) / temperature)
+    o = o / (o.detach().mean() * N if partition is None else partition)
+    c = m / N
+    own = torch.log(o[:, 0] / (o[:, 0] + c + EPS))
+    others = torch.log(c / (o[:, 1:] + c + EPS))
+    return -(own.sum() + others.sum()) / len(x)

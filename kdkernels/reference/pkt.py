@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Probabilistic knowledge transfer, in plain PyTorch.
+
+`pkt` is the definition. `pkt_fwd` is the operator in closed form, as derived in docs/ops/pkt.md,
+whose names it keeps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Of the two public codes, by the divergence that each of them uses.
+NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
+LOG_EPS = {"kl": 1e-7, "jeffreys": 0.0}
+DISTANCE_EPS = 1e-6
+
+
+def pkt(
+    student: Tensor,  # [B, D_s]
+    teacher: Tensor,  # [B, D_t]
+    *,
+    kernel: str = "cosine",
+    divergence: str = "kl",
+) -> Tensor:
+    """Mean over B^2 of the divergence's terms, differentiable by autograd."""
+
+    def probabilities(x: Tensor) -> Tensor:  # [B, B]
+        if kernel == "cosine":
+            norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            u = x / (norm + NORM_EPS[divergence])
+            k = (u @ u.T + 1) / 2
+        else:
+            k = 1 / (1 + (_squared_distances(x) + DISTANCE_EPS).sqrt())
+        return k / k.sum(1, keepdim=True)
+
+    p, q, eps = probabilities(student), probabilities(teacher), LOG_EPS[divergence]
+    if divergence == "kl":
+        terms = q * ((q + eps) / (p + eps)).log()
+    else:
+        terms = (q - p) * (q.log() - p.log())
+    return terms.sum() / max(len(student) ** 2, 1)
+
+
+def pkt_fwd(
+    student: Tensor,  # [B, D_s]
+    teacher: Tensor,  # [B, D_t]
+    kernel: str,
+    divergence: str,
+    need_student: bool,
+) -> tuple[Tensor, Tensor]:
+    acc = torch.float64 if student.dtype == torch.float64 else torch.float32
+    s, t, eps = student.to(acc), teacher.to(acc), NORM_EPS[divergence]
+    if kernel == "cosine":
+        u, k_s, z_s = _cosine(s, eps)
+        _, k_t, z_t = _cosine(t, eps)
+    else:
+        u, d, k_s, z_s = _student_t(s)
+        _, _, k_t, z_t = _student_t(t)
+    p, q = k_s / z_s, k_t / z_t
+    loss, slope = _terms(p, q, divergence)
+    loss = loss.sum()
+    if not need_student:
+        return loss, s.new_empty(0)
+    r = (slope * p).sum(1, keepdim=True)
+    gk = (slope - r) / z_s
+    gk = gk + gk.T
+    if kernel == "cosine":
+        return loss, _cosine_backward(s, gk @ u / 2, eps)
+    w = (-gk * k_s.square() / (2 * d)).fill_diagonal_(0)  # dK/dd^2 = -K^2 / (2 d)
+    return loss, (2 * (w.sum(1, keepdim=True) * u - w @ u)).contiguous()
+
+
+def _squared_distances(x: Tensor) -> Tensor:  # [B, D] -> [B, B]
+    squares = x.square().sum(1)
+    d2 = (squares[:, None] + squares - 2 * (x @ x.T)).clamp_min(0)
+    return d2 * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))  # NaN stays
+
+
+def _cosine(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(u [B, D], K [B, B], Z [B, 1])"""
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    u = x / (norm + eps)
+    a = eps / (norm + eps)  # 1 - |u|, without the subtraction
+    # Rounding must not take K below what it can be: rows that point apart have almost 0.
+    k = torch.maximum((u @ u.T + 1) / 2, (a + a.T - a * a.T) / 2)
+    return u, k, (u @ u.sum(0)[:, None] + len(x)) / 2
+
+
+def _student_t(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(x centred [B, D], d [B, B], K [B, B], Z [B, 1])"""
+    x = x - x.mean(0)  # distances stay, and rows close together keep more of theirs
+    d = (_squared_distances(x) + DISTANCE_EPS).sqrt()
+    k = 1 / (1 + d)
+    return x, d, k, k.sum(1, keepdim=True)
+
+
+def _terms(p: Tensor, q: Tensor, divergence: str) -> tuple[Tensor, Tensor]:
+    """Terms of the sum, and their derivatives by p, of "kl" plus 1: a constant in a row changes
+    nothing, and like this the difference of nearly equal numbers is taken once, of q and p."""
+    if divergence == "kl":
+        eps = LOG_EPS["kl"]
+        return q * ((q + eps) / (p + eps)).log(), ((p - q) + eps) / (p + eps)
+    log = (q / p).log()
+    return (q - p) * log, (p - q) / p - log
+
+
+def _cosine_backward(x: Tensor, gu: Tensor, eps: float) -> Tensor:
+    """Through u = x / (|x| + eps), whose derivative at 0 is 1 / eps."""
+    # in fp64: the radial part that is taken away can be much larger than what remains
+    wide, x = gu.double(), x.double()
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    radial = (wide * x).sum(1, keepdim=True) / torch.where(norm > 0, norm, 1.0)
+    return ((wide - x * radial / (norm + eps)) / (norm + eps)).to(gu.dtype)

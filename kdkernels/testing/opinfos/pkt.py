@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples, bad inputs, workloads and cost of pkt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.ops.pkt import pkt
+from kdkernels.reference import pkt as reference
+from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn
+from kdkernels.testing.opinfos import _two_sides
+
+SHAPES = {  # B, D_s, D_t
+    "tiny": (2, 3, 2),
+    "aligned": (64, 16, 16),
+    "ragged_rows": (37, 8, 8),
+    "ragged_cols": (16, 37, 21),
+    "ragged_all": (35, 13, 9),
+    "one_row": (1, 7, 5),
+    "one_col": (19, 1, 1),
+    "wide": (7, 71, 37),
+}
+FORMS: tuple[dict[str, Any], ...] = (
+    {"kernel": "student_t", "divergence": "kl"},
+    {"kernel": "cosine", "divergence": "jeffreys"},
+    {"kernel": "student_t", "divergence": "jeffreys"},
+)
+
+
+def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
+    def pair(B: int, D_s: int, D_t: int) -> tuple[Tensor, Tensor]:
+        return tuple(
+            randn(B, D, seed=seed, device=device, dtype=dtype) for D, seed in ((D_s, 1), (D_t, 2))
+        )
+
+    for name, shape in SHAPES.items():
+        # of one row P is 1, of two there is one number, and of one column u is 1 or -1
+        cancels = name in ("one_row", "tiny", "one_col")
+        yield Sample(name, pair(*shape), cancels=cancels)
+    s, t = pair(46, 12, 20)
+    yield Sample("strided", (s.T.contiguous().T[::2], torch.cat([t, t], 1)[:23, ::2]))
+    yield Sample("empty", pair(0, 4, 6))
+    yield Sample("no_features", pair(5, 0, 0))
+    near = s[:23] + 0.01 * randn(23, 12, seed=3, device=device, dtype=dtype)
+    yield Sample("default", pair(9, 5, 7))
+    for form in FORMS:
+        label = "-".join(form.values())
+        yield Sample(label, pair(9, 5, 7), form)
+        yield Sample(f"{label}-tall", pair(43, 11, 5), form)
+    both = FORMS[-1]
+    yield Sample("near", (near, s[:23]), cancels=True)
+    yield Sample("near-student_t", (near, s[:23]), both, cancels=True)
+    equal = (s[:1].expand(21, -1), t[:1].expand(21, -1))
+    yield Sample("all_equal", equal, cancels=True)
+    yield Sample("all_equal-student_t", equal, both, cancels=True)
+    opposite = (torch.cat([s[:9], -s[:9]]), t[:18])
+    yield Sample("opposite", opposite, cancels=True)
+    yield Sample("opposite-jeffreys", opposite, {"divergence": "jeffreys"}, cancels=True)
+
+
+def magnitude(sample: Sample) -> tuple[float, tuple[Tensor | None]]:
+    """Terms of "kl" have both signs, and each is q times the logarithm of a rounded ratio.
+
+    Of a cancelling sample also the size of the terms of the gradient, and how many times larger
+    than that of 1 the rounding of a similarity is.
+    """
+    s, t = (x.double() for x in sample.args)
+    kernel = sample.kwargs.get("kernel", "cosine")
+    divergence = sample.kwargs.get("divergence", "kl")
+    B, eps = max(len(s), 1), reference.LOG_EPS[divergence]
+    x, k_s, z_s, condition_s, by_product = _similarities(s, kernel, divergence)
+    _, k_t, z_t, condition_t, _ = _similarities(t, kernel, divergence)
+    p, q = k_s / z_s, k_t / z_t
+    ratio = (q + eps) / (p + eps)
+    terms = q * (1 + ratio.log().abs()) if divergence == "kl" else (p + q) * ratio.log().abs()
+    if not sample.cancels:
+        return terms.sum().item() / B**2, (None,)
+    condition = condition_s + condition_t
+    slope = (1 + ratio) * condition
+    gk = (slope + (p * slope).sum(1, keepdim=True)) / z_s
+    weights = (gk + gk.mT) * by_product
+    gradient = (weights.sum(1, keepdim=True) * x.abs() + weights @ x.abs()) / B**2
+    if kernel == "cosine":
+        gradient = gradient / (s.norm(dim=1, keepdim=True) + reference.NORM_EPS[divergence])
+    return ((terms + p + q) * condition).sum().item() / B**2, (gradient,)
+
+
+def _similarities(x: Tensor, kernel: str, divergence: str) -> tuple[Tensor, ...]:
+    """(rows of the products, K, Z, condition of K, |dK by a product|)"""
+    if kernel == "cosine":
+        u, k, z = reference._cosine(x, reference.NORM_EPS[divergence])
+        return u, k, z, 1 + 1 / k, torch.full_like(k, 0.5)
+    x, d, k, z = reference._student_t(x)
+    squares, others = x.square().sum(1), 1 - torch.eye(len(x), dtype=x.dtype, device=x.device)
+    condition = 1 + (squares[:, None] + squares) * k / d * others  # a diagonal is exact
+    return x, k, z, condition, k.square() / d * others
+
+
+def bad_inputs(device: torch.device) -> Iterator[BadInput]:
+    yield from _two_sides.bad_inputs(device)
+    x = torch.ones(8, 4, device=device)
+    yield _two_sides.bad("kernel", (x, x), ValueError, "kernel must be one of", kernel="rbf")
+    yield _two_sides.bad(
+        "divergence", (x, x), ValueError, "divergence must be one of", divergence="js"
+    )
+
+
+def _shape(name: str, B: int, D: int, workload: str, **kwargs: Any) -> BenchShape:
+    return BenchShape(name, {"B": B, "D": D}, workload, kwargs)
+
+
+BENCH = (
+    _shape("small", 64, 128, "pooled features of a small network, the CIFAR batch"),
+    _shape("pooled", 256, 512, "pooled ResNet-18/34 features, the ImageNet batch"),
+    _shape("embeddings", 4096, 128, "large-batch metric learning"),
+    _shape(
+        "flow", 4096, 128, "the other kernel and divergence at large batch",
+        kernel="student_t", divergence="jeffreys",
+    ),
+    _shape("huge", 32768, 128, "a batch whose matrices need over 30 GB in eager mode"),
+)  # fmt: skip
+
+
+def bench_sample(shape: BenchShape, device: torch.device, dtype: torch.dtype) -> Sample:
+    B, D = shape.sizes["B"], shape.sizes["D"]
+    args = tuple(randn(B, D, seed=seed, device=device, dtype=dtype) for seed in (1, 2))
+    return Sample(shape.name, args, dict(shape.kwargs))
+
+
+def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
+    """Two symmetric products, which count half, and one of weights with rows; both sides read once,
+    the gradient written."""
+    B, D = shape.sizes["B"], shape.sizes["D"]
+    return Cost(flops=4.0 * B * B * D, bytes=3.0 * B * D * dtype.itemsize)
+
+
+EAGER_MATRICES = 9  # B x B, that the definition with autograd holds at its peak, and some room
+
+
+def memory(shape: BenchShape, dtype: torch.dtype, variant: str) -> float:
+    B, D = shape.sizes["B"], shape.sizes["D"]
+    if variant == "mm":
+        return B * B * dtype.itemsize
+    if variant in ("eager", "compile", "reference"):
+        return EAGER_MATRICES * B * B * dtype.itemsize
+    return 6.0 * B * D * 4
+
+
+OPINFOS = [
+    OpInfo(
+        name="pkt",
+        op="pkt",
+        function=pkt,
+        definition=reference.pkt,
+        diff_args=("student",),
+        samples=samples,
+        bad_inputs=bad_inputs,
+        bench=BENCH,
+        bench_sample=bench_sample,
+        cost=cost,
+        magnitude=magnitude,
+        subtracts=True,
+        memory=memory,
+        algorithm_options=(),
+    )
+]
