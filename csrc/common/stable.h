@@ -34,9 +34,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1))
     strides[i] = stride;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, shim_dtype(dtype), device_type,
-      device, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides, shim_dtype(dtype),
+                                                         device_type, device, &handle));
   return Tensor(handle);
 }
 
