@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import DEVICES, Case
+from cases import DEVICES, Case, interpreted
 from torch import Tensor
 
 from kdkernels import _dispatch
@@ -43,6 +43,9 @@ LOSSES: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
+SEMIHARD = ({"mining": "batch_semihard"}, {"mining": "pair_semihard"})
+
+
 def each_backend(
     dtypes: tuple[torch.dtype, ...] = (torch.float64,),
     backends: Any = _dispatch.BACKENDS,
@@ -59,6 +62,8 @@ def each_backend(
         for backend in backends
         for device in DEVICES
         for dtype in dtypes
+        # one way of mining per loss where both would take minutes; the generic tests have all
+        if not (losses is LOSSES and interpreted(backend, device) and options in SEMIHARD)
     ]
     return pytest.mark.parametrize("case", params)
 
