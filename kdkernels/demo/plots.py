@@ -12,7 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 _GREY = "0.35"
-_PALETTE = matplotlib.color_sequences["tab10"]
+# tab20, full colours first, then their light ones: more entries than tab10 has colours
+_PALETTE = matplotlib.color_sequences["tab20"][::2] + matplotlib.color_sequences["tab20"][1::2]
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
