@@ -3,9 +3,8 @@
 
     python -m kdkernels.testing.triton_targets sm_90 > sm_90.json
 
-runs in a process of its own, without TRITON_INTERPRET (under which kernels are not compilable). A
-module `kdkernels/triton/<op>.py` takes part by exposing `aot_variants(arch)`, an iterable of
-`AotVariant`.
+runs in a process of its own, without TRITON_INTERPRET (under which kernels are not compilable). An
+op takes part by a module `kdkernels/triton/_<op>_ahead.py`; see `_ahead.py` beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one program may have
@@ -77,30 +77,25 @@ def variant_names(target: str) -> list[str]:
 
 def kernels_of_all_ops() -> set[str]:
     """Names of all kernels in the package, compiled or not."""
-    package = importlib.import_module("kdkernels.triton")
-    modules = [
-        importlib.import_module(f"{package.__name__}.{info.name}")
-        for info in pkgutil.iter_modules(package.__path__)
-    ]
     kernel = re.compile(r"_\w+_kernel(_\w+)?")
-    return {name for module in modules for name in vars(module) if kernel.fullmatch(name)}
+    return {name for module in _modules() for name in vars(module) if kernel.fullmatch(name)}
 
 
 def _variants(target: str) -> list[Any]:
     arch = importlib.import_module("kdkernels.triton._common").TARGETS[target]
-    return [variant for op in _ops() for variant in op.aot_variants(arch)]
+    variants_of = importlib.import_module("kdkernels.triton._ahead").variants_of
+    return [variant for op in _modules("_ahead") for variant in variants_of(arch, op)]
 
 
-def _ops() -> list[Any]:
-    """The modules of `kdkernels.triton` that have kernels to compile."""
+def _modules(ending: str = "") -> list[ModuleType]:
+    """The modules of `kdkernels.triton` that belong to an op, or those of a kind."""
     package = importlib.import_module("kdkernels.triton")
-    names = sorted(
-        info.name
-        for info in pkgutil.iter_modules(package.__path__)
-        if not info.name.startswith("_")
-    )
-    modules = [importlib.import_module(f"{package.__name__}.{name}") for name in names]
-    return [module for module in modules if hasattr(module, "aot_variants")]
+    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
+    return [
+        importlib.import_module(f"{package.__name__}.{name}")
+        for name in names
+        if name.endswith(ending) and name != "_ahead"
+    ]
 
 
 def _compile(variant: Any, target: str) -> Compiled:

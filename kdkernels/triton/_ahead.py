@@ -2,7 +2,11 @@
 """What launchers would compile, found by recording their launches on meta tensors.
 
 So the ahead-of-time tests compile the specialisations and configurations of real calls, not a copy
-of them. An op lists its calls and hands them to `variants_of`.
+of them. A module `_<op>_ahead.py` lists the calls of an op:
+
+    call(dtype, *arguments)     one call on meta tensors, forward and backward
+    EVERYWHERE, EXTRA           its arguments; those in EXTRA are compiled for one target only, to
+                                keep the tests short
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
@@ -59,23 +64,18 @@ class AotVariant:
     tensor_core: bool  # whether its products belong on tensor cores
 
 
-def variants_of(
-    arch: Arch, call: Callable[..., Any], *, everywhere: Calls, extra: Calls
-) -> Iterator[AotVariant]:
-    """Each specialisation that the calls of an op compile, once.
-
-    `call(dtype, *arguments)` makes one call on meta tensors, forward and backward. Those in `extra`
-    are compiled for one target only, to keep the tests short.
-    """
+def variants_of(arch: Arch, op: ModuleType) -> Iterator[AotVariant]:
+    """Each specialisation that the calls of an op compile, once."""
+    groups: tuple[Calls, ...] = (op.EVERYWHERE, op.EXTRA)
     calls = [
         (precision, label, arguments)
-        for group in ((everywhere, extra) if arch.name == _EXTRA_TARGET else (everywhere,))
+        for group in (groups if arch.name == _EXTRA_TARGET else groups[:1])
         for precision, labelled in group.items()
         for label, arguments in labelled.items()
     ]
     names: dict[AotVariant, str] = {}
     for precision, label, arguments in calls:
-        launched = _launched(arch, precision, call, arguments)
+        launched = _launched(arch, precision, op.call, arguments)
         for variant in launched:
             if variant in names:
                 continue

@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 
-from kdkernels.triton._ahead import AotVariant, variants_of
-from kdkernels.triton._common import Arch
+from kdkernels.triton._ahead import Calls
+from kdkernels.triton.gram_mse import gram_mse_bwd, gram_mse_fwd
 
 # label -> B, D, options of the operator, gradients needed. `_CORE` launches every kernel.
 _CORE = {
@@ -24,21 +22,11 @@ _MORE = {
     "factored-feature": (8192, 512, ("feature", "linear", 0.4, 2, "factored"), (True, False)),
 }
 
-
-def variants(
-    arch: Arch, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> Iterator[AotVariant]:
-    return variants_of(
-        arch,
-        partial(_call, forward, backward),
-        everywhere={"bf16": _CORE, "fp32": _CORE},
-        extra={"bf16": _MORE, "fp16": _CORE, "tf32": _CORE},
-    )
+EVERYWHERE: Calls = {"bf16": _CORE, "fp32": _CORE}
+EXTRA: Calls = {"bf16": _MORE, "fp16": _CORE, "tf32": _CORE}
 
 
-def _call(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
+def call(
     dtype: torch.dtype,
     B: int,
     D: int,
@@ -47,5 +35,5 @@ def _call(
 ) -> None:
     """Student and teacher of one width."""
     student, teacher = (torch.empty((1, B, D), dtype=dtype, device="meta") for _ in range(2))
-    _, *residuals = forward(student, teacher, *options)
-    backward(torch.empty((1,), device="meta"), student, teacher, *residuals, *need, *options)
+    _, *residuals = gram_mse_fwd(student, teacher, *options)
+    gram_mse_bwd(torch.empty((1,), device="meta"), student, teacher, *residuals, *need, *options)

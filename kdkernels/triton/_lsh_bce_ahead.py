@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
-
 import torch
 
-from kdkernels.triton._ahead import AotVariant, variants_of
-from kdkernels.triton._common import Arch
+from kdkernels.triton._ahead import Calls
+from kdkernels.triton.lsh_bce import lsh_bce_bwd, lsh_bce_encode, lsh_bce_fwd
 
 # label -> B, D, N, whether there are a bias and a mask, gradients of student, weight and bias.
 # `_CORE` launches every kernel.
@@ -23,25 +19,11 @@ _MORE = {
     "odd": (333, 37, 101, True, (False, False, True)),
 }
 
-
-def variants(
-    arch: Arch,
-    encode: Callable[..., Any],
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
-) -> Iterator[AotVariant]:
-    return variants_of(
-        arch,
-        partial(_call, encode, forward, backward),
-        everywhere={"bf16": _CORE, "fp32": _CORE},
-        extra={"bf16": _MORE, "fp16": _CORE, "tf32": _CORE},
-    )
+EVERYWHERE: Calls = {"bf16": _CORE, "fp32": _CORE}
+EXTRA: Calls = {"bf16": _MORE, "fp16": _CORE, "tf32": _CORE}
 
 
-def _call(
-    encode: Callable[..., Any],
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
+def call(
     dtype: torch.dtype,
     B: int,
     D: int,
@@ -54,6 +36,6 @@ def _call(
     )
     mask = torch.empty(B, dtype=torch.bool, device="meta")
     extras = (bias, mask) if optional else (None, None)
-    codes = encode(student, weight, extras[0])
-    loss, dloss = forward(student, codes, weight, *extras, need[0])
-    backward(torch.empty_like(loss), student, codes, weight, *extras, dloss, *need)
+    codes = lsh_bce_encode(student, weight, extras[0])
+    loss, dloss = lsh_bce_fwd(student, codes, weight, *extras, need[0])
+    lsh_bce_bwd(torch.empty_like(loss), student, codes, weight, *extras, dloss, *need)

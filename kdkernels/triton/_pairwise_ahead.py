@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kdkernels.triton._ahead import AotVariant, variants_of
-from kdkernels.triton._common import Arch
+from kdkernels.triton._ahead import Calls
+from kdkernels.triton.pairwise import pairwise_bwd, pairwise_fwd
 
 # label -> N, M or None for the rows themselves, D, metric, whether y needs a gradient
 _CORE = {"pairwise-own": (4096, None, 256, "euclidean", False)}
@@ -21,21 +17,11 @@ _MORE = {
     "pairwise-odd": (333, 101, 37, "rbf", True),
 }
 
-
-def variants(
-    arch: Arch, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> Iterator[AotVariant]:
-    return variants_of(
-        arch,
-        partial(_call, forward, backward),
-        everywhere={"fp32": _CORE, "bf16": _CORE},
-        extra={"bf16": _MORE, "fp16": _CORE, "tf32": _CORE},
-    )
+EVERYWHERE: Calls = {"fp32": _CORE, "bf16": _CORE}
+EXTRA: Calls = {"bf16": _MORE, "fp16": _CORE, "tf32": _CORE}
 
 
-def _call(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
+def call(
     dtype: torch.dtype,
     N: int,
     M: int | None,
@@ -47,5 +33,5 @@ def _call(
         return torch.empty(shape, dtype=dtype, device="meta")
 
     x, y = meta(N, D), None if M is None else meta(M, D)
-    out = forward(x, y, metric, 1.0)
-    backward(out, x, y, None if metric == "cosine" else out, metric, 1.0, True, need_y)
+    out = pairwise_fwd(x, y, metric, 1.0)
+    pairwise_bwd(out, x, y, None if metric == "cosine" else out, metric, 1.0, True, need_y)

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kdkernels.triton._ahead import AotVariant, variants_of
-from kdkernels.triton._common import Arch
+from kdkernels.triton._ahead import Calls
+from kdkernels.triton.relational_kl import relational_kl_bwd, relational_kl_fwd
 
 # label -> B, D, E (None: shared keys; 0: info_nce), K, whether norms are factors and some keys do
 # not count, gradients of student, teacher and keys. `_CORE` launches every kernel.
@@ -22,21 +18,11 @@ _MORE = {
     "odd": (333, 37, 53, 101, False, (True, False, True)),
 }
 
-
-def variants(
-    arch: Arch, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> Iterator[AotVariant]:
-    return variants_of(
-        arch,
-        partial(_call, forward, backward),
-        everywhere={"bf16": _CORE, "fp32": _CORE},
-        extra={"bf16": _MORE, "fp16": _CORE, "tf32": _FORWARD},
-    )
+EVERYWHERE: Calls = {"bf16": _CORE, "fp32": _CORE}
+EXTRA: Calls = {"bf16": _MORE, "fp16": _CORE, "tf32": _FORWARD}
 
 
-def _call(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
+def call(
     dtype: torch.dtype,
     B: int,
     D: int,
@@ -65,5 +51,5 @@ def _call(
         has_teacher,
     )
     own = meta(B) if E is None else None
-    residuals = forward(*tensors, own, own, need[0])
-    backward(meta(B), *tensors, *residuals, *need, own_keys and need[2])
+    residuals = relational_kl_fwd(*tensors, own, own, need[0])
+    relational_kl_bwd(meta(B), *tensors, *residuals, *need, own_keys and need[2])

@@ -3,15 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from kdkernels.triton._ahead import AotVariant, variants_of
-from kdkernels.triton._common import Arch
+from kdkernels.triton._ahead import Calls
+from kdkernels.triton.triplet import triplet_bwd, triplet_fwd
 
 # label -> B, M or None for the batch itself, D, positives, negatives, distance. `_CORE` launches
 # every kernel.
@@ -25,21 +21,11 @@ _MORE = {
     "odd": (333, None, 37, "hardest", "hardest", "euclidean"),
 }
 
-
-def variants(
-    arch: Arch, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> Iterator[AotVariant]:
-    return variants_of(
-        arch,
-        partial(_call, forward, backward),
-        everywhere={"fp32": _CORE, "bf16": _CORE},
-        extra={"fp32": _MORE, "fp16": _CORE, "tf32": _CORE},
-    )
+EVERYWHERE: Calls = {"fp32": _CORE, "bf16": _CORE}
+EXTRA: Calls = {"fp32": _MORE, "fp16": _CORE, "tf32": _CORE}
 
 
-def _call(
-    forward: Callable[..., Any],
-    backward: Callable[..., Any],
+def call(
     dtype: torch.dtype,
     B: int,
     M: int | None,
@@ -49,14 +35,14 @@ def _call(
     distance: str,
 ) -> None:
     own = M is None
-    x, y = _labelled(B, D, dtype)
-    r, r_y = (x, y) if M is None else _labelled(M, D, dtype)
-    results = forward(x, y, r, r_y, own, positives, negatives, distance)
+    x, y = labelled(B, D, dtype)
+    r, r_y = (x, y) if M is None else labelled(M, D, dtype)
+    results = triplet_fwd(x, y, r, r_y, own, positives, negatives, distance)
     dd = torch.empty(B, device="meta")
-    backward(dd, dd, x, r, *results, own, True, True, distance)
+    triplet_bwd(dd, dd, x, r, *results, own, True, True, distance)
 
 
-def _labelled(n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def labelled(n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (
         torch.empty((n, D), dtype=dtype, device="meta"),
         torch.empty(n, dtype=torch.int64, device="meta"),

@@ -9,21 +9,18 @@ fp32; everything accumulates in fp32. Nothing waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.triton import _contrastive_ahead
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, on_device
+from kdkernels.triton._common import on_device
 from kdkernels.triton._labelled_call import Call, in_order
 from kdkernels.triton._labelled_kernels import distance_tile, pull_weight, store_close
 from kdkernels.triton.triplet import supports
 
-__all__ = ["aot_variants", "contrastive_fwd", "supports"]
+__all__ = ["contrastive_fwd", "supports"]
 
 
 @triton.jit
@@ -125,8 +122,3 @@ def contrastive_fwd(
             in_order(dx, call.order) if need_embeddings else dx,
             in_order(dr, call.reference_order) if need_references else dr,
         )
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _contrastive_ahead.variants(arch, contrastive_fwd)

@@ -7,16 +7,13 @@ bf16 or fp32; everything else is fp32. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.triton import _correlation_ahead
 from kdkernels.triton import _correlation_kernels as kernels
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
+from kdkernels.triton._common import arch_of, cdiv, on_device
 from kdkernels.triton._correlation_config import NUM_WARPS, pick_config
 
 
@@ -73,8 +70,3 @@ def correlation_fwd(
             )  # fmt: skip
         by_rows, by_columns = (1 - rows[4]).mean(), (1 - columns[2]).mean()
         return temperature**2 * (row_weight * by_rows + column_weight * by_columns), dz
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _correlation_ahead.variants(arch, correlation_fwd)

@@ -9,19 +9,16 @@ for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.triton import _gram_mse_ahead
 from kdkernels.triton import _gram_mse_factored as factored
 from kdkernels.triton import _gram_mse_resident as resident
 from kdkernels.triton import _gram_mse_streamed as streamed
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, on_device
+from kdkernels.triton._common import on_device
 from kdkernels.triton._gram_mse_call import Call
 
 _FORWARD = {
@@ -121,8 +118,3 @@ def _empty(call: Call) -> tuple[Tensor, ...]:
         zeros(shape, dtype=torch.float64 if name == "coef" else torch.float32)
         for name, shape in zip(("loss", "coef", "gram_s", "gram_t", "cross"), shapes, strict=True)
     )
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _gram_mse_ahead.variants(arch, gram_mse_fwd, gram_mse_bwd)

@@ -7,16 +7,13 @@ or fp32; products accumulate in fp32. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.triton import _lsh_bce_ahead
 from kdkernels.triton import _lsh_bce_kernels as kernels
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
+from kdkernels.triton._common import arch_of, cdiv, on_device
 from kdkernels.triton._lsh_bce_config import ELEMENTS, LshBceConfig, pick_config
 from kdkernels.triton._product import multiply
 
@@ -219,8 +216,3 @@ def _scale(
         dout_ptr=dout, dloss_ptr=dloss.contiguous(), ds_ptr=ds, D=ds.shape[1], count=ds.numel(),
         stride_dout=dout.stride(0), BLOCK=ELEMENTS,
     )  # fmt: skip
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _lsh_bce_ahead.variants(arch, lsh_bce_encode, lsh_bce_fwd, lsh_bce_bwd)

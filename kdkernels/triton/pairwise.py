@@ -7,20 +7,16 @@ by tile, once for each block of columns of the rows. Nothing waits for the devic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from kdkernels.triton import _pairwise_ahead
 from kdkernels.triton import _pairwise_kernels as kernels
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
+from kdkernels.triton._common import arch_of, cdiv, on_device
 from kdkernels.triton._gram_mse_call import compiled_as, normalise_gradient
 from kdkernels.triton._pairwise_config import PairwiseConfig, pick_config
 from kdkernels.triton.triplet import supports
 
-__all__ = ["aot_variants", "pairwise_bwd", "pairwise_fwd", "supports"]
+__all__ = ["pairwise_bwd", "pairwise_fwd", "supports"]
 
 _METRICS = {
     "dot": kernels.DOT.value,
@@ -137,8 +133,3 @@ def _config(x: Tensor, metric: str) -> PairwiseConfig:
         arch=arch_of(x),
         fp32_matmul=torch.get_float32_matmul_precision(),
     )
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _pairwise_ahead.variants(arch, pairwise_fwd, pairwise_bwd)

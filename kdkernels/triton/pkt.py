@@ -7,17 +7,14 @@ fp32; products accumulate in fp32. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.triton import _pkt_ahead
 from kdkernels.triton import _pkt_kernels as kernels
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
+from kdkernels.triton._common import arch_of, cdiv, on_device
 from kdkernels.triton._pkt_config import ELEMENTS, PktConfig, pick_config
 from kdkernels.triton._product import multiply
 
@@ -183,8 +180,3 @@ def _cosine_backward(side: _Side, ratio: Tensor, dx: Tensor, eps: float) -> None
 
 def _total(losses: Tensor) -> Tensor:
     return losses.sum(dtype=torch.float64).float()
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _pkt_ahead.variants(arch, pkt_fwd)

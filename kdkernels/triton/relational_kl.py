@@ -8,18 +8,14 @@ at a time, no larger than half of the L2 cache or one row of tiles. Nothing wait
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.triton import _relational_kl_ahead
 from kdkernels.triton import _relational_kl_bwd_kernels as bwd_kernels
 from kdkernels.triton import _relational_kl_kernels as kernels
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
-from kdkernels.triton._gram_mse_config import Tile
+from kdkernels.triton._common import Tile, arch_of, cdiv, on_device
 from kdkernels.triton._relational_kl_config import MERGED, RelationalKLConfig, pick_config
 
 
@@ -362,8 +358,3 @@ def _multiply(
     )  # fmt: skip
     if splits > 1:
         torch.sum(target, 0, out=out)
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _relational_kl_ahead.variants(arch, relational_kl_fwd, relational_kl_bwd)

@@ -11,21 +11,18 @@ device.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from kdkernels.triton import _rkd_ahead
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
+from kdkernels.triton._common import arch_of, cdiv, on_device
 from kdkernels.triton._labelled_call import Pairs
 from kdkernels.triton._rkd_angle_kernels import _rkd_angles_kernel, _rkd_squares_kernel
 from kdkernels.triton._rkd_config import AngleConfig, pick_config
 from kdkernels.triton._rkd_distance_kernels import _rkd_pairs_kernel, _rkd_sum_kernel
 from kdkernels.triton.triplet import supports
 
-__all__ = ["aot_variants", "rkd_fwd", "supports"]
+__all__ = ["rkd_fwd", "supports"]
 
 
 def rkd_fwd(
@@ -150,8 +147,3 @@ def _angles(
         num_warps=config.num_warps,
     )  # fmt: skip
     return loss, out.sum(0)
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _rkd_ahead.variants(arch, rkd_fwd)

@@ -8,7 +8,6 @@ the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.triton import _sampled_similarity_ahead
-from kdkernels.triton._ahead import AotVariant
 from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
 from kdkernels.triton.lsh_bce import supports
 
-__all__ = ["aot_variants", "sampled_similarity_bwd", "sampled_similarity_fwd", "supports"]
+__all__ = ["sampled_similarity_bwd", "sampled_similarity_fwd", "supports"]
 
 
 @dataclass(frozen=True)
@@ -187,8 +184,3 @@ def sampled_similarity_bwd(
             BLOCK_K=config.keys, BLOCK_D=config.width, num_warps=config.num_warps,
         )  # fmt: skip
         return dx if splits == 1 else target.sum(0).to(x.dtype)
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _sampled_similarity_ahead.variants(arch, sampled_similarity_fwd, sampled_similarity_bwd)

@@ -8,17 +8,14 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdkernels._sorting import pulls
-from kdkernels.triton import _triplet_ahead
 from kdkernels.triton import _triplet_kernels as kernels
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
+from kdkernels.triton._common import arch_of, cdiv, on_device
 from kdkernels.triton._triplet_config import COLUMNS, ENTRIES, ROWS, pick_config
 
 _DISTANCES = {
@@ -175,8 +172,3 @@ def _strides(x: Tensor, r: Tensor) -> dict[str, int]:
 
 def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device=like.device)
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _triplet_ahead.variants(arch, triplet_fwd, triplet_bwd)

@@ -9,19 +9,15 @@ fp32. Nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from kdkernels.triton import _triplet_all_ahead
 from kdkernels.triton import _triplet_all_kernels as kernels
-from kdkernels.triton._ahead import AotVariant
-from kdkernels.triton._common import Arch, cdiv, on_device
+from kdkernels.triton._common import cdiv, on_device
 from kdkernels.triton._labelled_call import Call, in_order
 from kdkernels.triton.triplet import supports
 
-__all__ = ["aot_variants", "supports", "triplet_all_fwd"]
+__all__ = ["supports", "triplet_all_fwd"]
 
 
 def triplet_all_fwd(
@@ -92,8 +88,3 @@ def _valid(call: Call, semihard: bool) -> Tensor:
     same = call.end - call.begin
     others = call.M - same
     return ((same - int(call.own)) * (others.clamp_max(1) if semihard else others)).sum()
-
-
-def aot_variants(arch: Arch) -> Iterable[AotVariant]:
-    """Every kernel as launches on `arch` specialise and configure it."""
-    return _triplet_all_ahead.variants(arch, triplet_all_fwd)
