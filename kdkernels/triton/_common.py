@@ -164,6 +164,25 @@ def dot_weights(w, x, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def split_tile(M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(rows, columns, split) of a program that makes a tile of one split of a product."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
+    return offs_m, offs_n, tl.program_id(1)
+
+
+@triton.jit
+def store_split(out_ptr, acc, split, offs_m, offs_n, M, N):
+    """The tile of `split_tile` to its place in [splits, M, N], contiguous."""
+    tl.store(
+        out_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :],
+        acc.to(out_ptr.dtype.element_ty),
+        mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
+    )
+
+
+@triton.jit
 def two_atanh(s):
     """log((1 + s) / (1 - s)) for |s| <= 1 / 3: the Taylor polynomial of csrc/common/exp_math.h with
     7 terms."""

@@ -8,22 +8,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from kdkernels.triton._common import Arch, Precision, cdiv, pick_precision
+from kdkernels.triton._common import Arch, Precision, Tile, cdiv, pick_precision
 
 # Numbers of a buffer of distances or of weights, of which a call holds three at most.
 BUFFER = 1 << 24
 MOST_SPLITS = 64
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Output tile m x n of a product, its contraction step, and how the program is compiled."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclass(frozen=True)

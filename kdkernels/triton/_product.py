@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.triton._common import Tile, cdiv, dot
+from kdkernels.triton._common import Tile, cdiv, dot, split_tile, store_split
 
 MOST_SPLITS = 64
 
@@ -72,10 +72,7 @@ def _product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    offs_m, offs_n, split = split_tile(M, BLOCK_M, BLOCK_N)
     k_first = split * split_k
     a_ptrs = a_ptr + offs_m.to(tl.int64)[:, None] * stride_am
     x_ptrs = x_ptr + offs_n.to(tl.int64)[None, :] * stride_xn
@@ -97,8 +94,4 @@ def _product_kernel(
             other=0.0,
         )
         acc = dot(a, x.to(a.dtype), acc, PRECISION)
-    tl.store(
-        out_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :],
-        acc.to(out_ptr.dtype.element_ty),
-        mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
-    )
+    store_split(out_ptr, acc, split, offs_m, offs_n, M, N)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton._common import dot
+from kdkernels.triton._common import dot, split_tile, store_split
 from kdkernels.triton._relational_kl_kernels import logits, number_of_keys
 
 
@@ -116,10 +116,7 @@ def _relational_kl_bwd_kernel_product(
     BLOCK_K: tl.constexpr,
 ):
     """(scale a) x, plus a2 x2 if TWO."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    offs_m, offs_n, split = split_tile(M, BLOCK_M, BLOCK_N)
     rows = offs_m.to(tl.int64)[:, None] * stride_am
     k_first = split * split_k
     counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
@@ -141,8 +138,4 @@ def _relational_kl_bwd_kernel_product(
                 x2_ptr + columns[:, None] * stride_x2k + offs_n.to(tl.int64)[None, :] * stride_x2n
             )
             acc = dot(a, tl.load(x_ptrs, mask=mask_x, other=0.0).to(a.dtype), acc, PRECISION)
-    tl.store(
-        out_ptr + (split.to(tl.int64) * M + offs_m)[:, None] * N + offs_n[None, :],
-        acc,
-        mask=(offs_m < M)[:, None] & (offs_n < N)[None, :],
-    )
+    store_split(out_ptr, acc, split, offs_m, offs_n, M, N)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kdkernels.triton._common import Arch, cdiv, pick_precision
-from kdkernels.triton._gram_mse_config import Tile
+from kdkernels.triton._common import Arch, Tile, cdiv, pick_precision
 
 MERGED = 64  # rows of a program that merges the tiles of a row
 MOST_SPLITS = 64

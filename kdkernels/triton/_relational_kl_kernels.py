@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton._common import dot_split, dot_weights
+from kdkernels.triton._common import dot_split, dot_weights, split_tile, store_split
 
 _MAX_S = tl.constexpr(0)  # places of the statistics of a tile
 _SUM_S = tl.constexpr(1)
@@ -286,10 +286,7 @@ def _relational_kl_fwd_kernel_product(
     BLOCK_K: tl.constexpr,
 ):
     """Student's less teacher's softmax, times the scaled keys."""
-    tiles_m = tl.cdiv(B, BLOCK_M)
-    offs_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
+    offs_m, offs_n, split = split_tile(B, BLOCK_M, BLOCK_N)
     mask_m = offs_m < B
     step = tl.cast(tl.cdiv(K, TILE), tl.int64) * B
     w_rows = offs_m.to(tl.int64)[:, None] * K
@@ -318,8 +315,4 @@ def _relational_kl_fwd_kernel_product(
             other=0.0,
         )
         acc = dot_weights(g, keys, acc, PRECISION)
-    tl.store(
-        out_ptr + (split.to(tl.int64) * B + offs_m)[:, None] * D + offs_n[None, :],
-        acc,
-        mask=mask_m[:, None] & (offs_n < D)[None, :],
-    )
+    store_split(out_ptr, acc, split, offs_m, offs_n, B, D)
