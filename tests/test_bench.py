@@ -8,6 +8,9 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -160,6 +163,24 @@ def test_what_needs_too_much_memory_is_skipped_before_it_starts(info: OpInfo) ->
     assert reason is not None
     assert "GiB allowed" in reason
     assert bench.why_skip(info, _tiny(info), sample, "eager", torch.float32, 8 * bench.GIB) is None
+
+
+def test_resident_memory_is_seen() -> None:
+    program = (
+        "from kdkernels.testing import resident\n"
+        "print(resident.extra_bytes(lambda: b'1' * (32 * 2**20)))\n"
+        "print(resident.extra_bytes(lambda: None))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    block, nothing = map(int, done.stdout.split())
+    assert 31 * 2**20 < block < 34 * 2**20
+    assert 0 <= nothing < 2**20
 
 
 @each_info()

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +15,7 @@ from console import output_of
 import kdkernels as kd
 from kdkernels.cli.main import main
 from kdkernels.demo import data as demo_data
-from kdkernels.demo import losses, measure, memory, models, training
+from kdkernels.demo import losses, measure, models, training
 
 ROOT = Path(__file__).parents[1]
 
@@ -384,22 +381,6 @@ def test_relations_are_those_of_the_features_and_add_up_with_logits(tmp_path: Pa
     torch.testing.assert_close(values["rrd-kd"], values["rrd"] + values["kd"] / 0.9)
     torch.testing.assert_close(gradients["rrd-kd"][0], gradients["rrd"][0])
     torch.testing.assert_close(gradients["rrd-kd"][1], gradients["kd"][1] / 0.9)
-
-
-def test_memory_record_sees_what_is_allocated() -> None:
-    program = (
-        "from kdkernels.demo import memory\n"
-        "ballast = memory.fill_to_the_record()\n"
-        "before = memory.highest_resident_bytes()\n"
-        "block = b'1' * (32 * 2**20)\n"
-        "print(memory.highest_resident_bytes() - before)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
-    )
-    assert 31 * 2**20 < int(done.stdout) < 34 * 2**20
-    assert memory.highest_resident_bytes() > 2**20
 
 
 def test_a_criterion_is_measured_as_it_was_trained(tmp_path: Path) -> None:

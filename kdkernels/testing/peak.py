@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak extra memory of one call, above its inputs.
 
-On a GPU the allocator knows. On the CPU native scratch goes around torch's allocator, so a fresh
-process makes the call once and reads how far the kernel's high-water mark of resident memory
-(VmHWM, set back through /proc/self/clear_refs) rises above what was resident with the inputs in
-place.
+On a GPU the allocator knows. On the CPU a fresh process makes the call once and reads how much more
+became resident than was with the inputs in place.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
@@ -20,19 +17,15 @@ from typing import Any
 
 import torch
 
-from kdkernels.testing import bench
+from kdkernels.testing import bench, resident
 from kdkernels.testing.opinfo import BenchShape, opinfos
 
 MIB = 1024.0**2
-CLEAR_REFS = Path("/proc/self/clear_refs")
-RESET_HIGH_WATER_MARK = "5"  # proc(5)
 
 
 def why_not(device: torch.device) -> str | None:
     """Why peak memory cannot be measured on this machine; None if it can."""
-    if device.type == "cpu" and not (sys.platform == "linux" and os.access(CLEAR_REFS, os.W_OK)):
-        return "the high-water mark of resident memory cannot be set back on this system"
-    return None
+    return resident.why_not() if device.type == "cpu" else None
 
 
 def extra_mib(
@@ -100,13 +93,6 @@ def _on_gpu(
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
-def _resident_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(request["threads"])
     shape, dtype = BenchShape(**request["shape"]), getattr(torch, request["dtype"])
@@ -123,13 +109,7 @@ def main(request: dict[str, Any]) -> None:
     call = _call(request["op"], shape, *rest)
     if request["variant"] == "compile":
         call(0)  # the compiler's own memory, at the size that it specialises on
-    ctypes.CDLL(None).malloc_trim(
-        0
-    )  # memory that the allocator kept would hide as much of what comes
-    CLEAR_REFS.write_text(RESET_HIGH_WATER_MARK)
-    before = _resident_bytes("VmRSS")
-    call(0)
-    print(max(_resident_bytes("VmHWM") - before, 0) / MIB)
+    print(resident.extra_bytes(lambda: call(0)) / MIB)
 
 
 if __name__ == "__main__":
