@@ -282,3 +282,13 @@ def test_products_use_tensor_cores_where_claimed(device_code: list[Resources]) -
     assert products
     for kernel in products:
         assert (kernel.tensor_core > 0) == (EXACT not in kernel.kernel), kernel
+
+
+def test_the_library_names_where_the_current_stream_is() -> None:
+    """Symbols of a library that torch has loaded are found only by who names it as needed."""
+    library = Path(_native.__file__).parent / "libkdkernels_cuda.so"
+    if not library.exists():
+        pytest.skip("libkdkernels_cuda.so was not built")
+    done = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
+    needed = re.findall(r"\(NEEDED\).*\[(lib\w+)\.so", done.stdout)
+    assert {"libtorch_cpu", "libtorch_cuda"} <= set(needed)

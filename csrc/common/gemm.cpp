@@ -31,10 +31,9 @@ template <typename T>
 void gemm(Matrix<const T> a, Matrix<const T> b, Matrix<T> c, int beta) {
   const View va(a), vb(b), vc(c);
   if (beta == 0) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(vc.get(), va.get(), vb.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(vc.get(), va.get(), vb.get()));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(vc.get(), vc.get(), va.get(), vb.get(), 1, 1));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(vc.get(), vc.get(), va.get(), vb.get(), 1, 1));
   }
 }
 

@@ -29,7 +29,7 @@ void parallel_each(int64_t n, double ops, const F& f) {
 
 inline int64_t thread_index() {
   uint32_t index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
+  TORCH_ERROR_CODE_CHECK(torch_get_thread_idx(&index));
   return index;
 }
 

@@ -34,9 +34,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1))
     strides[i] = stride;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.begin(), strides, shim_dtype(dtype),
-                                                         device_type, device, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                                  strides, shim_dtype(dtype), device_type, device,
+                                                  &handle));
   return Tensor(handle);
 }
 
@@ -58,7 +58,7 @@ class View {
   template <typename T>
   View(const void* data, const Matrix<T>& form, int32_t dtype) {
     const int64_t sizes[] = {form.rows, form.cols}, strides[] = {form.row_stride, form.col_stride};
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_create_tensor_from_blob(const_cast<void*>(data), 2, sizes, strides, 0, dtype,
                                            aoti_torch_device_type_cpu(), 0, &handle_));
   }

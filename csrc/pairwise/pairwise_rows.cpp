@@ -66,13 +66,13 @@ View Plane::block(int64_t row0, int64_t rows, int64_t col0, int64_t cols) const 
 
 template <typename T>
 void Plane::read(int64_t row0, int64_t col0, Matrix<T> to) const {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_copy_(View(to).get(), block(row0, to.rows, col0, to.cols).get(), 0));
 }
 
 template <typename T>
 void Plane::write(int64_t row0, int64_t col0, Matrix<const T> from) const {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_copy_(block(row0, from.rows, col0, from.cols).get(), View(from).get(), 0));
 }
 

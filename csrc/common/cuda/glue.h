@@ -30,7 +30,7 @@ inline cudaStream_t current_stream(int32_t) { return nullptr; }
 using OnDevice = torch::stable::accelerator::DeviceGuard;
 inline cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 #endif
@@ -40,7 +40,7 @@ class Device {
  public:
   explicit Device(const Tensor& like)
       : index_(like.get_device_index()), guard_(index_), stream_(current_stream(index_)) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &type_));
   }
 
   cudaStream_t stream() const { return stream_; }
