@@ -143,12 +143,13 @@ __device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* share
   __syncthreads();
 }
 
-// The tile in shared memory, for epilogues that work along its rows: [kTile, kTile], and swizzled.
-// Nobody else may still use `shared`.
+// The tile in shared memory, for epilogues that work along its rows: [kTile, kTile], and swizzled,
+// so that eight rows of a fragment lie in different banks, as do eight columns of four groups of
+// eight rows. Nobody else may still use `shared`.
 static_assert(kSharedBytes >= kTile * kTile * 4, "an fp32 tile has to fit the operands' memory");
 
 __device__ __forceinline__ float* staged(float* shared, int row, int column) {
-  return shared + row * kTile + ((column / 4 ^ (row & 7)) * 4 + column % 4);
+  return shared + row * kTile + ((column / 4 ^ (row & 7) ^ (row >> 3 & 3) << 1) * 4 + column % 4);
 }
 
 __device__ __forceinline__ void stage(const Accumulators& acc, float* shared) {
