@@ -36,43 +36,51 @@ __global__ void __launch_bounds__(kThreads)
   (second ? p.number[1] : p.number[0])[i] = number;
 }
 
-// Products become values; those of close pairs kMarked. Whether a lane of this warp has one.
-__device__ __forceinline__ bool values_of(Accumulators& acc, const ValuesParams& p,
-                                          const float* x_number, const float* y_number, int64_t i0,
-                                          int64_t j0) {
-  if (p.metric == Metric::kDot) return false;
-  const bool distance = is_distance(p.metric), diagonal = p.own && i0 == j0;
-  float y[8];
-  KDK_UNROLL
-  for (int c = 0; c < 8; ++c) {
-    const int64_t j = j0 + first_column() + c / 2 * 8 + c % 2;
-    y[c] = j < p.y.rows ? y_number[j] : 0.0f;
-  }
-  bool close = false;
+// f(accumulator, k, c) of this thread's 8 x 8, number k down and c across.
+template <typename F>
+__device__ __forceinline__ void for_each_value(Accumulators& acc, const F& f) {
   KDK_UNROLL
   for (int k = 0; k < 8; ++k) {
-    const int row = first_row() + 8 * k;
-    const float x = i0 + row < p.x.rows ? x_number[i0 + row] : 0.0f;
     KDK_UNROLL
-    for (int c = 0; c < 8; ++c) {
-      float& value = acc[k / 2][c / 2][k % 2 * 2 + c % 2];
-      if (!distance) {
-        value = value * x * y[c];
-        continue;
-      }
-      // in this order, so that nothing is rounded to the digits of the sum of the norms
-      float d2 = (x - value) + (y[c] - value);
-      const bool itself = diagonal && row == first_column() + c / 2 * 8 + c % 2;
-      const bool near = !itself && d2 < (x + y[c]) * kClose<float>;
-      d2 = itself && d2 == d2 ? 0.0f : d2;
-      value = near ? kMarked : from_squared(p.metric, d2, p.gamma);
-      close = close || near;
-    }
+    for (int c = 0; c < 8; ++c) f(acc[k / 2][c / 2][k % 2 * 2 + c % 2], k, c);
   }
+}
+
+// Products become similarities or squared distances, those of close pairs kMarked. Whether a lane
+// of this warp has one.
+__device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesParams& p,
+                                               const float* x_number, const float* y_number,
+                                               int64_t i0, int64_t j0) {
+  if (p.metric == Metric::kDot) return false;
+  const auto row = [](int k) { return first_row() + 8 * k; };
+  const auto column = [](int c) { return first_column() + c / 2 * 8 + c % 2; };
+  float x[8], y[8];
+  KDK_UNROLL
+  for (int k = 0; k < 8; ++k) {
+    x[k] = i0 + row(k) < p.x.rows ? x_number[i0 + row(k)] : 0.0f;
+    y[k] = j0 + column(k) < p.y.rows ? y_number[j0 + column(k)] : 0.0f;
+  }
+  if (p.metric == Metric::kCosine) {
+    for_each_value(acc, [&](float& value, int k, int c) { value = value * x[k] * y[c]; });
+    return false;
+  }
+  for_each_value(acc, [&](float& value, int k, int c) {
+    // in this order, so that nothing is rounded to the digits of the sum of the norms
+    const float d2 = (x[k] - value) + (y[c] - value);
+    value = d2 < (x[k] + y[c]) * kClose<float> ? kMarked : d2;
+  });
+  if (p.own && i0 == j0) {  // itself; NaN stays
+    for_each_value(acc, [&](float& value, int k, int c) {
+      value = row(k) == column(c) && value == value ? 0.0f : value;
+    });
+  }
+  bool close = false;
+  for_each_value(acc, [&](float& value, int, int) { close = close || value == kMarked; });
   return __ballot_sync(kWarp, close) != 0;
 }
 
-// The marked values of this warp's part of the tile, from differences: eight lanes have a pair.
+// The marked squared distances of this warp's part of the tile, from differences: eight lanes have
+// a pair.
 template <typename T>
 __device__ __forceinline__ void differences(float* tile, const ValuesParams& p, int64_t g,
                                             int64_t i0, int64_t j0) {
@@ -99,8 +107,7 @@ __device__ __forceinline__ void differences(float* tile, const ValuesParams& p, 
         for (int e = 0; e < 8; ++e) sum += (a[e] - b[e]) * (a[e] - b[e]);
       }
       sum = lane_sum<1, 4>(sum);
-      if (mine >= 0 && lane % 8 == 0)
-        *staged(tile, row, column0 + mine) = from_squared(p.metric, sum, p.gamma);
+      if (mine >= 0 && lane % 8 == 0) *staged(tile, row, column0 + mine) = sum;
     }
   }
 }
@@ -121,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     fill(acc, 0);
     multiply<kMath, Along::kContraction, Along::kContraction>(acc, shared_memory(), p.x, p.y, g, i0,
                                                               j0, 0, p.x.cols);
-    close = values_of(acc, p, p.x_number + g * N, p.y_number + g * M, i0, j0);
+    close = scale_products(acc, p, p.x_number + g * N, p.y_number + g * M, i0, j0);
     stage(acc, tile);
   }
   if (close) differences<T>(tile, p, g, i0, j0);
@@ -129,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
 
   // sixteen threads have a row; on the diagonal what is below comes from above
   T* out = static_cast<T*>(p.out) + g * N * M;
-  const bool together = M % 8 == 0, diagonal = p.own && i0 == j0;
+  const bool together = M % 8 == 0, diagonal = p.own && i0 == j0, twice = p.own && !diagonal;
   for (int c = threadIdx.x; c < kTile * kTile / 8; c += kThreads) {
     const int row = c / (kTile / 8), column = c % (kTile / 8) * 8;
     if (i0 + row >= N || j0 + column >= M) continue;
@@ -139,9 +146,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
       KDK_UNROLL
       for (int e = 0; e < 8; ++e) x[e] = column + e < row ? *staged(tile, column + e, row) : x[e];
     }
+    if (is_distance(p.metric)) {
+      KDK_UNROLL
+      for (int e = 0; e < 8; ++e) x[e] = from_squared(p.metric, x[e], p.gamma);
+    }
+    if (twice) stage_eight(x, tile, row, column);
     store_eight(out + (i0 + row) * M + j0 + column, x, M - j0 - column, together);
   }
-  if (!p.own || diagonal) return;
+  if (!twice) return;
+  __syncthreads();
   // four lanes have 32 neighbours of a row, for the banks' sake
   for (int c = threadIdx.x; c < kTile * kTile / 8; c += kThreads) {
     const int row = c / 32 % (kTile / 8) * 8 + c / 4 % 8, column = (c % 4 + c / 512 * 4) * 8;

@@ -178,4 +178,14 @@ __device__ __forceinline__ void load_eight(float (&x)[8], float* shared, int row
   }
 }
 
+// Puts them back.
+__device__ __forceinline__ void stage_eight(const float (&x)[8], float* shared, int row,
+                                            int column) {
+  KDK_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    *reinterpret_cast<Float4*>(staged(shared, row, column + 4 * half)) = {
+        x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]};
+  }
+}
+
 }  // namespace kdk::cuda
