@@ -59,7 +59,7 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
     ),
     "pairwise-own": lambda dtype: _pairwise((300, 41), None, "euclidean", dtype),
     "pairwise-pair": lambda dtype: _pairwise((139, 24), 268, "rbf", dtype),
-    "pairwise-groups": lambda dtype: _pairwise((7, 20, 261), 33, "sqeuclidean", dtype),
+    "pairwise-groups": lambda dtype: _pairwise((3, 30, 261), 33, "sqeuclidean", dtype),
     "pairwise-cosine": lambda dtype: _pairwise((2, 150, 9), None, "cosine", dtype),
     "pairwise-dot": lambda dtype: _pairwise((139, 21), 270, "dot", dtype),
 }

@@ -48,10 +48,10 @@ __device__ __forceinline__ void for_each_value(Accumulators& acc, const F& f) {
 
 // Products become similarities or squared distances, those of close pairs kMarked. Whether a lane
 // of this warp has one.
-__device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesParams& p,
-                                               const float* x_number, const float* y_number,
+__device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesParams& p, int64_t g,
                                                int64_t i0, int64_t j0) {
   if (p.metric == Metric::kDot) return false;
+  const float *x_number = p.x_number + g * p.x.rows, *y_number = p.y_number + g * p.y.rows;
   const auto row = [](int k) { return first_row() + 8 * k; };
   const auto column = [](int c) { return first_column() + c / 2 * 8 + c % 2; };
   float x[8], y[8];
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     fill(acc, 0);
     multiply<kMath, Along::kContraction, Along::kContraction>(acc, shared_memory(), p.x, p.y, g, i0,
                                                               j0, 0, p.x.cols);
-    close = scale_products(acc, p, p.x_number + g * N, p.y_number + g * M, i0, j0);
+    close = scale_products(acc, p, g, i0, j0);
     stage(acc, tile);
   }
   if (close) differences<T>(tile, p, g, i0, j0);
