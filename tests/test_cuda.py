@@ -57,6 +57,11 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
     "triplet_loss-references": lambda dtype: _triplet_loss(
         140, 270, 21, dtype, mining="batch_semihard"
     ),
+    "pairwise-own": lambda dtype: _pairwise((300, 41), None, "euclidean", dtype),
+    "pairwise-pair": lambda dtype: _pairwise((139, 24), 268, "rbf", dtype),
+    "pairwise-groups": lambda dtype: _pairwise((3, 30, 261), 33, "sqeuclidean", dtype),
+    "pairwise-cosine": lambda dtype: _pairwise((2, 150, 9), None, "cosine", dtype),
+    "pairwise-dot": lambda dtype: _pairwise((139, 21), 270, "dot", dtype),
 }
 
 
@@ -72,6 +77,18 @@ def _triplet_loss(B: int, M: int, D: int, dtype: torch.dtype, **options: Any) ->
     if M > 0:
         options |= {"references": r, "reference_labels": reference_labels}
     return Sample("several_tiles", (x, labels), options)
+
+
+def _pairwise(shape: tuple[int, ...], M: int | None, metric: str, dtype: torch.dtype) -> Sample:
+    """Every seventh row is close to every other such one; the rows of x alone if M is None."""
+    sizes = (shape, *(() if M is None else ((*shape[:-2], M, shape[-1]),)))
+    sides = tuple(
+        randn(*size, seed=seed, device=CPU, dtype=dtype) for seed, size in enumerate(sizes)
+    )
+    centre = sides[0][..., :1, :].clone()
+    for x in sides:
+        x[..., ::7, :] = centre + x[..., ::7, :] / 16
+    return Sample("several_tiles", sides, {"metric": metric, "gamma": 0.02})
 
 
 def _large(name: str, dtype: torch.dtype) -> Case:

@@ -12,16 +12,6 @@ namespace kdk::pairs {
 
 using triplet::Distance;
 
-// A squared distance below this share of |x|^2 + |y|^2 is computed again from differences.
-//
-// |x|^2 + |y|^2 - 2 <x, y> is off by some eps (|x|^2 + |y|^2), so at or above the share s a
-// distance is relatively off by at most about eps / (2 s), 8 eps in fp32; and so is a weight
-// (margin - d) / d times d, which is what a pair contributes to a gradient. A pair from differences
-// costs as much as a few pairs of a product, so even where all pairs are close the sweep is only
-// some times slower.
-template <typename T>
-inline constexpr T kClose = sizeof(T) == sizeof(float) ? T(1) / 16 : T(1) / 1024;
-
 template <typename T>
 struct Loops {
   // Products <x, y_j> become distances, and those of close pairs -1. Returns how many are close.

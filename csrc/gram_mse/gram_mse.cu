@@ -17,13 +17,7 @@ __device__ void norms_of_rows(const NormsParams& p, int64_t block) {
   if (row >= 2 * p.G * p.B) return;
   const int64_t side = row / (p.G * p.B), g = row / p.B % p.G, i = row % p.B;
   const Source& x = side == 0 ? p.x[0] : p.x[1];
-  const T* from = static_cast<const T*>(x.data) + g * x.group + i * x.stride;
-  double sum = 0;
-  for (int64_t d = lane; d < x.cols; d += 32) {
-    const double value = to_float(from[d]);
-    sum += value * value;
-  }
-  sum = warp_sum(sum);
+  const double sum = squared_norm(row_of<T>(x, g, i), x.cols);
   if (lane == 0) p.scale[row] = static_cast<float>(1 / clamp_min(sqrt(sum), kEps));
 }
 
@@ -147,29 +141,6 @@ __global__ void __launch_bounds__(kThreads)
   store_eight(static_cast<T*>(p.weights) + base, w, B - j0, B % 8 == 0);
 }
 
-// (v - u <u, v>) / |x| in fp64: the radial part taken away can far exceed what remains.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    gram_mse_bwd_kernel_normalise(const __grid_constant__ NormaliseParams p) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
-  const int64_t lane = threadIdx.x % 32, D = p.x.cols;
-  if (row >= p.G * p.B) return;
-  const T* x = static_cast<const T*>(p.x.data) + row / p.B * p.x.group + row % p.B * p.x.stride;
-  const float* v = p.v + row * D;
-  double own = 0, radial = 0;
-  for (int64_t d = lane; d < D; d += 32) {
-    const double value = to_float(x[d]);
-    own += value * value;
-    radial += value * v[d];
-  }
-  const double norm = sqrt(warp_sum(own)), inverse = 1 / clamp_min(norm, kEps);
-  // a norm that the clamp holds does not depend on x
-  radial = norm < kEps ? 0 : warp_sum(radial) * inverse * inverse;
-  for (int64_t d = lane; d < D; d += 32)
-    static_cast<T*>(p.dx)[row * D + d] = from_float<T>(
-        static_cast<float>((v[d] - radial * static_cast<double>(to_float(x[d]))) * inverse));
-}
-
 }  // namespace
 
 void launch_gram_mse_resident(const ResidentParams& params, Math math, cudaStream_t stream) {
@@ -205,13 +176,6 @@ void launch_gram_mse_norms(const NormsParams& params, Math math, cudaStream_t st
   for_math(math, [&]<Math kMath>() {
     launch(gram_mse_norms_kernel<Element<kMath>>, grid_of(norms_blocks(params)), kThreads, 0,
            stream, params);
-  });
-}
-
-void launch_gram_mse_bwd_normalise(const NormaliseParams& params, Math math, cudaStream_t stream) {
-  for_math(math, [&]<Math kMath>() {
-    launch(gram_mse_bwd_kernel_normalise<Element<kMath>>,
-           grid_of(ceil_div(params.G * params.B, kRowsPerBlock)), kThreads, 0, stream, params);
   });
 }
 

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../common/cuda/glue.h"
+#include "../common/cuda/normalise.h"
 
 namespace kdk::gram_mse {
 namespace {
@@ -183,7 +184,7 @@ Tensor gradient(const Device& device, const Operands& operands, int side, const 
   }
   if (!unit) return in_dtype(product_out, dtype);
   const Tensor dx = device.empty({G, B, D}, dtype_of(math));
-  launch_gram_mse_bwd_normalise(
+  launch_normalise(
       {operands.problem.x[side], data_of<const float>(product_out), dx.mutable_data_ptr(), G, B},
       math, device.stream());
   return in_dtype(dx, dtype);

@@ -93,20 +93,10 @@ struct LossParams {
   int64_t B;
 };
 
-// The gradient of features from that of unit vectors.
-struct NormaliseParams {
-  cuda::Source x;  // [G, B, D]
-  const float* v;  // [G, B, D] contiguous
-  void* dx;        // likewise, of `math`'s dtype
-  int64_t G, B;
-};
-
 void launch_gram_mse_resident(const ResidentParams& params, cuda::Math math, cudaStream_t stream);
 void launch_gram_mse_finish(const FinishParams& params, cudaStream_t stream);
 void launch_gram_mse_bwd_weights(const WeightsParams& params, cuda::Math math, cudaStream_t stream);
 void launch_gram_mse_norms(const NormsParams& params, cuda::Math math, cudaStream_t stream);
-void launch_gram_mse_bwd_normalise(const NormaliseParams& params, cuda::Math math,
-                                   cudaStream_t stream);
 void launch_gram_mse_loss(const LossParams& params, int64_t G, cudaStream_t stream);
 void launch_gram_mse_pair_sums(const PairSumsParams& params, cuda::Math math, cudaStream_t stream);
 void launch_gram_mse_pair_finish(const PairFinishParams& params, cudaStream_t stream);

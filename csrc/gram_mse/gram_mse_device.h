@@ -2,13 +2,10 @@
 // What the CUDA kernels of gram_mse do with entries of the Grams and with rows.
 #pragma once
 
-#include "../common/cuda/element.h"
-#include "../common/cuda/reduce.h"
+#include "../common/cuda/rows.h"
 #include "gram_mse_cuda.h"
 
 namespace kdk::gram_mse {
-
-inline constexpr int kRowsPerBlock = cuda::kThreads / 32;  // a warp has a row
 
 __device__ __forceinline__ float row_scale(const Problem& p, int side, int64_t g, int64_t i) {
   return p.scale != nullptr && i < p.B ? p.scale[(side * p.G + g) * p.B + i] : 1.0f;

@@ -6,19 +6,12 @@
 
 #include "../common/parallel.h"
 #include "pairwise.h"
+#include "pairwise_metric.h"
 
 namespace kdk::pairwise {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-Metric parse(const std::string& metric) {
-  return metric == "dot"           ? Metric::kDot
-         : metric == "cosine"      ? Metric::kCosine
-         : metric == "euclidean"   ? Metric::kEuclidean
-         : metric == "sqeuclidean" ? Metric::kSqEuclidean
-                                   : Metric::kRbf;
-}
 
 // A tensor like x, [N, D] or [G, N, D], but of so many columns.
 Tensor like(const Tensor& x, int64_t columns, ScalarType type) {

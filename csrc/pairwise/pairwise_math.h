@@ -2,7 +2,9 @@
 // The arithmetic of pairwise, shared by the CPU and CUDA kernels. Derivation: docs/ops/pairwise.md.
 #pragma once
 
-#include "../common/host_device.h"
+#include <cmath>
+
+#include "../common/rows_math.h"
 
 namespace kdk::pairwise {
 
@@ -26,7 +28,7 @@ KDK_HOST_DEVICE T slope(T value, T factor) {
   }
 }
 
-// Whether two rows are so close that products of them lose their distance (pairs::kClose), from the
+// Whether two rows are so close that products of them lose their distance (kdk::kClose), from the
 // value and a bound of each row: kRbf exp(-gamma kClose |x|^2), else kClose |x|^2. False for NaN.
 template <Metric kMetric, typename T>
 KDK_HOST_DEVICE bool is_close(T value, T bound, T other) {
@@ -37,6 +39,36 @@ KDK_HOST_DEVICE bool is_close(T value, T bound, T other) {
   } else {
     return value >= bound * other && value > T(0);
   }
+}
+
+// The same of a metric that is known at run time; of a distance.
+template <typename T>
+KDK_HOST_DEVICE T slope(Metric metric, T value, T factor) {
+  return metric == Metric::kEuclidean     ? slope<Metric::kEuclidean>(value, factor)
+         : metric == Metric::kSqEuclidean ? slope<Metric::kSqEuclidean>(value, factor)
+                                          : slope<Metric::kRbf>(value, factor);
+}
+
+template <typename T>
+KDK_HOST_DEVICE bool is_close(Metric metric, T value, T bound, T other) {
+  return metric == Metric::kEuclidean     ? is_close<Metric::kEuclidean>(value, bound, other)
+         : metric == Metric::kSqEuclidean ? is_close<Metric::kSqEuclidean>(value, bound, other)
+                                          : is_close<Metric::kRbf>(value, bound, other);
+}
+
+// A distance in terms of the squared Euclidean one.
+template <typename T>
+KDK_HOST_DEVICE T from_squared(Metric metric, T d2, T gamma) {
+  return metric == Metric::kEuclidean     ? std::sqrt(d2)
+         : metric == Metric::kSqEuclidean ? d2
+                                          : std::exp(-gamma * d2);
+}
+
+// The bound of a row for is_close, from its squared norm.
+template <typename T>
+KDK_HOST_DEVICE T close_bound(Metric metric, T norm, double gamma) {
+  const T bound = norm * kClose<T>;
+  return metric == Metric::kRbf ? static_cast<T>(std::exp(-gamma * bound)) : bound;
 }
 
 }  // namespace kdk::pairwise

@@ -129,10 +129,7 @@ struct Gradient {
 
   Gradient(const Rows<T>& rows_, const Matrix<T>* sum_, Metric metric, double gamma)
       : rows(rows_), sum(sum_), total(rows_.norm.size()), bound(rows_.norm) {
-    for (T& x : bound) {
-      x *= pairs::kClose<T>;
-      if (metric == Metric::kRbf) x = static_cast<T>(std::exp(-gamma * x));
-    }
+    for (T& x : bound) x = close_bound(metric, x, gamma);
     if (sum == nullptr) return;
     for (int64_t i = 0; i < sum->rows; ++i) std::fill_n(sum->row(i), sum->cols, T(0));
   }
@@ -189,26 +186,13 @@ struct Backward {
     const T *values = value.row(i), *bounds = y.bound.data() + j0;
     for (int64_t j = 0; j < weight.cols; ++j) {
       T& w = weight.row(i)[j];
-      if (w == 0 || !close(values[j], x.bound[i0 + i], bounds[j])) continue;
-      const double factor = w * slope_of(values[j]);
+      if (w == 0 || !is_close(metric, values[j], x.bound[i0 + i], bounds[j])) continue;
+      const double factor = w * slope<double>(metric, values[j], -2 * gamma);
       w = 0;
       x.pull(factor, i0 + i, y.rows.given.row(j0 + j));
       // on the diagonal tile the pair comes again, as (j, i)
       if (!(own && i0 == j0)) y.pull(factor, j0 + j, x.rows.given.row(i0 + i));
     }
-  }
-
-  bool close(T value, T bound, T other) const {
-    return metric == Metric::kEuclidean     ? is_close<Metric::kEuclidean>(value, bound, other)
-           : metric == Metric::kSqEuclidean ? is_close<Metric::kSqEuclidean>(value, bound, other)
-                                            : is_close<Metric::kRbf>(value, bound, other);
-  }
-
-  double slope_of(double value) const {
-    const double factor = -2 * gamma;
-    return metric == Metric::kEuclidean     ? slope<Metric::kEuclidean>(value, factor)
-           : metric == Metric::kSqEuclidean ? slope<Metric::kSqEuclidean>(value, factor)
-                                            : slope<Metric::kRbf>(value, factor);
   }
 };
 

@@ -4,7 +4,7 @@
 // Winners are merged as integers, so in any order.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
-#include "../common/cuda/reduce.h"
+#include "../common/cuda/rows.h"
 #include "../common/cuda/triangle.h"
 #include "triplet_cuda.h"
 
@@ -13,7 +13,6 @@ namespace {
 
 using namespace kdk::cuda;
 
-constexpr int kRowsPerBlock = kThreads / 32;  // a warp has a row
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();

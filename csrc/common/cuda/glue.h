@@ -154,6 +154,11 @@ class Product {
 
   int64_t ticket_count() const { return params.splits > 1 ? groups_ * params.tiles : 0; }
 
+  // Where no launch before it does.
+  void clear_tickets() {
+    if (tickets_) torch::stable::zero_(*tickets_);
+  }
+
   void launch(Along a_along, const Device& device) const {
     launch_product(params, groups_, a_along, math_, device.stream());
   }

@@ -143,12 +143,13 @@ __device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* share
   __syncthreads();
 }
 
-// The tile in shared memory, for epilogues that work along its rows: [kTile, kTile], and swizzled.
-// Nobody else may still use `shared`.
+// The tile in shared memory, for epilogues that work along its rows: [kTile, kTile], and swizzled,
+// so that eight rows of a fragment lie in different banks, as do eight columns of four groups of
+// eight rows. Nobody else may still use `shared`.
 static_assert(kSharedBytes >= kTile * kTile * 4, "an fp32 tile has to fit the operands' memory");
 
 __device__ __forceinline__ float* staged(float* shared, int row, int column) {
-  return shared + row * kTile + ((column / 4 ^ (row & 7)) * 4 + column % 4);
+  return shared + row * kTile + ((column / 4 ^ (row & 7) ^ (row >> 3 & 3) << 1) * 4 + column % 4);
 }
 
 __device__ __forceinline__ void stage(const Accumulators& acc, float* shared) {
@@ -174,6 +175,16 @@ __device__ __forceinline__ void load_eight(float (&x)[8], float* shared, int row
     const auto four = *reinterpret_cast<const Float4*>(staged(shared, row, column + 4 * half));
     KDK_UNROLL
     for (int e = 0; e < 4; ++e) x[4 * half + e] = four.x[e];
+  }
+}
+
+// Puts them back.
+__device__ __forceinline__ void stage_eight(const float (&x)[8], float* shared, int row,
+                                            int column) {
+  KDK_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    *reinterpret_cast<Float4*>(staged(shared, row, column + 4 * half)) = {
+        x[4 * half], x[4 * half + 1], x[4 * half + 2], x[4 * half + 3]};
   }
 }
 

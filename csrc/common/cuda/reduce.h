@@ -21,4 +21,13 @@ __device__ __forceinline__ T warp_sum(T x) {
   return lane_sum<1, 16>(x);
 }
 
+// Number of the lowest bit of x, which is not 0.
+__device__ __forceinline__ int lowest_bit(unsigned x) {
+#if defined(KDK_CUDA_HOST)
+  return __builtin_ctz(x);
+#else
+  return __ffs(static_cast<int>(x)) - 1;
+#endif
+}
+
 }  // namespace kdk::cuda

@@ -22,27 +22,48 @@ __device__ __forceinline__ void store_pair(T* to, float x, float y, bool second,
   }
 }
 
+template <typename T>
+struct alignas(kChunkBytes) Chunk {
+  T x[kChunkBytes / sizeof(T)];
+};
+
 // `count` of eight neighbours, in stores of 16 bytes where they are all there and `together`.
 template <typename T>
 __device__ __forceinline__ void store_eight(T* to, const float (&x)[8], int64_t count,
                                             bool together) {
-  struct alignas(16) Chunk {
-    T x[16 / sizeof(T)];
-  };
-  constexpr int kEach = 16 / sizeof(T);
+  constexpr int kEach = kChunkBytes / sizeof(T);
   if (together && count >= 8) {
     KDK_UNROLL
     for (int part = 0; part < 8 / kEach; ++part) {
-      Chunk chunk;
+      Chunk<T> chunk;
       KDK_UNROLL
       for (int e = 0; e < kEach; ++e) chunk.x[e] = from_float<T>(x[part * kEach + e]);
-      *reinterpret_cast<Chunk*>(to + part * kEach) = chunk;
+      *reinterpret_cast<Chunk<T>*>(to + part * kEach) = chunk;
     }
   } else {
     KDK_UNROLL
     for (int e = 0; e < 8; ++e) {
       if (e < count) to[e] = from_float<T>(x[e]);
     }
+  }
+}
+
+// `count` of eight neighbours, zeros behind them, in loads of 16 bytes where they are all there and
+// `together`.
+template <typename T>
+__device__ __forceinline__ void read_eight(float (&x)[8], const T* from, int64_t count,
+                                           bool together) {
+  constexpr int kEach = kChunkBytes / sizeof(T);
+  if (together && count >= 8) {
+    KDK_UNROLL
+    for (int part = 0; part < 8 / kEach; ++part) {
+      const auto chunk = *reinterpret_cast<const Chunk<T>*>(from + part * kEach);
+      KDK_UNROLL
+      for (int e = 0; e < kEach; ++e) x[part * kEach + e] = to_float(chunk.x[e]);
+    }
+  } else {
+    KDK_UNROLL
+    for (int e = 0; e < 8; ++e) x[e] = e < count ? to_float(from[e]) : 0.0f;
   }
 }
 
@@ -124,12 +145,10 @@ struct OperandTile {
     }
     __device__ __forceinline__ void copy(unsigned char* to, const T* from, int count) const {
       if (source_.aligned) return copy_async(to, from, count * static_cast<int>(sizeof(T)));
-      struct alignas(16) Chunk {
-        T x[kPerChunk];
-      } values;
+      Chunk<T> values;
       KDK_UNROLL
       for (int e = 0; e < kPerChunk; ++e) values.x[e] = e < count ? from[e] : T{};
-      *reinterpret_cast<Chunk*>(to) = values;
+      *reinterpret_cast<Chunk<T>*>(to) = values;
     }
 
     const Source& source_;

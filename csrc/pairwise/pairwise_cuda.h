@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers of the CUDA kernels of pairwise. Residuals: kdkernels/ops/pairwise.py.
+#pragma once
+
+#include "../common/cuda/product.h"
+#include "pairwise_math.h"
+
+namespace kdk::pairwise {
+
+// What the kernels need of each row beside its features.
+enum class RowNumber {
+  kInverse,  // 1 / max(|x|, eps)
+  kSquared,  // |x|^2; NaN where the row is not finite
+  kBound,    // close_bound of that
+};
+
+struct RowNumbersParams {
+  cuda::Source x[2];  // [G, N, D] and [G, M, D]; the second without rows where the sides are one
+  float* number[2];   // [G, N], [G, M]
+  int64_t G;
+  RowNumber what;
+  Metric metric;
+  double gamma;
+};
+
+struct ValuesParams {
+  cuda::Source x, y;      // [G, N, D], [G, M, D]
+  const float* x_number;  // [G, N]: inverse norms (kCosine) or squared norms (distances)
+  const float* y_number;  // [G, M]
+  void* out;              // [G, N, M] contiguous, of the dtype of x
+  int64_t G;
+  bool own;  // y is x
+  Metric metric;
+  float gamma;
+};
+
+// A matrix of each group with any strides, in elements.
+struct Strided {
+  const void* data;
+  int64_t group, row, column;
+  bool aligned;  // whichever axis is contiguous, its lines begin at multiples of 16 bytes
+
+  __host__ __device__ Strided transposed() const { return {data, group, column, row, aligned}; }
+};
+
+inline constexpr int kPiece = 64;  // rows and columns of the tiles that weights are made in
+
+// The pairs of some rows of one side with all rows of the other. x is the first, y the other, also
+// where that is dy's.
+struct PairsParams {
+  Strided dout, values;       // [groups, all_rows, cols]; values of distances only
+  const float* number;        // [groups, all_rows], RowNumber of x; null for kDot
+  const float* other_number;  // [groups, cols], of y
+  int64_t groups, first, rows, all_rows, cols;
+  bool own;  // the sides are one
+  Metric metric;
+  float gamma;
+  // Of distances, for each row and kPiece columns: the sum of the weights, and whether a pair is
+  // close. [groups, pieces, rows]
+  float* sums;
+  uint8_t* close;
+};
+
+// W of dx = W y, or of dx = (sum W) x - W y (distances), without those of close pairs.
+struct WeightsParams {
+  PairsParams pairs;
+  void* weights;      // [groups, rows, cols]
+  unsigned* tickets;  // [ticket_count], zeros for the product that follows
+  int64_t ticket_count;
+};
+
+// dx of distances: (sum W) x - W y, and the close pairs by differences.
+struct PullParams {
+  PairsParams pairs;
+  cuda::Source x, y;     // [groups, all_rows, D], [groups, cols, D]
+  const float* product;  // [groups, rows, D]: W y
+  void* dx;              // [groups, all_rows, D] contiguous, of the dtype of x
+};
+
+// `math` says the dtype of features, incoming gradients and values; weights of fp16 ones are fp32.
+void launch_pairwise_row_numbers(const RowNumbersParams& params, cuda::Math math,
+                                 cudaStream_t stream);
+void launch_pairwise_values(const ValuesParams& params, cuda::Math math, cudaStream_t stream);
+void launch_pairwise_bwd_weights(const WeightsParams& params, cuda::Math math, cudaStream_t stream);
+void launch_pairwise_bwd_pull(const PullParams& params, cuda::Math math, cudaStream_t stream);
+
+}  // namespace kdk::pairwise
