@@ -20,6 +20,7 @@ import cuda_host
 import pytest
 import torch
 from cases import Case, assert_within_budget, gradients, leaves
+from torch import Tensor
 
 from kdkernels import _native
 from kdkernels.testing.opinfo import Sample, opinfos, randn
@@ -57,6 +58,13 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
     "triplet_loss-references": lambda dtype: _triplet_loss(
         140, 270, 21, dtype, mining="batch_semihard"
     ),
+    "triplet_loss_all-batch": lambda dtype: _triplet_loss_all(260, 0, dtype, mining="batch_all"),
+    "triplet_loss_all-references": lambda dtype: _triplet_loss_all(
+        40, 600, dtype, mining="pair_semihard"
+    ),
+    "triplet_loss_all-soft": lambda dtype: _triplet_loss_all(
+        7, 600, dtype, mining="batch_all", soft=True
+    ),
 }
 
 
@@ -72,6 +80,27 @@ def _triplet_loss(B: int, M: int, D: int, dtype: torch.dtype, **options: Any) ->
     if M > 0:
         options |= {"references": r, "reference_labels": reference_labels}
     return Sample("several_tiles", (x, labels), options)
+
+
+def _triplet_loss_all(B: int, M: int, dtype: torch.dtype, **options: Any) -> Sample:
+    """Clusters of whole numbers, whose squared distances are exact, so that rounding decides
+    nothing; tiles with close rows and without. Of M > 0 references half are of one class, more than
+    a block ranks at once."""
+    D, generator = 21, torch.Generator().manual_seed(1)
+    centres, spread = (
+        torch.randint(-high, high + 1, (n, D), generator=generator)
+        for high, n in ((8, 61), (1, max(B, M)))
+    )
+
+    def side(n: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (centres[labels] + spread[:n]).to(dtype), labels
+
+    rows = torch.arange(max(B, M)) ** 2 % 61
+    if M > 0:
+        names = ("references", "reference_labels")
+        options |= dict(zip(names, side(M, rows * (torch.arange(M) % 2)), strict=True))
+    options |= {"normalize_embeddings": False}
+    return Sample("several_tiles", side(B, rows[:B]), options)
 
 
 def _large(name: str, dtype: torch.dtype) -> Case:
