@@ -27,9 +27,7 @@ class Side {
         x_(device.empty({size(), ceil_div(columns(), 4) * 4}, ScalarType::Float)),
         norm_(device.empty({size()}, ScalarType::Float)),
         sums_(device.empty({needed ? size() : 0}, ScalarType::Double)),
-        pulled_(device.empty({needed ? size() : 0, columns()}, ScalarType::Float)),
-        begin_(device.empty({size()}, ScalarType::Long)),
-        end_(device.empty({size()}, ScalarType::Long)) {
+        pulled_(device.empty({needed ? size() : 0, columns()}, ScalarType::Float)) {
     rows = {source_of(x_), data_of<float>(norm_), data_of<const int64_t>(order_),
             needed ? data_of<double>(sums_) : nullptr, needed ? data_of<float>(pulled_) : nullptr};
     rows.x.cols = columns();
@@ -40,15 +38,13 @@ class Side {
   int64_t columns() const { return features_.size(1); }
   bool needed() const { return needed_; }
   const int64_t* place() const { return data_of<const int64_t>(place_); }
-  const int64_t* begin() const { return data_of<const int64_t>(begin_); }
-  const int64_t* end() const { return data_of<const int64_t>(end_); }
 
-  // Anchors get to know which references have their labels.
-  void prepare(const Device& device, const Side& references, bool anchors) const {
+  // Where `ranges` is given, these are anchors, and the references of their labels go there.
+  void prepare(const Device& device, const Side& references, int64_t* ranges) const {
     launch_triplet_all_prepare(
         {rows, source_of(features_), data_of<int64_t>(place_), data_of<const int64_t>(label_),
-         data_of<const int64_t>(references.label_), references.size(),
-         anchors ? data_of<int64_t>(begin_) : nullptr, anchors ? data_of<int64_t>(end_) : nullptr},
+         data_of<const int64_t>(references.label_), references.size(), ranges,
+         ranges ? ranges + size() : nullptr},
         math_of(features_, true), device.stream());
   }
 
@@ -74,7 +70,7 @@ class Side {
 
  private:
   bool needed_;
-  Tensor features_, label_, order_, place_, x_, norm_, sums_, pulled_, begin_, end_;
+  Tensor features_, label_, order_, place_, x_, norm_, sums_, pulled_;
 };
 
 // Losses and weights of a chunk, and the two products that carry the weights to the rows.
@@ -131,8 +127,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
   std::optional<Side> others;
   if (!own) others.emplace(device, references, reference_labels, reference_order, need_references);
   const Side& candidates = own ? anchors : *others;
-  if (!own) candidates.prepare(device, candidates, false);
-  anchors.prepare(device, candidates, true);
+  const Tensor ranges = device.empty({2, B}, ScalarType::Long);
+  if (!own) candidates.prepare(device, candidates, nullptr);
+  anchors.prepare(device, candidates, data_of<int64_t>(ranges));
 
   const bool gradient = anchors.needed() || candidates.needed();
   const int64_t stride = ceil_div(M, 4) * 4;
@@ -144,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
                nonzero = device.empty({B}, ScalarType::Long),
                triplets = device.empty({B}, ScalarType::Long);
   WeighParams params{};
-  params.begin = anchors.begin();
-  params.end = anchors.end();
+  params.begin = data_of<const int64_t>(ranges);
+  params.end = params.begin + B;
   params.place = candidates.place();
   params.form = semihard ? (soft ? Form::kSoftSemihard : Form::kSemihard)
                          : (soft ? Form::kSoftplus : Form::kHinge);
