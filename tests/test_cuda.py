@@ -63,7 +63,7 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
         40, 600, dtype, mining="pair_semihard"
     ),
     "triplet_loss_all-soft": lambda dtype: _triplet_loss_all(
-        7, 600, dtype, mining="batch_all", soft=True
+        7, 600, dtype, mining="batch_all", soft=True, distance="euclidean", margin=20.0
     ),
 }
 
@@ -84,8 +84,8 @@ def _triplet_loss(B: int, M: int, D: int, dtype: torch.dtype, **options: Any) ->
 
 def _triplet_loss_all(B: int, M: int, dtype: torch.dtype, **options: Any) -> Sample:
     """Clusters of whole numbers, whose squared distances are exact, so that rounding decides
-    nothing; tiles with close rows and without. Of M > 0 references half are of one class, more than
-    a block ranks at once."""
+    nothing; some of the losses are above 0. Tiles with close rows and without. Of M > 0 references
+    half are of one class, more than a block ranks at once."""
     D, generator = 21, torch.Generator().manual_seed(1)
     centres, spread = (
         torch.randint(-high, high + 1, (n, D), generator=generator)
@@ -99,8 +99,8 @@ def _triplet_loss_all(B: int, M: int, dtype: torch.dtype, **options: Any) -> Sam
     if M > 0:
         names = ("references", "reference_labels")
         options |= dict(zip(names, side(M, rows * (torch.arange(M) % 2)), strict=True))
-    options |= {"normalize_embeddings": False}
-    return Sample("several_tiles", side(B, rows[:B]), options)
+    unlike = {"normalize_embeddings": False, "distance": "sqeuclidean", "margin": 700.25}
+    return Sample("several_tiles", side(B, rows[:B]), unlike | options)
 
 
 def _large(name: str, dtype: torch.dtype) -> Case:
