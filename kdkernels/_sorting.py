@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,35 @@ class Pulls(NamedTuple):
     begin: Tensor  # [M + 1] int64: where those of each row begin; both are `chosen` if not wanted
 
 
-def pulls(
+def triplet_gradients(
+    gradient: Callable[[Pulls, bool, bool], Tensor],
+    dd_ap: Tensor,  # [B]
+    dd_an: Tensor,  # [B]
+    embeddings: Tensor,  # [B, D]
+    references: Tensor,  # [M, D]
+    positive: Tensor,  # [B] int64
+    negative: Tensor,  # [B] int64
+    d_ap: Tensor,  # [B]
+    d_an: Tensor,  # [B]
+    own: bool,
+    need_embeddings: bool,
+    need_references: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the operator `triplet_bwd` returns, from its arguments.
+
+    `gradient(pulls, anchor, chosen)` is that of rows that are anchors, or were chosen, or both; it
+    may follow the pulls' order only where they were chosen.
+    """
+    need_references = need_references and not own
+    by_row = own or need_references
+    triplets = _pulls(positive, negative, d_ap, d_an, dd_ap, dd_an, len(references), by_row)
+    return (
+        gradient(triplets, True, own) if need_embeddings else embeddings.new_empty(0),
+        gradient(triplets, False, True) if need_references else references.new_empty(0),
+    )
+
+
+def _pulls(
     positive: Tensor, negative: Tensor, d_ap: Tensor, d_an: Tensor, dd_ap: Tensor, dd_an: Tensor,
     M: int, by_row: bool,
 ) -> Pulls:  # fmt: skip

@@ -20,6 +20,7 @@ import cuda_host
 import pytest
 import torch
 from cases import Case, assert_within_budget, gradients, leaves
+from torch import Tensor
 
 from kdkernels import _native
 from kdkernels.testing.opinfo import Sample, opinfos, randn
@@ -62,6 +63,13 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
     "pairwise-groups": lambda dtype: _pairwise((3, 30, 261), 33, "sqeuclidean", dtype),
     "pairwise-cosine": lambda dtype: _pairwise((2, 150, 9), None, "cosine", dtype),
     "pairwise-dot": lambda dtype: _pairwise((139, 21), 270, "dot", dtype),
+    "triplet_loss_all-batch": lambda dtype: _triplet_loss_all(260, 0, dtype, mining="batch_all"),
+    "triplet_loss_all-references": lambda dtype: _triplet_loss_all(
+        40, 600, dtype, mining="pair_semihard"
+    ),
+    "triplet_loss_all-soft": lambda dtype: _triplet_loss_all(
+        7, 600, dtype, mining="batch_all", soft=True, distance="euclidean", margin=20.0
+    ),
 }
 
 
@@ -89,6 +97,27 @@ def _pairwise(shape: tuple[int, ...], M: int | None, metric: str, dtype: torch.d
     for x in sides:
         x[..., ::7, :] = centre + x[..., ::7, :] / 16
     return Sample("several_tiles", sides, {"metric": metric, "gamma": 0.02})
+
+
+def _triplet_loss_all(B: int, M: int, dtype: torch.dtype, **options: Any) -> Sample:
+    """Clusters of whole numbers, whose squared distances are exact, so that rounding decides
+    nothing; some of the losses are above 0. Tiles with close rows and without. Of M > 0 references
+    half are of one class, more than a block ranks at once."""
+    D, generator = 21, torch.Generator().manual_seed(1)
+    centres, spread = (
+        torch.randint(-high, high + 1, (n, D), generator=generator)
+        for high, n in ((8, 61), (1, max(B, M)))
+    )
+
+    def side(n: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (centres[labels] + spread[:n]).to(dtype), labels
+
+    rows = torch.arange(max(B, M)) ** 2 % 61
+    if M > 0:
+        names = ("references", "reference_labels")
+        options |= dict(zip(names, side(M, rows * (torch.arange(M) % 2)), strict=True))
+    unlike = {"normalize_embeddings": False, "distance": "sqeuclidean", "margin": 700.25}
+    return Sample("several_tiles", side(B, rows[:B]), unlike | options)
 
 
 def _large(name: str, dtype: torch.dtype) -> Case:

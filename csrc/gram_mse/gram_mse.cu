@@ -67,15 +67,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
 
 // The sum of n numbers in fp64, for all threads of the block.
 __device__ double sum_of(const double* x, int64_t n) {
-  auto* shared = reinterpret_cast<double*>(shared_memory());
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += x[i];
-  sum = warp_sum(sum);
-  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = sum;
-  __syncthreads();
-  double total = 0;
-  for (int w = 0; w < kThreads / 32; ++w) total += shared[w];
-  return total;
+  return block_sum(sum, reinterpret_cast<double*>(shared_memory()));
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -9,12 +9,6 @@
 
 namespace kdk::triplet {
 
-Distance parse_distance(const std::string& name) {
-  return name == "euclidean"     ? Distance::kEuclidean
-         : name == "sqeuclidean" ? Distance::kSqEuclidean
-                                 : Distance::kCosine;
-}
-
 template <typename T>
 Sorted<T>::Sorted(const Tensor& features, const Tensor& labels)
     : row(features.size(0)),

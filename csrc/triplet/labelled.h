@@ -10,7 +10,6 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "../common/stable.h"
@@ -19,8 +18,6 @@
 namespace kdk::triplet {
 
 inline constexpr int64_t kTile = 256;  // rows and columns of a tile of distances
-
-Distance parse_distance(const std::string& name);
 
 // Rows in the order of their labels, less a point common to anchors and references.
 template <typename T>

@@ -6,33 +6,16 @@
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
 #include "../common/cuda/triangle.h"
-#include "triplet_cuda.h"
+#include "triplet_winner.h"
 
 namespace kdk::triplet {
 namespace {
 
 using namespace kdk::cuda;
 
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int kPositive = 0, kNegative = 1;
-
-__device__ __forceinline__ Winner pack(float key, int64_t row) {
-  const uint32_t bits = bits_of(key);
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<Winner>(ordered) << 32 | static_cast<uint32_t>(row);
-}
-
-__device__ __forceinline__ float key_of(Winner winner) {
-  if (winner == kNoWinner) return kInfinity;
-  const auto ordered = static_cast<uint32_t>(winner >> 32);
-  return float_of(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
-}
-
-__device__ __forceinline__ int64_t row_of(Winner winner) {
-  return winner == kNoWinner ? -1 : static_cast<int64_t>(winner & 0xffffffffu);
-}
 
 // What distances of a row add to every key: the key of NaN, or nothing.
 __device__ __forceinline__ float forced(float norm) {
@@ -97,16 +80,6 @@ __device__ __forceinline__ Search search_of(const MineParams& p, int side, int64
     search.floor = bound == kNanKey<float> ? bound : p.sign[side] * p.bound_sign * bound;
   }
   return search;
-}
-
-template <int kFirst, int kLast>
-__device__ __forceinline__ Winner lane_min(Winner x) {
-  KDK_UNROLL
-  for (int mask = kFirst; mask <= kLast; mask *= 2) {
-    const Winner other = __shfl_xor_sync(kWarp, x, mask);
-    x = other < x ? other : x;
-  }
-  return x;
 }
 
 // An integer's least is the same in any order. A stale value read first is never too small.

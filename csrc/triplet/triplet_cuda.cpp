@@ -13,12 +13,6 @@ namespace {
 
 using namespace kdk::cuda;
 
-Distance parse_distance(const std::string& name) {
-  return name == "euclidean"     ? Distance::kEuclidean
-         : name == "sqeuclidean" ? Distance::kSqEuclidean
-                                 : Distance::kCosine;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
     Tensor embeddings,        // [B, D] in the order of `labels`
     Tensor labels,            // [B] int64, sorted

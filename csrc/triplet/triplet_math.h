@@ -6,6 +6,8 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <string_view>
+#include <type_traits>
 
 #include "../common/rows_math.h"
 
@@ -16,16 +18,24 @@ namespace kdk::triplet {
 
 enum class Distance { kEuclidean, kSqEuclidean, kCosine };
 
+inline Distance parse_distance(std::string_view name) {
+  return name == "euclidean"     ? Distance::kEuclidean
+         : name == "sqeuclidean" ? Distance::kSqEuclidean
+                                 : Distance::kCosine;
+}
+
 // A distance in terms of the squared Euclidean one; cosine is for unit vectors.
-KDK_HOST_DEVICE double from_squared(double d2, Distance distance) {
-  return distance == Distance::kEuclidean     ? sqrt(d2)
+template <typename T = double>
+KDK_HOST_DEVICE T from_squared(std::type_identity_t<T> d2, Distance distance) {
+  return distance == Distance::kEuclidean     ? std::sqrt(d2)
          : distance == Distance::kSqEuclidean ? d2
-                                              : 0.5 * d2;
+                                              : T(0.5) * d2;
 }
 
 // The factor w of d(distance)/dx = w (x - y); 0 at coincident points, where the square root has no
 // derivative.
-KDK_HOST_DEVICE double slope(double d, Distance distance) {
+template <typename T = double>
+KDK_HOST_DEVICE T slope(std::type_identity_t<T> d, Distance distance) {
   if (distance == Distance::kEuclidean) return d > 0 || d != d ? 1 / d : 0;
   return distance == Distance::kSqEuclidean ? 2 : 1;
 }

@@ -2,10 +2,9 @@
 // triplet_all with negatives="semihard". The sweep keeps, per anchor and positive, the nearest
 // negative beyond that positive, and per anchor the farthest negative; losses and gradients then
 // come from differences of the rows.
-#include <cmath>
-
 #include "../triplet/triplet_simd.h"
 #include "triplet_all.h"
+#include "triplet_all_math.h"
 #include "triplet_all_simd.h"
 
 namespace kdk::triplet_all {
@@ -159,9 +158,7 @@ struct Finish {
       const int64_t position = positives.position[first + k];
       const double d_ap = sweep.measure(i, sweep.rows.ranges.first[i] + position);
       const double u = d_ap - d_an + options.margin;
-      const double z = std::exp(-std::abs(u));
-      const double loss = options.soft ? std::max(u, 0.0) + std::log1p(z) : std::max(u, 0.0);
-      const double slope = options.soft ? (u < 0 ? z : 1) / (1 + z) : u > 0;
+      const auto [loss, slope] = options.soft ? softplus(u) : hinge(u);
       sum.total += loss;
       sum.nonzero += static_cast<T>(loss) > 0;
       weight[first + position] = slope * triplet::slope(d_ap, sweep.distance);

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._sorting import pulls
+from kdkernels._sorting import Pulls, triplet_gradients
 from kdkernels.cuda._common import exact, too_narrow
 
 _ops = torch.ops.kdkernels_cuda
@@ -47,31 +47,14 @@ def triplet_fwd(
     )  # fmt: skip
 
 
-def triplet_bwd(
-    dd_ap: Tensor,  # [B]
-    dd_an: Tensor,  # [B]
-    embeddings: Tensor,  # [B, D]
-    references: Tensor,  # [M, D]
-    positive: Tensor,  # [B] int64
-    negative: Tensor,  # [B] int64
-    d_ap: Tensor,  # [B]
-    d_an: Tensor,  # [B]
-    own: bool,
-    need_embeddings: bool,
-    need_references: bool,
-    distance: str,
-) -> tuple[Tensor, Tensor]:
-    need_references = need_references and not own
-    by_row = own or need_references
-    triplets = pulls(positive, negative, d_ap, d_an, dd_ap, dd_an, len(references), by_row)
+def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *args, distance = args
+    embeddings, references = args[2:4]
 
-    def gradient(anchor: bool, pulled: bool) -> Tensor:
-        chosen, d, dd, order, begin = triplets
+    def gradient(pulls: Pulls, anchor: bool, pulled: bool) -> Tensor:
+        chosen, d, dd, order, begin = pulls
         return _ops.triplet_bwd(
             dd, embeddings, references, chosen, d, order, begin, anchor, pulled, distance
         )
 
-    return (
-        gradient(True, own) if need_embeddings else embeddings.new_empty(0),
-        gradient(False, True) if need_references else references.new_empty(0),
-    )
+    return triplet_gradients(gradient, *args)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._sorting import pulls
+from kdkernels._sorting import Pulls, triplet_gradients
 from kdkernels.triton import _triplet_kernels as kernels
 from kdkernels.triton._common import arch_of, cdiv, on_device
 from kdkernels.triton._triplet_config import COLUMNS, ENTRIES, ROWS, pick_config
@@ -120,40 +120,24 @@ def _winners(
     return keys, rows
 
 
-def triplet_bwd(
-    dd_ap: Tensor,  # [B]
-    dd_an: Tensor,  # [B]
-    embeddings: Tensor,  # [B, D]
-    references: Tensor,  # [M, D]
-    positive: Tensor,  # [B] int64
-    negative: Tensor,  # [B] int64
-    d_ap: Tensor,  # [B]
-    d_an: Tensor,  # [B]
-    own: bool,
-    need_embeddings: bool,
-    need_references: bool,
-    distance: str,
-) -> tuple[Tensor, Tensor]:
-    (B, D), M = embeddings.shape, len(references)
-    need_references = need_references and not own
-    dx = embeddings.new_empty(embeddings.shape if need_embeddings else (0,))
-    dr = references.new_empty(references.shape if need_references else (0,))
-    if dx.numel() == dr.numel() == 0:
-        return dx, dr
+def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
+    *args, distance = args
+    embeddings, references = args[2:4]
+    B, D = embeddings.shape
+
+    def gradient(pulls: Pulls, anchor: bool, pulled: bool) -> Tensor:
+        out = embeddings.new_empty((B if anchor else len(references), D))
+        if out.numel() > 0:
+            kernels._triplet_bwd_kernel[(len(out), cdiv(D, COLUMNS))](
+                x_ptr=embeddings, r_ptr=references, dout_ptr=out, chosen_ptr=pulls.chosen,
+                d_ptr=pulls.d, dd_ptr=pulls.dd, order_ptr=pulls.order, begin_ptr=pulls.begin,
+                B=B, D=D, **_strides(embeddings, references), DISTANCE=_DISTANCES[distance],
+                ANCHOR=anchor, CHOSEN=pulled, ENTRIES=ENTRIES, COLUMNS=COLUMNS, num_warps=4,
+            )  # fmt: skip
+        return out
+
     with on_device(embeddings):
-        # without an order, pointers that no kernel follows
-        by_row = own or need_references
-        triplets = pulls(positive, negative, d_ap, d_an, dd_ap, dd_an, M, by_row)
-        for out, anchor, pulled in ((dx, True, own), (dr, False, True)):
-            if out.numel() > 0:
-                kernels._triplet_bwd_kernel[(len(out), cdiv(D, COLUMNS))](
-                    x_ptr=embeddings, r_ptr=references, dout_ptr=out, chosen_ptr=triplets.chosen,
-                    d_ptr=triplets.d, dd_ptr=triplets.dd, order_ptr=triplets.order,
-                    begin_ptr=triplets.begin, B=B, D=D,
-                    **_strides(embeddings, references), DISTANCE=_DISTANCES[distance],
-                    ANCHOR=anchor, CHOSEN=pulled, ENTRIES=ENTRIES, COLUMNS=COLUMNS, num_warps=4,
-                )  # fmt: skip
-    return dx, dr
+        return triplet_gradients(gradient, *args)
 
 
 def _squared_norms(x: Tensor) -> Tensor:  # [N]

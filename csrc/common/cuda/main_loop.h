@@ -59,7 +59,10 @@ __device__ __forceinline__ void split(const uint32_t (&x)[kCount], uint32_t (&hi
   }
 }
 
-template <Math kMath, Along kA, Along kB>
+// What a step of the contraction adds. Squared differences are those of fp32 operands.
+enum class Terms { kProducts, kSquaredDifferences };
+
+template <Math kMath, Along kA, Along kB, Terms kTerms>
 __device__ __forceinline__ void multiply_step(Accumulators& acc, const unsigned char* a_tile,
                                               const unsigned char* b_tile) {
   using A = OperandTile<kMath, kA>;
@@ -77,11 +80,15 @@ __device__ __forceinline__ void multiply_step(Accumulators& acc, const unsigned 
         KDK_UNROLL
         for (int i = 0; i < 8; ++i) {
           KDK_UNROLL
-          for (int e = 0; e < 4; ++e) acc[i / 2][j / 2][i % 2 * 2 + j % 2] += a[i].x[e] * b.x[e];
+          for (int e = 0; e < 4; ++e) {
+            const float x = kTerms == Terms::kProducts ? a[i].x[e] : a[i].x[e] - b.x[e];
+            acc[i / 2][j / 2][i % 2 * 2 + j % 2] += x * (kTerms == Terms::kProducts ? b.x[e] : x);
+          }
         }
       }
     }
   } else {
+    static_assert(kTerms == Terms::kProducts);
     KDK_UNROLL
     for (int half = 0; half < 2; ++half) {
       uint32_t b[4][2];
@@ -111,9 +118,10 @@ __device__ __forceinline__ void multiply_step(Accumulators& acc, const unsigned 
   }
 }
 
-// acc += sum over k_begin <= k < k_end of a(m0 + row, k) b(n0 + column, k). The block has kThreads
-// threads; `shared` holds kSharedBytes and may be used again afterwards.
-template <Math kMath, Along kA, Along kB>
+// acc += sum over k_begin <= k < k_end of a(m0 + row, k) b(n0 + column, k), or of the square of
+// their difference. The block has kThreads threads; `shared` holds kSharedBytes and may be used
+// again afterwards.
+template <Math kMath, Along kA, Along kB, Terms kTerms = Terms::kProducts>
 __device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* shared, const Source& a,
                                          const Source& b, int64_t group, int64_t m0, int64_t n0,
                                          int64_t k_begin, int64_t k_end) {
@@ -137,7 +145,7 @@ __device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* share
     __syncthreads();
     begin_step(step + kStages - 1);
     const unsigned char* stage = shared + step % kStages * 2 * kTileBytes;
-    multiply_step<kMath, kA, kB>(acc, stage, stage + kTileBytes);
+    multiply_step<kMath, kA, kB, kTerms>(acc, stage, stage + kTileBytes);
   }
   copy_async_wait<0>();
   __syncthreads();

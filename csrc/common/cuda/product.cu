@@ -56,9 +56,14 @@ __device__ void store_tile(const Accumulators& acc, T* out, const ProductParams&
     KDK_UNROLL
     for (int j = 0; j < 4; ++j) {
       const int64_t column = n0 + first_column() + 8 * j;
-      if (row < p.M && column < p.N)
-        store_pair(out + row * p.N + column, acc[i / 2][j][i % 2 * 2] * scale,
-                   acc[i / 2][j][i % 2 * 2 + 1] * scale, column + 1 < p.N, together);
+      if (row >= p.M || column >= p.N) continue;
+      T* to = out + row * p.N + column;
+      float x = acc[i / 2][j][i % 2 * 2] * scale, y = acc[i / 2][j][i % 2 * 2 + 1] * scale;
+      if (p.add) {
+        x += to_float(to[0]);
+        if (column + 1 < p.N) y += to_float(to[1]);
+      }
+      store_pair(to, x, y, column + 1 < p.N, together);
     }
   }
 }

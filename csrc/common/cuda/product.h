@@ -27,6 +27,7 @@ struct ProductParams {
   int64_t tiles;  // of M x N
   int splits;
   bool out_float;
+  bool add;       // to what `out` holds
   PartSums sums;  // done by further blocks of the same launch; size 0 for none
 };
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over the lanes of a warp, always in the same order.
+// Sums over the lanes of a warp or the threads of a block, always in the same order.
 #pragma once
 
 #include "device.h"
@@ -28,6 +28,18 @@ __device__ __forceinline__ int lowest_bit(unsigned x) {
 #else
   return __ffs(static_cast<int>(x)) - 1;
 #endif
+}
+
+// For all threads of the block. `shared` holds one for each warp, and may be used again.
+template <typename T>
+__device__ __forceinline__ T block_sum(T x, T* shared) {
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  T total = 0;
+  for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) total += shared[warp];
+  __syncthreads();
+  return total;
 }
 
 }  // namespace kdk::cuda

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic of one triplet, shared by the CPU and CUDA kernels.
+#pragma once
+
+#include <cmath>
+
+#include "../common/host_device.h"
+
+namespace kdk::triplet_all {
+
+template <typename T>
+struct Term {
+  T loss, slope;  // f(u) and f'(u)
+};
+
+// At u = d_ap - d_an + margin; the loss is NaN where u is.
+template <typename T>
+KDK_HOST_DEVICE Term<T> hinge(T u) {
+  return {u <= 0 ? T(0) : u, u > 0 ? T(1) : T(0)};
+}
+
+// log(1 + e^u)
+template <typename T>
+KDK_HOST_DEVICE Term<T> softplus(T u) {
+  const T z = std::exp(-std::abs(u));
+  return {(u <= 0 ? T(0) : u) + std::log1p(z), (u < 0 ? z : T(1)) / (1 + z)};
+}
+
+}  // namespace kdk::triplet_all

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launcher of csrc/triplet_all/triplet_all_cuda.cpp. Labels are sorted by torch, CUB on a GPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.cuda._common import exact
+from kdkernels.cuda.triplet import supports
+
+__all__ = ["supports", "triplet_all_fwd"]
+
+_ops = torch.ops.kdkernels_cuda
+
+
+def triplet_all_fwd(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B] int64
+    references: Tensor,  # [M, D]
+    reference_labels: Tensor,  # [M] int64
+    own: bool,
+    negatives: str,
+    margin: float,
+    soft: bool,
+    distance: str,
+    need_embeddings: bool,
+    need_references: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    labels, order = labels.sort(stable=True)
+    reference_labels, reference_order = (
+        (labels, order) if own else reference_labels.sort(stable=True)
+    )
+    return _ops.triplet_all_fwd(
+        embeddings, labels, order, references, reference_labels, reference_order, own,
+        negatives == "semihard", margin, soft, distance, need_embeddings, need_references, exact(),
+    )  # fmt: skip
