@@ -2,8 +2,6 @@
 """Peak memory of one step of a loss on the CPU; `measure.peak_bytes` runs it in a process of its
 own.
 
-    python -m kdkernels.demo.memory STEP.pt THREADS
-
 The system keeps only the highest resident size so far, and importing torch may have peaked above
 what is held now. So before the step, memory is taken and touched until that record starts to rise:
 from there on every further byte shows.
@@ -11,10 +9,10 @@ from there on every further byte shows.
 
 from __future__ import annotations
 
-import json
+import ctypes
 import resource
 import sys
-from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -23,6 +21,7 @@ from kdkernels.demo.measure import Batch, step_of
 _BLOCK_BYTES = 256 * 1024
 # enough to load libraries and start threads, too few to leave buffers of the real size behind
 _WARM_UP_ROWS = 64
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _BYTES_PER_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
@@ -41,9 +40,13 @@ def fill_to_the_record() -> list[bytearray]:
     return blocks
 
 
-def main(argv: Sequence[str]) -> None:
-    path, threads = argv
-    torch.set_num_threads(int(threads))
+def peak_bytes(path: Path, threads: int) -> int:
+    """Of the step whose criterion and batch are in a file."""
+    # large blocks are mapped and given back one by one: otherwise glibc keeps freed ones, and the
+    # peak holds a matrix more or less depending on how they happen to fit
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK_BYTES)
+    torch.set_num_threads(threads)
     # the criterion is a module, hence more than weights; the parent has just written it
     criterion, tensors = torch.load(path, weights_only=False)
     step_of(criterion, Batch.of(tensors, _WARM_UP_ROWS))()
@@ -52,8 +55,5 @@ def main(argv: Sequence[str]) -> None:
     before = highest_resident_bytes()
     step()
     peak = highest_resident_bytes() - before
-    print(json.dumps({"peak_bytes": peak, "ballast_bytes": len(ballast) * _BLOCK_BYTES}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    del ballast
+    return peak

@@ -10,9 +10,7 @@ place.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 
+from kdkernels import _fresh
 from kdkernels.testing import bench
 from kdkernels.testing.opinfo import BenchShape, opinfos
 
@@ -53,20 +52,7 @@ def extra_mib(
         "dtype": str(dtype).removeprefix("torch."), "mode": mode,
         "variant": variant, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "kdkernels.testing.peak", json.dumps(request)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"measuring the memory of {variant} on {shape.name} failed:\n{done.stderr}"
-        )
-    return float(done.stdout.split()[-1])
+    return _fresh.call(__name__, "_in_this_process", request)
 
 
 def _call(
@@ -107,7 +93,8 @@ def _resident_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def main(request: dict[str, Any]) -> None:
+def _in_this_process(request: dict[str, Any]) -> float:
+    """MiB of a call on the CPU, in a process that has done nothing before."""
     torch.set_num_threads(request["threads"])
     shape, dtype = BenchShape(**request["shape"]), getattr(torch, request["dtype"])
     rest = (dtype, request["mode"], request["variant"], torch.device("cpu"))
@@ -129,8 +116,4 @@ def main(request: dict[str, Any]) -> None:
     CLEAR_REFS.write_text(RESET_HIGH_WATER_MARK)
     before = _resident_bytes("VmRSS")
     call(0)
-    print(max(_resident_bytes("VmHWM") - before, 0) / MIB)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    return max(_resident_bytes("VmHWM") - before, 0) / MIB
