@@ -65,7 +65,8 @@ def variants_of(
     """Each specialisation that the calls of an op compile, once.
 
     `call(dtype, *arguments)` makes one call on meta tensors, forward and backward. Those in `extra`
-    are compiled for one target only, to keep the tests short.
+    are compiled for one target only, to keep the tests short. So where an op has two calls and two
+    precisions, `everywhere` pairs them, and each kernel still meets each target and each precision.
     """
     calls = [
         (precision, label, arguments)

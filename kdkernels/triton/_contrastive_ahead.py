@@ -14,19 +14,17 @@ from kdkernels.triton._common import Arch
 from kdkernels.triton._triplet_ahead import _labelled as labelled
 
 # label -> B, M or None for the batch itself, D, distance
-_CORE = {
-    "contrastive-own": (8192, None, 128, "euclidean"),
-    "contrastive-bank": (256, 65536, 512, "sqeuclidean"),
-}
-_MORE = {"contrastive-odd": (333, None, 37, "cosine")}
+_OWN = {"contrastive-own": (8192, None, 128, "euclidean")}
+_BANK = {"contrastive-bank": (256, 65536, 512, "sqeuclidean")}
+_ODD = {"contrastive-odd": (333, None, 37, "cosine")}
 
 
 def variants(arch: Arch, forward: Callable[..., Any]) -> Iterator[AotVariant]:
     return variants_of(
         arch,
         partial(_call, forward),
-        everywhere={"fp32": _CORE, "bf16": _CORE},
-        extra={"fp32": _MORE, "fp16": _CORE, "tf32": _CORE},
+        everywhere={"fp32": _BANK, "bf16": _OWN},
+        extra={"fp32": _OWN | _ODD, "bf16": _BANK, "fp16": _OWN, "tf32": _BANK},
     )
 
 

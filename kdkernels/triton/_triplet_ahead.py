@@ -13,12 +13,9 @@ from torch import Tensor
 from kdkernels.triton._ahead import AotVariant, variants_of
 from kdkernels.triton._common import Arch
 
-# label -> B, M or None for the batch itself, D, positives, negatives, distance. `_CORE` launches
-# every kernel.
-_CORE = {
-    "own": (8192, None, 128, "hardest", "hardest", "euclidean"),
-    "semihard": (8192, None, 512, "hardest", "semihard", "euclidean"),
-}
+# label -> B, M or None for the batch itself, D, positives, negatives, distance
+_OWN = {"own": (8192, None, 128, "hardest", "hardest", "euclidean")}
+_SEMIHARD = {"semihard": (8192, None, 512, "hardest", "semihard", "euclidean")}
 _MORE = {
     "bank": (256, 65536, 512, "easiest", "easiest", "cosine"),
     "bank-semihard": (256, 65536, 512, "semihard", "hardest", "sqeuclidean"),
@@ -32,8 +29,8 @@ def variants(
     return variants_of(
         arch,
         partial(_call, forward, backward),
-        everywhere={"fp32": _CORE, "bf16": _CORE},
-        extra={"fp32": _MORE, "fp16": _CORE, "tf32": _CORE},
+        everywhere={"fp32": _SEMIHARD, "bf16": _OWN},
+        extra={"fp32": _OWN | _MORE, "bf16": _SEMIHARD, "fp16": _OWN, "tf32": _SEMIHARD},
     )
 
 

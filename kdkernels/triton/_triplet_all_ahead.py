@@ -14,10 +14,8 @@ from kdkernels.triton._common import Arch
 from kdkernels.triton._triplet_ahead import _labelled as labelled
 
 # label -> B, M or None for the batch itself, D, negatives, soft, distance
-_CORE = {
-    "triplet_all-own": (8192, None, 128, "all", False, "euclidean"),
-    "triplet_all-bank": (256, 65536, 512, "semihard", True, "sqeuclidean"),
-}
+_OWN = {"triplet_all-own": (8192, None, 128, "all", False, "euclidean")}
+_BANK = {"triplet_all-bank": (256, 65536, 512, "semihard", True, "sqeuclidean")}
 _MORE = {
     "triplet_all-soft": (8192, None, 128, "all", True, "sqeuclidean"),
     "triplet_all-semihard": (8192, None, 128, "semihard", False, "cosine"),
@@ -29,8 +27,8 @@ def variants(arch: Arch, forward: Callable[..., Any]) -> Iterator[AotVariant]:
     return variants_of(
         arch,
         partial(_call, forward),
-        everywhere={"fp32": _CORE, "bf16": _CORE},
-        extra={"fp32": _MORE, "fp16": _CORE, "tf32": _CORE},
+        everywhere={"fp32": _BANK, "bf16": _OWN},
+        extra={"fp32": _OWN | _MORE, "bf16": _BANK, "fp16": _OWN, "tf32": _BANK},
     )
 
 
