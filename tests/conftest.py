@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import cuda_host
+import interpreter
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    interpreter.use()
 
 cuda_host.use()  # before cases are enumerated; processes of xdist inherit it
 
@@ -36,7 +38,8 @@ def _seeded(request: pytest.FixtureRequest) -> None:
     """The seed is the test's id, so adding a test changes no other."""
     seed = zlib.crc32(request.node.nodeid.encode())
     random.seed(seed)
-    torch.manual_seed(seed)
+    # torch.manual_seed would keep a stack trace per test for each kind of accelerator not here
+    (torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed)(seed)
 
 
 def _poisoning(allocate: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,7 +63,8 @@ def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mode", bench.MODES)
 @each_info()
-def test_record(info: OpInfo, mode: str) -> None:
+def test_record(info: OpInfo, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measure", functools.partial(bench.measure, warm_up_seconds=0.0))
     told: list[str] = []
     entry = record.run(
         info,

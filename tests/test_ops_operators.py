@@ -148,8 +148,9 @@ def _same_options(found: Any) -> list[Sample]:
     return sorted(plain, key=elements)[:2]
 
 
-@each_case(pick=lambda found: _same_options(found)[:1], backends=("reference", "cpu"))
+@each_case(pick=lambda found: _same_options(found)[:1], backends=("reference",))
 def test_compile_dynamic_shapes(case: Case) -> None:
+    """The graph is the same for all backends, whose name is a constant in it."""
     compiled = _compiled(case, backend="aot_eager", dynamic=True)
     for sample in _same_options(samples(case.info, case.device, case.dtype)):
         other = case.having(*sample.args)
@@ -162,7 +163,7 @@ def test_compile_with_inductor(case: Case) -> None:
     _assert_compiled_equals_eager(case, _compiled(case, backend="inductor"))
 
 
-@each_case(**ONE, backends=("reference", "cpu"))
+@each_case(**ONE, backends=("reference",))
 def test_compile_under_no_grad_and_with_one_gradient(case: Case) -> None:
     compiled = _compiled(case, backend="aot_eager")
     expected = case.call(*case.sample.args) * 3

@@ -5,6 +5,7 @@ with their version."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,10 @@ def test_metrics_that_a_peer_lacks_are_skipped_with_the_reason() -> None:
 
 
 @_each(PAIRS)
-def test_the_record_names_its_version_its_work_and_the_ratio(info: OpInfo, peer: str) -> None:
+def test_the_record_names_its_version_its_work_and_the_ratio(
+    info: OpInfo, peer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "measure", functools.partial(bench.measure, warm_up_seconds=0.0))
     found, mode, dtype = _usable(info, peer)
     assert peer in record.default_variants(info, CPU)
     variants = ("reference", "mm", peer)

@@ -6,65 +6,61 @@ No spills, no more shared memory than there is, and tensor cores where a product
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+import itertools
 
 import pytest
 
 pytest.importorskip("triton")
 
 from kdkernels.testing import triton_targets
-from kdkernels.testing.triton_targets import SHARED_KIB, TARGETS, Compiled, variant_names
+from kdkernels.testing.triton_targets import SHARED_KIB, TARGETS, Compiled
 
 pytestmark = pytest.mark.xdist_group("triton targets")  # which would compile them once each
 
-# enumerated here, where kernels may be interpreted; compiled by processes where they are not
-CASES = [(target, name) for target in TARGETS for name in variant_names(target)]
+Compilations = dict[str, dict[str, list[Compiled]]]
 
 
 @pytest.fixture(scope="session")
-def compilations(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[list[Compiled]]]]:
-    """One compiling process per target, two at a time."""
-    cache = request.config.cache.mkdir("kdkernels-triton")
-    pool = ThreadPoolExecutor(2)
-    yield {target: pool.submit(triton_targets.compile_target, target, cache) for target in TARGETS}
-    pool.shutdown(cancel_futures=True)
+def compilations(request: pytest.FixtureRequest) -> Compilations:
+    return triton_targets.compile_all(request.config.cache.mkdir("kdkernels-triton"))
 
 
-@pytest.fixture
-def compiled(compilations: dict[str, Future[list[Compiled]]], target: str, name: str) -> Compiled:
-    return next(entry for entry in compilations[target].result() if entry.name == name)
-
-
-@pytest.mark.parametrize(
-    ("target", "name"), CASES, ids=[f"{name}-{target}" for target, name in CASES]
-)
-def test_kernel_compiles_without_spills_and_fits(compiled: Compiled, target: str) -> None:
-    assert compiled.spilled == 0, (
-        f"{compiled.name} on {target} spills ({compiled.registers} registers)"
-    )
-    assert compiled.shared <= SHARED_KIB[target] * 1024
-    # where none is expected, one would round fp32 operands that were to be multiplied as they are
-    found = compiled.instructions or "no tensor-core instruction"
-    assert bool(compiled.instructions) == compiled.expects_tensor_core, f"{compiled.name}: {found}"
+def _every(compilations: Compilations, target: str) -> list[Compiled]:
+    return list(itertools.chain(*compilations[target].values()))
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_of_every_op_is_covered(
-    compilations: dict[str, Future[list[Compiled]]], target: str
+@pytest.mark.parametrize("op", triton_targets.op_names())
+def test_kernels_compile_without_spills_and_fit(
+    compilations: Compilations, op: str, target: str
 ) -> None:
-    covered = {entry.kernel for entry in compilations[target].result()}
+    assert compilations[target][op]
+    wrong = []
+    for kernel in compilations[target][op]:
+        found = kernel.instructions or "no tensor-core instruction"
+        if kernel.spilled:
+            wrong.append(f"{kernel.name} spills {kernel.spilled} ({kernel.registers} registers)")
+        if kernel.shared > SHARED_KIB[target] * 1024:
+            wrong.append(f"{kernel.name} takes {kernel.shared} bytes of shared memory")
+        # where none is expected, one would round fp32 operands that were to be multiplied as they
+        # are
+        if bool(kernel.instructions) != kernel.expects_tensor_core:
+            wrong.append(f"{kernel.name}: {found}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_of_every_op_is_covered(compilations: Compilations, target: str) -> None:
+    covered = {entry.kernel for entry in _every(compilations, target)}
     assert covered >= triton_targets.kernels_of_all_ops()
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_hopper_products_use_warp_group_instructions(
-    compilations: dict[str, Future[list[Compiled]]], dtype: str
+    compilations: Compilations, dtype: str
 ) -> None:
     products = [
-        e
-        for e in compilations["sm_90"].result()
-        if e.expects_tensor_core and e.name.endswith(dtype)
+        e for e in _every(compilations, "sm_90") if e.expects_tensor_core and e.name.endswith(dtype)
     ]
     assert products
     without = [e.name for e in products if "wgmma.mma_async" not in e.instructions]

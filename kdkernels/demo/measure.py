@@ -10,11 +10,7 @@ fresh process holds no freed memory that would hide an allocation.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import kdkernels
+from kdkernels import _fresh
 from kdkernels.demo.losses import Criterion
 from kdkernels.demo.models import Outputs
 
@@ -120,27 +116,7 @@ def peak_bytes(criterion: Criterion, batch: Batch) -> int:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "step.pt"
         torch.save((criterion, batch.tensors()), path)
-        command = [
-            sys.executable,
-            "-m",
-            "kdkernels.demo.memory",
-            str(path),
-            str(torch.get_num_threads()),
-        ]
-        search = [str(Path(kdkernels.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, search)),
-            # large blocks are mapped and given back one by one: otherwise glibc keeps freed ones,
-            # and the peak holds a matrix more or less depending on how they happen to fit
-            "MALLOC_MMAP_THRESHOLD_": str(2**18),
-        }
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"measuring the memory of {type(criterion).__name__} failed:\n{done.stderr}"
-        )
-    return json.loads(done.stdout)["peak_bytes"]
+        return _fresh.call("kdkernels.demo.memory", "peak_bytes", path, torch.get_num_threads())
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of one step of a loss on the CPU; `measure.peak_bytes` runs it in a process of its
-own.
-
-    python -m kdkernels.demo.memory STEP.pt THREADS
-"""
+own."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Sequence
+import ctypes
+from pathlib import Path
 
 import torch
 
@@ -18,17 +14,18 @@ from kdkernels.testing import resident
 
 # enough to load libraries and start threads, too few to leave buffers of the real size behind
 _WARM_UP_ROWS = 64
+_M_MMAP_THRESHOLD, _LARGE = -3, 2**18  # malloc.h; bytes
 
 
-def main(argv: Sequence[str]) -> None:
-    path, threads = argv
-    torch.set_num_threads(int(threads))
+def peak_bytes(path: Path, threads: int) -> int:
+    """Of the step whose criterion and batch are in a file."""
+    # large blocks are mapped and given back one by one: otherwise glibc keeps freed ones, and the
+    # peak holds a matrix more or less depending on how they happen to fit
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
+    torch.set_num_threads(threads)
     # the criterion is a module, hence more than weights; the parent has just written it
     criterion, tensors = torch.load(path, weights_only=False)
     step_of(criterion, Batch.of(tensors, _WARM_UP_ROWS))()
     step = step_of(criterion, Batch.of(tensors))
-    print(json.dumps({"peak_bytes": resident.extra_bytes(step)}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return resident.extra_bytes(step)

@@ -7,16 +7,12 @@ became resident than was with the inputs in place.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from kdkernels import _fresh
 from kdkernels.testing import bench, resident
 from kdkernels.testing.opinfo import BenchShape, opinfos
 
@@ -46,20 +42,7 @@ def extra_mib(
         "dtype": str(dtype).removeprefix("torch."), "mode": mode,
         "variant": variant, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-    done = subprocess.run(
-        [sys.executable, "-m", "kdkernels.testing.peak", json.dumps(request)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(
-            f"measuring the memory of {variant} on {shape.name} failed:\n{done.stderr}"
-        )
-    return float(done.stdout.split()[-1])
+    return _fresh.call(__name__, "_in_this_process", request)
 
 
 def _call(
@@ -93,7 +76,8 @@ def _on_gpu(
     return (torch.cuda.max_memory_allocated(device) - before) / MIB
 
 
-def main(request: dict[str, Any]) -> None:
+def _in_this_process(request: dict[str, Any]) -> float:
+    """MiB of a call on the CPU, in a process that has done nothing before."""
     torch.set_num_threads(request["threads"])
     shape, dtype = BenchShape(**request["shape"]), getattr(torch, request["dtype"])
     rest = (dtype, request["mode"], request["variant"], torch.device("cpu"))
@@ -109,8 +93,4 @@ def main(request: dict[str, Any]) -> None:
     call = _call(request["op"], shape, *rest)
     if request["variant"] == "compile":
         call(0)  # the compiler's own memory, at the size that it specialises on
-    print(resident.extra_bytes(lambda: call(0)) / MIB)
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    return resident.extra_bytes(lambda: call(0)) / MIB

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles every Triton kernel for GPUs that are not here, and reads what the compilers made of it.
 
-    python -m kdkernels.testing.triton_targets sm_90 > sm_90.json
+    python -m kdkernels.testing.triton_targets > compiled.json
 
 runs in a process of its own, without TRITON_INTERPRET (under which kernels are not compilable). An
 op takes part by a module `kdkernels/triton/_<op>_ahead.py`; see `_ahead.py` beside it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import pkgutil
 import re
@@ -24,6 +25,7 @@ from typing import Any
 
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # that one program may have
 TARGETS = tuple(SHARED_KIB)
+PROCESSES = 2  # that compile
 # Instructions of the tensor cores, by the assembly they appear in: PTX, or that of the AMD GPU.
 TENSOR_CORE = {
     "sm_80": r"mma\.sync",
@@ -46,12 +48,14 @@ class Compiled:
     instructions: dict[str, int]  # tensor-core instruction -> how often
 
 
-def compile_target(target: str, cache_dir: str | Path) -> list[Compiled]:
-    """Compile all kernels of all ops for one target, in a fresh process.
+def compile_all(cache_dir: str | Path) -> dict[str, dict[str, list[Compiled]]]:
+    """Compile all kernels for all targets, in a fresh process that imports once and forks.
 
     Args:
-        target: One of `TARGETS`.
         cache_dir: Of Triton; what is there and has not changed is not compiled again.
+
+    Returns:
+        What became of the variants, by target and op.
 
     Raises:
         RuntimeError: a kernel does not compile, with the compiler's words.
@@ -59,32 +63,29 @@ def compile_target(target: str, cache_dir: str | Path) -> list[Compiled]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache_dir)
     done = subprocess.run(
-        [sys.executable, "-m", "kdkernels.testing.triton_targets", target],
+        [sys.executable, "-m", "kdkernels.testing.triton_targets"],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        raise RuntimeError(f"compiling for {target} failed:\n{done.stderr[-4000:]}")
-    return [Compiled(**entry) for entry in json.loads(done.stdout)]
+        raise RuntimeError(f"compiling failed:\n{done.stderr[-4000:]}")
+    found: dict[str, dict[str, list[Compiled]]] = {target: {} for target in TARGETS}
+    for target, op, entries in json.loads(done.stdout):
+        found[target][op] = [Compiled(**entry) for entry in entries]
+    return found
 
 
-def variant_names(target: str) -> list[str]:
-    """Names of what `compile_target` compiles. Quick, and possible in the interpreter's process."""
-    return [variant.name for variant in _variants(target)]
+def op_names() -> list[str]:
+    """The ops that take part."""
+    return [_name(op) for op in _modules("_ahead")]
 
 
 def kernels_of_all_ops() -> set[str]:
     """Names of all kernels in the package, compiled or not."""
     kernel = re.compile(r"_\w+_kernel(_\w+)?")
     return {name for module in _modules() for name in vars(module) if kernel.fullmatch(name)}
-
-
-def _variants(target: str) -> list[Any]:
-    arch = importlib.import_module("kdkernels.triton._common").TARGETS[target]
-    variants_of = importlib.import_module("kdkernels.triton._ahead").variants_of
-    return [variant for op in _modules("_ahead") for variant in variants_of(arch, op)]
 
 
 def _modules(ending: str = "") -> list[ModuleType]:
@@ -96,6 +97,10 @@ def _modules(ending: str = "") -> list[ModuleType]:
         for name in names
         if name.endswith(ending) and name != "_ahead"
     ]
+
+
+def _name(op: ModuleType) -> str:
+    return op.__name__.rpartition(".")[2].removeprefix("_").removesuffix("_ahead")
 
 
 def _compile(variant: Any, target: str) -> Compiled:
@@ -164,9 +169,27 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     return field("vgpr_count"), spilled
 
 
-def main(target: str) -> None:
-    json.dump([asdict(_compile(variant, target)) for variant in _variants(target)], sys.stdout)
+_work: list[tuple[str, Any, list[Any]]] = []  # target, op, variants
+
+
+def _do(index: int) -> tuple[str, str, list[dict[str, Any]]]:
+    target, op, variants = _work[index]
+    return target, _name(op), [asdict(_compile(variant, target)) for variant in variants]
+
+
+def main() -> None:
+    archs = importlib.import_module("kdkernels.triton._common").TARGETS
+    variants_of = importlib.import_module("kdkernels.triton._ahead").variants_of
+    # made before the fork: variants hold functions, which cannot be sent
+    _work.extend(
+        (target, op, list(variants_of(archs[target], op)))
+        for op in _modules("_ahead")
+        for target in TARGETS
+    )
+    _work.sort(key=lambda work: -len(work[2]))  # the longest first, or all would wait for it
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        json.dump(pool.map(_do, range(len(_work)), chunksize=1), sys.stdout)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main()

@@ -6,7 +6,8 @@ of them. A module `_<op>_ahead.py` lists the calls of an op:
 
     call(dtype, *arguments)     one call on meta tensors, forward and backward
     EVERYWHERE, EXTRA           its arguments; those in EXTRA are compiled for one target only, to
-                                keep the tests short
+                                keep the tests short. So where an op has two calls, EVERYWHERE pairs
+                                them with two precisions: each kernel still meets each target.
 """
 
 from __future__ import annotations

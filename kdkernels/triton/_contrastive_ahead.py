@@ -10,14 +10,12 @@ from kdkernels.triton._triplet_ahead import labelled
 from kdkernels.triton.contrastive import contrastive_fwd
 
 # label -> B, M or None for the batch itself, D, distance
-_CORE = {
-    "contrastive-own": (8192, None, 128, "euclidean"),
-    "contrastive-bank": (256, 65536, 512, "sqeuclidean"),
-}
-_MORE = {"contrastive-odd": (333, None, 37, "cosine")}
+_OWN = {"contrastive-own": (8192, None, 128, "euclidean")}
+_BANK = {"contrastive-bank": (256, 65536, 512, "sqeuclidean")}
+_ODD = {"contrastive-odd": (333, None, 37, "cosine")}
 
-EVERYWHERE: Calls = {"fp32": _CORE, "bf16": _CORE}
-EXTRA: Calls = {"fp32": _MORE, "fp16": _CORE, "tf32": _CORE}
+EVERYWHERE: Calls = {"fp32": _BANK, "bf16": _OWN}
+EXTRA: Calls = {"fp32": _OWN | _ODD, "bf16": _BANK, "fp16": _OWN, "tf32": _BANK}
 
 
 def call(dtype: torch.dtype, B: int, M: int | None, D: int, distance: str) -> None:

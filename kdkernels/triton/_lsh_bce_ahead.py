@@ -9,18 +9,15 @@ from kdkernels.triton._ahead import Calls
 from kdkernels.triton.lsh_bce import lsh_bce_bwd, lsh_bce_encode, lsh_bce_fwd
 
 # label -> B, D, N, whether there are a bias and a mask, gradients of student, weight and bias.
-# `_CORE` launches every kernel.
-_CORE = {
-    "pooled": (4096, 512, 2048, False, (True, False, False)),
-    "trained": (4096, 512, 2048, True, (True, True, True)),
-}
+_POOLED = {"pooled": (4096, 512, 2048, False, (True, False, False))}
+_TRAINED = {"trained": (4096, 512, 2048, True, (True, True, True))}
 _MORE = {
     "resnet50": (64, 2048, 65536, True, (True, False, False)),
     "odd": (333, 37, 101, True, (False, False, True)),
 }
 
-EVERYWHERE: Calls = {"bf16": _CORE, "fp32": _CORE}
-EXTRA: Calls = {"bf16": _MORE, "fp16": _CORE, "tf32": _CORE}
+EVERYWHERE: Calls = {"bf16": _TRAINED, "fp32": _POOLED}
+EXTRA: Calls = {"bf16": _POOLED | _MORE, "fp32": _TRAINED, "fp16": _TRAINED, "tf32": _POOLED}
 
 
 def call(

@@ -9,20 +9,17 @@ from torch import Tensor
 from kdkernels.triton._ahead import Calls
 from kdkernels.triton.triplet import triplet_bwd, triplet_fwd
 
-# label -> B, M or None for the batch itself, D, positives, negatives, distance. `_CORE` launches
-# every kernel.
-_CORE = {
-    "own": (8192, None, 128, "hardest", "hardest", "euclidean"),
-    "semihard": (8192, None, 512, "hardest", "semihard", "euclidean"),
-}
+# label -> B, M or None for the batch itself, D, positives, negatives, distance
+_OWN = {"own": (8192, None, 128, "hardest", "hardest", "euclidean")}
+_SEMIHARD = {"semihard": (8192, None, 512, "hardest", "semihard", "euclidean")}
 _MORE = {
     "bank": (256, 65536, 512, "easiest", "easiest", "cosine"),
     "bank-semihard": (256, 65536, 512, "semihard", "hardest", "sqeuclidean"),
     "odd": (333, None, 37, "hardest", "hardest", "euclidean"),
 }
 
-EVERYWHERE: Calls = {"fp32": _CORE, "bf16": _CORE}
-EXTRA: Calls = {"fp32": _MORE, "fp16": _CORE, "tf32": _CORE}
+EVERYWHERE: Calls = {"fp32": _SEMIHARD, "bf16": _OWN}
+EXTRA: Calls = {"fp32": _OWN | _MORE, "bf16": _SEMIHARD, "fp16": _OWN, "tf32": _SEMIHARD}
 
 
 def call(

@@ -10,18 +10,16 @@ from kdkernels.triton._triplet_ahead import labelled
 from kdkernels.triton.triplet_all import triplet_all_fwd
 
 # label -> B, M or None for the batch itself, D, negatives, soft, distance
-_CORE = {
-    "triplet_all-own": (8192, None, 128, "all", False, "euclidean"),
-    "triplet_all-bank": (256, 65536, 512, "semihard", True, "sqeuclidean"),
-}
+_OWN = {"triplet_all-own": (8192, None, 128, "all", False, "euclidean")}
+_BANK = {"triplet_all-bank": (256, 65536, 512, "semihard", True, "sqeuclidean")}
 _MORE = {
     "triplet_all-soft": (8192, None, 128, "all", True, "sqeuclidean"),
     "triplet_all-semihard": (8192, None, 128, "semihard", False, "cosine"),
     "triplet_all-odd": (333, None, 37, "all", False, "euclidean"),
 }
 
-EVERYWHERE: Calls = {"fp32": _CORE, "bf16": _CORE}
-EXTRA: Calls = {"fp32": _MORE, "fp16": _CORE, "tf32": _CORE}
+EVERYWHERE: Calls = {"fp32": _BANK, "bf16": _OWN}
+EXTRA: Calls = {"fp32": _OWN | _MORE, "bf16": _BANK, "fp16": _OWN, "tf32": _BANK}
 
 
 def call(
