@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "main_loop.h"
+#include "product_tile.h"
 
 namespace kdk::cuda {
 namespace {
@@ -15,52 +15,6 @@ __device__ void sum_parts(const PartSums& sums, int64_t block) {
   float total = 0;
   for (int64_t part = 0; part < sums.count; ++part) total += sums.parts[part * sums.size + i];
   sums.out[i] = total;
-}
-
-// Adds up the partial tiles of all splits in their order, in whichever block comes last; whether
-// this is that block.
-__device__ bool merge_splits(Accumulators& acc, const ProductParams& p, int64_t tile,
-                             unsigned char* shared) {
-  const int64_t tiles = p.tiles * gridDim.z;
-  const auto part = [&](int64_t split) {
-    return p.partials + (split * tiles + tile) * kTile * kTile + threadIdx.x;
-  };
-  float* mine = part(blockIdx.y);
-  for_each_accumulator([&](int i, int j, int c, int, int) {
-    mine[((i * 4 + j) * 4 + c) * kThreads] = acc[i][j][c];
-  });
-  __threadfence();
-  __syncthreads();
-  auto* ticket = reinterpret_cast<unsigned*>(shared);
-  if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + tile, 1u);
-  __syncthreads();
-  if (*ticket + 1 < static_cast<unsigned>(p.splits)) return false;
-  __threadfence();
-  fill(acc, 0);
-  for (int split = 0; split < p.splits; ++split) {
-    const float* theirs = part(split);
-    for_each_accumulator([&](int i, int j, int c, int, int) {
-      acc[i][j][c] += theirs[((i * 4 + j) * 4 + c) * kThreads];
-    });
-  }
-  return true;
-}
-
-template <typename T>
-__device__ void store_tile(const Accumulators& acc, T* out, const ProductParams& p, int64_t m0,
-                           int64_t n0, float scale) {
-  const bool together = p.N % 2 == 0;
-  KDK_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const int64_t row = m0 + first_row() + 8 * i;
-    KDK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int64_t column = n0 + first_column() + 8 * j;
-      if (row < p.M && column < p.N)
-        store_pair(out + row * p.N + column, acc[i / 2][j][i % 2 * 2] * scale,
-                   acc[i / 2][j][i % 2 * 2 + 1] * scale, column + 1 < p.N, together);
-    }
-  }
 }
 
 template <Math kMath, Along kA>
@@ -75,7 +29,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   const int64_t down = ceil_div(p.M, kTile), g = blockIdx.z;
   const int64_t m0 = blockIdx.x % down * kTile, n0 = blockIdx.x / down * kTile;
   const int64_t k0 = blockIdx.y * p.split_length;
-  const int64_t k_end = k0 + p.split_length < p.K ? k0 + p.split_length : p.K;
+  const int64_t k_end = end_of_split(p);
   Accumulators acc;
   fill(acc, 0);
   multiply<kMath, kA, Along::kOutput>(acc, shared, p.a, p.b, g, m0, n0, k0, k_end);

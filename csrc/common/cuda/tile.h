@@ -59,6 +59,10 @@ struct OperandTile {
   static constexpr int kRows = kAlong == Along::kContraction ? kTile : kStep;
   static constexpr int kChunks = kTileBytes / kRows / kChunkBytes;  // in a row
 
+  struct alignas(16) Chunk {
+    T x[kPerChunk];
+  };
+
   // Eight rows that are read together lie in different banks.
   static __device__ __forceinline__ int offset(int row, int chunk) {
     const int swizzled = kAlong == Along::kContraction ? chunk ^ (row >> 1 & 3)
@@ -67,10 +71,37 @@ struct OperandTile {
     return (row * kChunks + swizzled) * kChunkBytes;
   }
 
+  // Begins to copy the first `count` elements of a chunk, zeros behind them; `aligned` to 16 bytes,
+  // or not.
+  static __device__ __forceinline__ void copy(unsigned char* to, const T* from, int count,
+                                              bool aligned) {
+    if (aligned) return copy_async(to, from, count * static_cast<int>(sizeof(T)));
+    Chunk values;
+    KDK_UNROLL
+    for (int e = 0; e < kPerChunk; ++e) values.x[e] = e < count ? from[e] : T{};
+    *reinterpret_cast<Chunk*>(to) = values;
+  }
+
+  static constexpr int kCopies = kRows * kChunks / kThreads;  // of a thread, per step
+  static_assert(kCopies * kThreads == kRows * kChunks, "every thread copies as much");
+  // Where this thread's copy c goes.
+  static __device__ __forceinline__ int row(int c) {
+    return (static_cast<int>(threadIdx.x) + c * kThreads) / kChunks;
+  }
+  static __device__ __forceinline__ int column(int c) {
+    return (static_cast<int>(threadIdx.x) + c * kThreads) % kChunks * kPerChunk;
+  }
+  static __device__ __forceinline__ unsigned char* place(unsigned char* tile, int c) {
+    return tile + offset(row(c), column(c) / kPerChunk);
+  }
+
   // Fills tile after tile along the contraction. What does not change from step to step is computed
   // once, since the copies share issue slots with the tensor core's instructions.
   class Loader {
    public:
+    static constexpr int kBytes = kTileBytes;  // of a stage
+    static __device__ __forceinline__ void finish(unsigned char*) {}
+
     __device__ __forceinline__ Loader(const Source& source, int64_t group, int64_t output0,
                                       int64_t k0)
         : source_(source), k_(k0) {
@@ -102,7 +133,7 @@ struct OperandTile {
           }
         }
         if (kAcross && source_.keep != nullptr && count > 0 && !keeps(k_ + row(c))) count = 0;
-        copy(tile + offset(row(c), column(c) / kPerChunk), from_[c], count);
+        copy(place(tile, c), from_[c], count, source_.aligned);
         from_[c] += kAcross ? kStep * source_.stride : kStep;
       }
       k_ += kStep;
@@ -110,26 +141,8 @@ struct OperandTile {
 
    private:
     static constexpr bool kAcross = kAlong == Along::kOutput;
-    static constexpr int kCopies = kRows * kChunks / kThreads;  // of a thread, per step
-    static_assert(kCopies * kThreads == kRows * kChunks, "every thread copies as much");
-
-    static __device__ __forceinline__ int row(int c) {
-      return (static_cast<int>(threadIdx.x) + c * kThreads) / kChunks;
-    }
-    static __device__ __forceinline__ int column(int c) {
-      return (static_cast<int>(threadIdx.x) + c * kThreads) % kChunks * kPerChunk;
-    }
     __device__ __forceinline__ bool keeps(int64_t i) const {
       return source_.keep == nullptr || source_.keep[i * source_.keep_stride];
-    }
-    __device__ __forceinline__ void copy(unsigned char* to, const T* from, int count) const {
-      if (source_.aligned) return copy_async(to, from, count * static_cast<int>(sizeof(T)));
-      struct alignas(16) Chunk {
-        T x[kPerChunk];
-      } values;
-      KDK_UNROLL
-      for (int e = 0; e < kPerChunk; ++e) values.x[e] = e < count ? from[e] : T{};
-      *reinterpret_cast<Chunk*>(to) = values;
     }
 
     const Source& source_;
