@@ -196,11 +196,8 @@ __device__ __forceinline__ SoftmaxSums<float> from_lane(const SoftmaxSums<float>
 
 __global__ void __launch_bounds__(kThreads)
     relational_kl_merge_kernel(const __grid_constant__ MergeParams p) {
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t t = at; t < p.ticket_count; t += static_cast<int64_t>(gridDim.x) * kThreads)
-    p.tickets[t] = 0;
   // a warp has a query, a lane some of the splits
-  const int64_t query = at / 32;
+  const int64_t query = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (query >= p.B) return;
   const int64_t row = p.teacher ? query / kGroup * 2 * kGroup + query % kGroup : query;

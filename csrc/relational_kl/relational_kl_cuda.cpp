@@ -5,6 +5,7 @@
 
 #include <limits>
 #include <tuple>
+#include <utility>
 
 #include "../common/cuda/glue.h"
 #include "relational_kl_arguments.h"
@@ -145,13 +146,31 @@ class Call {
 // Entries per row of weights: whole stores of a thread.
 int64_t padded(int64_t K) { return ceil_div(K, kGroup) * kGroup; }
 
-// A product of chunks that a sweep left with keys or rows.
+// The product of what a sweep left with keys or rows, in fp32.
 Product product_with(const Device& device, const Source& b, int64_t M, int64_t N, int64_t K,
                      Math math) {
   Product product(device, 1, M, N, K, math);
   product.params.b = b;
   product.params.out_float = true;
   return product;
+}
+
+// Weights of M rows times keys [K, N], split into whole tiles of keys, of which each has its
+// factor: enough to fill the device twice, while a split has two tiles.
+ProductParams difference_product(const Source& keys, int64_t M, int64_t N, float* out) {
+  ProductParams params{};
+  params.b = keys;
+  params.out = out;
+  params.M = M;
+  params.N = N;
+  params.K = keys.rows;
+  params.tiles = ceil_div(M, kTile) * ceil_div(N, kTile);
+  const int64_t key_tiles = ceil_div(params.K, kTile);
+  const int64_t most =
+      std::max<int64_t>(std::min(ceil_div(2 * processors(), params.tiles), key_tiles / 2), 1);
+  params.split_length = ceil_div(key_tiles, most) * kTile;
+  params.splits = static_cast<int>(ceil_div(params.K, params.split_length));
+  return params;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
@@ -196,20 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
       sums.maxima = data_of<float>(maxima);
     }
     launch_relational_kl_weights(sums, math, device.stream());
-    DifferenceParams difference{};
     MergeParams merge{};
-    std::optional<Product> product;
-    if (multiply) {
-      product.emplace(product_with(device, call.all.keys[0], count, D, K, math));
-      // whole tiles of keys, of which each has its factor
-      ProductParams& params = product->params;
-      params.split_length = ceil_div(params.split_length, kTile) * kTile;
-      params.splits = static_cast<int>(std::max<int64_t>(ceil_div(K, params.split_length), 1));
-      params.counting = call.all.num_keys;
-      params.out = data_of<float>(dloss) + first * D;
-      merge.tickets = params.tickets;
-      merge.ticket_count = product->ticket_count();
-    }
     merge.parts = sums.parts;
     merge.positive = sums.positive;
     merge.splits = splits;
@@ -230,7 +236,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
     merge.lse_teacher = data_of<float>(lse_teacher) + first;
     launch_relational_kl_merge(merge, device.stream());
     if (!multiply) continue;
-    difference.product = product->params;
+    DifferenceParams difference{};
+    difference.product =
+        difference_product(call.all.keys[0], count, D, data_of<float>(dloss) + first * D);
+    ProductParams& product = difference.product;
+    product.counting = call.all.num_keys;
+    const bool split = product.splits > 1;
+    const Tensor partials = device.empty({split ? product.splits : 0, count, D}, ScalarType::Float);
+    void* const out = std::exchange(product.out, split ? partials.mutable_data_ptr() : product.out);
     difference.weights = sums.weights;
     difference.stride = stride;
     difference.rows = sweep.operand.rows;
@@ -240,6 +253,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
     difference.positives = sweep.positives;
     difference.scale = sweep.scale[0];
     launch_relational_kl_difference(difference, math, device.stream());
+    if (split)
+      launch_part_sums(
+          {data_of<const float>(partials), static_cast<float*>(out), product.splits, count * D},
+          device.stream());
   }
   return {loss, dloss, lse_student, lse_teacher};
 }

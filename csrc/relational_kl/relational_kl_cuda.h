@@ -65,14 +65,15 @@ struct MergeParams {
   bool teacher, subtract_entropy;
   const float *own_student, *own_teacher;   // [B] or null
   float *loss, *lse_student, *lse_teacher;  // [B]
-  unsigned* tickets;                        // [ticket_count], set to 0 for the product that follows
-  int64_t ticket_count;
 };
 
-// The student's softmax less the teacher's, times the keys.
+// The student's softmax less the teacher's, times the keys. There are few tiles and many splits, so
+// each split is stored, and another launch adds them up: a block that came last would read them
+// all.
 struct DifferenceParams {
-  cuda::ProductParams product;  // a is not read; split_length is a multiple of kTile
-  const void* weights;          // as WeightsParams has them
+  // a is not read, out [splits, M, N] fp32, split_length a multiple of kTile
+  cuda::ProductParams product;
+  const void* weights;  // as WeightsParams has them
   int64_t stride, rows;
   const float* maxima;
   const float *lse_student, *lse_teacher;  // [B]

@@ -119,9 +119,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   typename OperandTile<kMath, Along::kOutput>::Loader keys(product.b, 0, n0, k0);
   multiply_loaded<kMath, Along::kContraction, Along::kOutput>(acc, shared_memory(), weights, keys,
                                                               steps_of<kMath>(k0, k_end), k_end);
-  if (product.splits > 1 && !merge_splits(acc, product, blockIdx.x, shared_memory())) return;
-  if (p.positives != nullptr) subtract_positives<Element<kMath>>(acc, p, m0, n0);
-  store_tile(acc, static_cast<float*>(product.out), product, m0, n0, 1.0f);
+  if (p.positives != nullptr && blockIdx.y == 0) subtract_positives<Element<kMath>>(acc, p, m0, n0);
+  auto* part = static_cast<float*>(product.out) + blockIdx.y * product.M * product.N;
+  store_tile(acc, part, product, m0, n0, 1.0f);
 }
 
 }  // namespace

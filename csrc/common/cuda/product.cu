@@ -17,6 +17,35 @@ __device__ void sum_parts(const PartSums& sums, int64_t block) {
   sums.out[i] = total;
 }
 
+// Adds up the partial tiles of all splits in their order, in whichever block comes last; whether
+// this is that block.
+__device__ bool merge_splits(Accumulators& acc, const ProductParams& p, int64_t tile,
+                             unsigned char* shared) {
+  const int64_t tiles = p.tiles * gridDim.z;
+  const auto part = [&](int64_t split) {
+    return p.partials + (split * tiles + tile) * kTile * kTile + threadIdx.x;
+  };
+  float* mine = part(blockIdx.y);
+  for_each_accumulator([&](int i, int j, int c, int, int) {
+    mine[((i * 4 + j) * 4 + c) * kThreads] = acc[i][j][c];
+  });
+  __threadfence();
+  __syncthreads();
+  auto* ticket = reinterpret_cast<unsigned*>(shared);
+  if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + tile, 1u);
+  __syncthreads();
+  if (*ticket + 1 < static_cast<unsigned>(p.splits)) return false;
+  __threadfence();
+  fill(acc, 0);
+  for (int split = 0; split < p.splits; ++split) {
+    const float* theirs = part(split);
+    for_each_accumulator([&](int i, int j, int c, int, int) {
+      acc[i][j][c] += theirs[((i * 4 + j) * 4 + c) * kThreads];
+    });
+  }
+  return true;
+}
+
 template <Math kMath, Along kA>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     product_kernel(const __grid_constant__ ProductParams p) {
