@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kdkernels import _native
 from kdkernels.testing.opinfo import Sample, opinfos, randn
-from kdkernels.testing.opinfos import lsh_bce
+from kdkernels.testing.opinfos import _key_bank, lsh_bce
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -55,6 +55,9 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
         260, 30, 21, dtype, normalize="feature", algorithm="tiled"
     ),
     "triplet_loss-batch_hard": lambda dtype: _triplet_loss(300, 0, 40, dtype, mining="batch_hard"),
+    "relational_kl": lambda dtype: _relational_kl(130, 21, 21, 600, dtype, exclude=True),
+    "relational_kl-two_banks": lambda dtype: _relational_kl(40, 20, 70, 400, dtype),
+    "info_nce": lambda dtype: _info_nce(30, 150, 1100, dtype),
     "triplet_loss-references": lambda dtype: _triplet_loss(
         140, 270, 21, dtype, mining="batch_semihard"
     ),
@@ -76,6 +79,22 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
 def _gram_mse(B: int, D_s: int, D_t: int, dtype: torch.dtype, **options: str) -> Sample:
     sides = (randn(B, D, seed=D, device=CPU, dtype=torch.float64) / D**0.25 for D in (D_s, D_t))
     return Sample("several_tiles", tuple(x.to(dtype) for x in sides), options)
+
+
+def _relational_kl(
+    B: int, D: int, E: int, K: int, dtype: torch.dtype, exclude: bool = False
+) -> Sample:
+    student, teacher, keys, teacher_keys = (x.to(dtype) for x in _key_bank.draw(B, D, E, K))
+    banks = (keys,) if D == E else (keys, teacher_keys)
+    options = {"exclude": torch.arange(B) * 7 % K} if exclude else {}
+    return Sample("several_tiles", (student, teacher, *banks), options)
+
+
+def _info_nce(B: int, D: int, K: int, dtype: torch.dtype) -> Sample:
+    queries, _, keys, _ = (x.to(dtype) for x in _key_bank.draw(B, D, D, K))
+    few = K // 3  # some blocks have no key
+    options = {"num_keys": torch.tensor(few)}
+    return Sample("several_tiles", (queries, keys, torch.arange(B) * 5 % few), options)
 
 
 def _triplet_loss(B: int, M: int, D: int, dtype: torch.dtype, **options: Any) -> Sample:

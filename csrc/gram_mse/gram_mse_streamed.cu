@@ -155,15 +155,10 @@ void launch_gram_mse_bwd_pair_weights(const PairWeightsParams& params, Math math
                                       cudaStream_t stream) {
   const dim3 grid =
       grid_of(ceil_div(params.weights.problem.B, kTile), ceil_div(params.rows, kTile));
-  const auto run = [&]<Math kMath>() {
+  for_wide_math(math, [&]<Math kMath>() {
     launch(gram_mse_bwd_kernel_pair_weights<kMath>, grid, kThreads, kPairSharedBytes, stream,
            params);
-  };
-  switch (math) {
-    case Math::kBFloat16: return run.template operator()<Math::kBFloat16>();
-    case Math::kTf32x3: return run.template operator()<Math::kTf32x3>();
-    default: return run.template operator()<Math::kExact>();
-  }
+  });
 }
 
 }  // namespace kdk::gram_mse

@@ -2,41 +2,30 @@
 // CPU operators kdkernels_C::relational_kl_{fwd,bwd}. Arguments were checked by the public
 // functions.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 
 #include "../common/cut.h"
 #include "../common/parallel.h"
 #include "../common/stable.h"
 #include "relational_kl.h"
+#include "relational_kl_arguments.h"
 #include "relational_kl_simd.h"
 
 namespace kdk::relational_kl {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
-// Arguments that both operators take.
-struct Arguments {
-  const Tensor& student;
-  const Optional& teacher;
-  const Tensor& keys;
-  const Optional &teacher_keys, &key_scale, &teacher_key_scale, &positives, &exclude, &num_keys;
-  bool subtract_entropy;
-  Optional own_student = {}, own_teacher = {};  // of the forward
-
-  // How many of the keys count, the first ones.
-  int64_t counting() const {
-    const int64_t K = keys.size(0);
-    if (!num_keys) return K;
-    return std::clamp<int64_t>(*static_cast<const int64_t*>(num_keys->const_data_ptr()), 0, K);
-  }
-};
+// How many of the keys count, the first ones.
+int64_t counting_keys(const Arguments& given) {
+  const int64_t K = given.keys.size(0);
+  if (!given.num_keys) return K;
+  const auto* num_keys = static_cast<const int64_t*>(given.num_keys->const_data_ptr());
+  return std::clamp<int64_t>(*num_keys, 0, K);
+}
 
 // Tensors that a problem's views point into.
 template <typename T>
 struct Operands {
-  explicit Operands(const Arguments& given)
+  Operands(const Arguments& given, const Optional& own_student_, const Optional& own_teacher_)
       : student(plain<T>(given.student)),
         keys(plain<T>(given.keys)),
         teacher(given.teacher ? Optional(plain<T>(*given.teacher)) : std::nullopt),
@@ -45,9 +34,9 @@ struct Operands {
         teacher_key_scale(flat(given.teacher_key_scale)),
         positives(flat(given.positives)),
         exclude(flat(given.exclude)),
-        own_student(flat(given.own_student)),
-        own_teacher(flat(given.own_teacher)),
-        counting(given.counting()),
+        own_student(flat(own_student_)),
+        own_teacher(flat(own_teacher_)),
+        counting(counting_keys(given)),
         subtract_entropy(given.subtract_entropy) {}
 
   Problem<T> view() const {
@@ -95,13 +84,14 @@ T* numbers(const Tensor& x) {
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Arguments& given, bool with_dloss) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Arguments& given, const Optional& own_student,
+                                               const Optional& own_teacher, bool with_dloss) {
   const int64_t B = given.student.size(0), D = given.student.size(1);
   constexpr ScalarType type = scalar_type_of<T>;
   const Tensor loss = empty({B}, type), lse_student = empty({B}, type),
                lse_teacher = empty({B}, type);
   const Tensor dloss = with_dloss ? empty({B, D}, type) : empty({0}, type);
-  const Operands<T> operands(given);
+  const Operands<T> operands(given, own_student, own_teacher);
   const auto gradient = Matrix<T>::contiguous(numbers<T>(dloss), with_dloss ? B : 0, D);
   forward<T>(operands.view(), {numbers<T>(loss), numbers<T>(lse_student), numbers<T>(lse_teacher)},
              with_dloss ? &gradient : nullptr);
@@ -132,14 +122,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Argumen
     });
   }
   if (need_teacher || need_keys || need_teacher_keys) {
-    const Operands<T> operands(given);
+    const Operands<T> operands(given, {}, {});
     const Tensor losses = torch::stable::contiguous(loss),
                  of_student = torch::stable::contiguous(lse_student),
                  of_teacher = torch::stable::contiguous(lse_teacher);
     const auto of_keys = [&](const Tensor& x, bool needed) {
       if (!needed) return Matrix<T>{};
       const auto all = matrix<T>(x);
-      const int64_t counting = given.counting();
+      const int64_t counting = counting_keys(given);
       fill_zero(all.row_block(counting, all.rows - counting));
       return all.row_block(0, counting);
     };
@@ -159,11 +149,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
     Tensor student, Optional teacher, Tensor keys, Optional teacher_keys, Optional key_scale,
     Optional teacher_key_scale, Optional positives, Optional exclude, Optional num_keys,
     bool subtract_entropy, Optional own_student, Optional own_teacher, bool with_dloss) {
-  const Arguments given{student,   teacher,           keys,        teacher_keys,
-                        key_scale, teacher_key_scale, positives,   exclude,
-                        num_keys,  subtract_entropy,  own_student, own_teacher};
+  const Arguments given{student,           teacher,   keys,    teacher_keys, key_scale,
+                        teacher_key_scale, positives, exclude, num_keys,     subtract_entropy};
   const auto run = student.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(given, with_dloss);
+  return run(given, own_student, own_teacher, with_dloss);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_bwd(

@@ -3,6 +3,7 @@
 #include "relational_kl_simd.h"
 
 #include "../common/lanes.h"
+#include "relational_kl_math.h"
 
 namespace kdk::relational_kl::KDK_SIMD_LEVEL {
 namespace {
@@ -45,7 +46,7 @@ Sums both_weights_of(T* a, T* b, const T* factors, int64_t n, T max_a, T max_b) 
   each_vector<T>(n, [&]<bool kFull>(int64_t j, int64_t count) {
     const Vector<T> x = load<kFull>(a + j, count) - max_a, y = load<kFull>(b + j, count) - max_b;
     Vector<T> q = exp_of_negative<T>(x), p = exp_of_negative<T>(y);
-    const Vector<T> c = kSubtractEntropy ? y - x : -x;
+    const Vector<T> c = cost(y, x, kSubtractEntropy);
     student += within<kFull, T>(q, count, 0);
     teacher += within<kFull, T>(p, count, 0);
     mean += within<kFull, T>(p * c, count, 0);
@@ -81,9 +82,9 @@ void derivatives(T* a, T* b, int64_t n, const Row<T>& row) {
     const Vector<T> log_q = load<kFull>(a + j, count) - row.lse_student;
     const Vector<T> log_p = load<kFull>(b + j, count) - row.lse_teacher;
     const Vector<T> q = exp_of_negative<T>(log_q), p = exp_of_negative<T>(log_p);
-    const Vector<T> c = row.subtract_entropy ? log_p - log_q : -log_q;
+    const Vector<T> c = cost(log_p, log_q, row.subtract_entropy);
     store<kFull, T>(a + j, row.dout * (q - p), count);
-    store<kFull, T>(b + j, row.dout * (p * (c - row.loss)), count);
+    store<kFull, T>(b + j, row.dout * by_teacher_logit(p, c, row.loss), count);
   });
 }
 

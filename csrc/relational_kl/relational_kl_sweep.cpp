@@ -13,6 +13,7 @@
 #include "../common/parallel.h"
 #include "../common/stable.h"
 #include "relational_kl.h"
+#include "relational_kl_math.h"
 #include "relational_kl_simd.h"
 
 namespace kdk::relational_kl {
@@ -21,7 +22,6 @@ namespace {
 constexpr int64_t kRows = 256;  // of a tile
 constexpr int64_t kKeys = 512;  // of a tile; both sides' tiles stay in a core's L2
 
-constexpr double kNone = -std::numeric_limits<double>::infinity();
 constexpr double kNotANumber = std::numeric_limits<double>::quiet_NaN();
 
 // f(begin, count) for the one or two stretches of keys k0 ... k0 + n that `exclude` leaves.
@@ -33,12 +33,9 @@ void each_stretch(int64_t exclude, int64_t k0, int64_t n, const F& f) {
   if (at + 1 < n) f(at + 1, n - at - 1);
 }
 
-// One row's sums over the keys of a piece: weights relative to the maxima seen so far.
-struct Running {
-  double max_student = kNone, max_teacher = kNone;
-  double student = 0, teacher = 0;  // sums of weights
-  double mean = 0;                  // sum of the teacher's weights times c, from raw logits
-  double positive = kNotANumber;    // logit of the positive key
+// One row's sums over the keys of a piece.
+struct Running : SoftmaxSums<double> {
+  double positive = kNotANumber;  // logit of the positive key
 };
 
 // Scratch memory of a thread: a tile of logits per side.
@@ -68,9 +65,6 @@ const T* from(const T* scale, int64_t k0) {
   return scale ? scale + k0 : nullptr;
 }
 
-// How much a row's sums shrink where its maximum grows.
-double shrink(double before, double now) { return before == now ? 1 : std::exp(before - now); }
-
 // The forward sweep of one block of rows over one piece of the keys.
 template <typename T>
 class Sweep {
@@ -95,8 +89,8 @@ class Sweep {
         const Running before = row;
         weigh(i, k0, n, a.row(i), b.data ? b.row(i) : nullptr, row);
         if (!rescale) continue;
-        shrink_row(*by_student, i, shrink(before.max_student, row.max_student));
-        if (b.data) shrink_row(*by_teacher, i, shrink(before.max_teacher, row.max_teacher));
+        shrink_row(*by_student, i, before.student.factor(row.student.max));
+        if (b.data) shrink_row(*by_teacher, i, before.teacher.factor(row.teacher.max));
       }
       if (!by_student) continue;
       const auto keys = problem_.student.keys.row_block(k0, n);
@@ -115,41 +109,36 @@ class Sweep {
   void weigh(int64_t i, int64_t k0, int64_t n, T* a, T* b, Running& row) const {
     const auto& kernels = epilogues<T>();
     const int64_t exclude = problem_.exclude ? problem_.exclude[i0_ + i] : -1;
-    Running now = row;
+    double most_student = row.student.max, most_teacher = row.teacher.max;
     each_stretch(exclude, k0, n, [&](int64_t j, int64_t count) {
       const T* scale = from(problem_.student.scale, k0 + j);
-      now.max_student = std::max<double>(now.max_student, kernels.maximum(a + j, scale, count));
+      most_student = std::max<double>(most_student, kernels.maximum(a + j, scale, count));
       if (b == nullptr) return;
       scale = from(problem_.teacher.scale, k0 + j);
-      now.max_teacher = std::max<double>(now.max_teacher, kernels.maximum(b + j, scale, count));
+      most_teacher = std::max<double>(most_teacher, kernels.maximum(b + j, scale, count));
     });
     if (!problem_.has_teacher) {
       const int64_t at = problem_.positives[i0_ + i] - k0;
-      if (at >= 0 && at < n) now.positive = a[at];
+      if (at >= 0 && at < n) row.positive = a[at];
     }
-    now.student *= shrink(row.max_student, now.max_student);
-    const double shrunk = shrink(row.max_teacher, now.max_teacher);
-    now.teacher *= shrunk;
-    now.mean *= shrunk;
+    row.raise(most_student, most_teacher, problem_.subtract_entropy);
     each_stretch(exclude, k0, n, [&](int64_t j, int64_t count) {
       const T* scale = from(problem_.student.scale, k0 + j);
       if (b == nullptr) {
-        now.student += kernels.weights(a + j, scale, count, static_cast<T>(now.max_student));
+        row.student.sum += kernels.weights(a + j, scale, count, static_cast<T>(most_student));
         return;
       }
       const Sums sums =
-          kernels.both_weights(a + j, b + j, scale, count, static_cast<T>(now.max_student),
-                               static_cast<T>(now.max_teacher), problem_.subtract_entropy);
-      now.student += sums.student;
-      now.teacher += sums.teacher;
-      const double shift = (problem_.subtract_entropy ? now.max_teacher : 0) - now.max_student;
-      now.mean += sums.mean + shift * sums.teacher;
+          kernels.both_weights(a + j, b + j, scale, count, static_cast<T>(most_student),
+                               static_cast<T>(most_teacher), problem_.subtract_entropy);
+      row.student.sum += sums.student;
+      row.teacher.sum += sums.teacher;
+      row.mean += sums.mean;
     });
     if (exclude >= k0 && exclude < k0 + n) {
       a[exclude - k0] = 0;
       if (b) b[exclude - k0] = 0;
     }
-    row = now;
   }
 
   const Problem<T>& problem_;
@@ -159,14 +148,10 @@ class Sweep {
 
 // Sums over a row's own logits, if it has any.
 template <typename T>
-Running start(const Problem<T>& problem, int64_t i) {
+SoftmaxSums<double> start(const Problem<T>& problem, int64_t i) {
   if (problem.own_student == nullptr) return {};
-  const double a = problem.own_student[i], b = problem.own_teacher[i];
-  return {a, b, 1, 1, problem.subtract_entropy ? b - a : -a};
+  return {{problem.own_student[i], 1}, {problem.own_teacher[i], 1}, 0};
 }
-
-// The weight of a piece whose maximum is `max` beside the largest of all; 0 if it has no key.
-double weight_of(double max, double sum, double most) { return sum == 0 ? 0 : shrink(max, most); }
 
 }  // namespace
 
@@ -196,43 +181,30 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
     sweep.run(first, end, tiles, &by_student, &by_teacher);
   });
   parallel_each(B, gradient ? 2.0 * sides * cut.pieces * D : 100.0, [&](int64_t i) {
-    const Running own = start(problem, i);
-    double max_s = own.max_student, max_t = own.max_teacher, positive = kNotANumber;
+    SoftmaxSums<double> all = start(problem, i);
+    double positive = kNotANumber;
     for (int64_t piece = 0; piece < cut.pieces; ++piece) {
       const Running& row = running[piece * B + i];
-      max_s = std::max(max_s, row.max_student);
-      max_t = std::max(max_t, row.max_teacher);
+      all.add(row, problem.subtract_entropy);
       if (!has_teacher && problem.positives[i] / (cut.steps * kKeys) == piece)
         positive = row.positive;
     }
-    const double own_teacher = weight_of(own.max_teacher, own.teacher, max_t);
-    double sum_s = weight_of(own.max_student, own.student, max_s), sum_t = own_teacher;
-    double mean = own_teacher * own.mean;
-    for (int64_t piece = 0; piece < cut.pieces; ++piece) {
-      const Running& row = running[piece * B + i];
-      const double of_teacher = weight_of(row.max_teacher, row.teacher, max_t);
-      sum_s += weight_of(row.max_student, row.student, max_s) * row.student;
-      sum_t += of_teacher * row.teacher;
-      mean += of_teacher * row.mean;
-    }
-    const bool no_key = has_teacher && sum_s == 0;
-    const double lse_s = max_s + std::log(sum_s);
-    const double lse_t = has_teacher ? max_t + std::log(sum_t) : 0;
-    double loss = has_teacher ? mean / sum_t + lse_s : lse_s - positive;
-    if (problem.subtract_entropy) loss -= lse_t;
-    residuals.loss[i] = no_key ? T(0) : static_cast<T>(loss);
-    residuals.lse_student[i] = static_cast<T>(lse_s);
-    residuals.lse_teacher[i] = static_cast<T>(lse_t);
+    const bool no_key = has_teacher && all.student.sum == 0;
+    const auto result = has_teacher ? row_result(all, problem.subtract_entropy, no_key)
+                                    : row_result(all.student, positive);
+    residuals.loss[i] = static_cast<T>(result.loss);
+    residuals.lse_student[i] = static_cast<T>(result.lse_student);
+    residuals.lse_teacher[i] = static_cast<T>(result.lse_teacher);
     if (gradient == nullptr) return;
     T* to = gradient->row(i);
     std::fill_n(to, D, T(0));
     if (no_key) return;
     for (int64_t piece = 0; piece < cut.pieces; ++piece) {
       const Running& row = running[piece * B + i];
-      const double q = weight_of(row.max_student, row.student, max_s) / sum_s;
+      const double q = row.student.factor(all.student.max) / all.student.sum;
       if (q != 0) kernels.add_scaled(part(0, piece).row(i), static_cast<T>(q), to, D);
       if (!has_teacher) continue;
-      const double p = weight_of(row.max_teacher, row.teacher, max_t) / sum_t;
+      const double p = row.teacher.factor(all.teacher.max) / all.teacher.sum;
       if (p != 0) kernels.add_scaled(part(1, piece).row(i), static_cast<T>(-p), to, D);
     }
     if (has_teacher) return;

@@ -6,9 +6,11 @@
 #if defined(KDK_CUDA_HOST)
 #include "cuda_host.h"
 #define KDK_UNROLL
+#define KDK_ROLLED
 #else
 #include <cuda_runtime.h>
 #define KDK_UNROLL _Pragma("unroll")
+#define KDK_ROLLED _Pragma("unroll 1")
 #endif
 
 #include <cstdint>

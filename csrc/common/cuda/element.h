@@ -111,4 +111,14 @@ void for_math(Math math, const F& f) {
   }
 }
 
+// The same where features of fp16 come as fp32.
+template <typename F>
+void for_wide_math(Math math, const F& f) {
+  switch (math) {
+    case Math::kBFloat16: return f.template operator()<Math::kBFloat16>();
+    case Math::kTf32x3: return f.template operator()<Math::kTf32x3>();
+    default: return f.template operator()<Math::kExact>();
+  }
+}
+
 }  // namespace kdk::cuda

@@ -62,7 +62,7 @@ __device__ __forceinline__ void split(const uint32_t (&x)[kCount], uint32_t (&hi
 // What a step of the contraction adds. Squared differences are those of fp32 operands.
 enum class Terms { kProducts, kSquaredDifferences };
 
-template <Math kMath, Along kA, Along kB, Terms kTerms>
+template <Math kMath, Along kA, Along kB, Terms kTerms = Terms::kProducts>
 __device__ __forceinline__ void multiply_step(Accumulators& acc, const unsigned char* a_tile,
                                               const unsigned char* b_tile) {
   using A = OperandTile<kMath, kA>;
@@ -118,37 +118,55 @@ __device__ __forceinline__ void multiply_step(Accumulators& acc, const unsigned 
   }
 }
 
-// acc += sum over k_begin <= k < k_end of a(m0 + row, k) b(n0 + column, k), or of the square of
-// their difference. The block has kThreads threads; `shared` holds kSharedBytes and may be used
-// again afterwards.
-template <Math kMath, Along kA, Along kB, Terms kTerms = Terms::kProducts>
-__device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* shared, const Source& a,
-                                         const Source& b, int64_t group, int64_t m0, int64_t n0,
-                                         int64_t k_begin, int64_t k_end) {
-  using A = OperandTile<kMath, kA>;
-  using B = OperandTile<kMath, kB>;
-  typename A::Loader a_loader(a, group, m0, k_begin);
-  typename B::Loader b_loader(b, group, n0, k_begin);
-  const int64_t steps = k_end > k_begin ? ceil_div(k_end - k_begin, A::kStep) : 0;
+// acc += sum over `steps` steps, up to k_end, of what two loaders fill. Each has `load` to begin a
+// step's copies, `finish` for what this thread does to its own copies once they are there, and
+// kBytes of a stage, of which the first kTileBytes are multiplied. The block has kThreads threads;
+// `shared` holds kStages such pairs of stages and may be used again afterwards.
+template <Math kMath, Along kA, Along kB, Terms kTerms = Terms::kProducts, typename ALoader,
+          typename BLoader>
+__device__ __forceinline__ void multiply_loaded(Accumulators& acc, unsigned char* shared,
+                                                ALoader& a, BLoader& b, int64_t steps,
+                                                int64_t k_end) {
+  constexpr int kBytes = ALoader::kBytes + BLoader::kBytes;
   const auto begin_step = [&](int64_t step) {
     if (step < steps) {
-      unsigned char* stage = shared + step % kStages * 2 * kTileBytes;
-      a_loader.load(stage, k_end);
-      b_loader.load(stage + kTileBytes, k_end);
+      unsigned char* stage = shared + step % kStages * kBytes;
+      a.load(stage, k_end);
+      b.load(stage + ALoader::kBytes, k_end);
     }
     copy_async_commit();
   };
   for (int step = 0; step < kStages - 1; ++step) begin_step(step);
   for (int64_t step = 0; step < steps; ++step) {
+    unsigned char* stage = shared + step % kStages * kBytes;
     copy_async_wait<kStages - 2>();
+    a.finish(stage);
     // every thread's copies of this step are there, and nobody reads the stage that is filled next
     __syncthreads();
     begin_step(step + kStages - 1);
-    const unsigned char* stage = shared + step % kStages * 2 * kTileBytes;
-    multiply_step<kMath, kA, kB, kTerms>(acc, stage, stage + kTileBytes);
+    multiply_step<kMath, kA, kB, kTerms>(acc, stage, stage + ALoader::kBytes);
   }
   copy_async_wait<0>();
   __syncthreads();
+}
+
+// How many steps of the contraction there are from k_begin to k_end.
+template <Math kMath>
+__device__ __forceinline__ int64_t steps_of(int64_t k_begin, int64_t k_end) {
+  constexpr int kStep = kStepBytes / sizeof(Element<kMath>);
+  return k_end > k_begin ? ceil_div(k_end - k_begin, kStep) : 0;
+}
+
+// acc += sum over k_begin <= k < k_end of a(m0 + row, k) b(n0 + column, k), or of the square of
+// their difference. `shared` holds kSharedBytes.
+template <Math kMath, Along kA, Along kB, Terms kTerms = Terms::kProducts>
+__device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* shared, const Source& a,
+                                         const Source& b, int64_t group, int64_t m0, int64_t n0,
+                                         int64_t k_begin, int64_t k_end) {
+  typename OperandTile<kMath, kA>::Loader a_loader(a, group, m0, k_begin);
+  typename OperandTile<kMath, kB>::Loader b_loader(b, group, n0, k_begin);
+  multiply_loaded<kMath, kA, kB, kTerms>(acc, shared, a_loader, b_loader,
+                                         steps_of<kMath>(k_begin, k_end), k_end);
 }
 
 // The tile in shared memory, for epilogues that work along its rows: [kTile, kTile], and swizzled,

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "main_loop.h"
+#include "product_tile.h"
 
 namespace kdk::cuda {
 namespace {
@@ -46,28 +46,6 @@ __device__ bool merge_splits(Accumulators& acc, const ProductParams& p, int64_t 
   return true;
 }
 
-template <typename T>
-__device__ void store_tile(const Accumulators& acc, T* out, const ProductParams& p, int64_t m0,
-                           int64_t n0, float scale) {
-  const bool together = p.N % 2 == 0;
-  KDK_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const int64_t row = m0 + first_row() + 8 * i;
-    KDK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int64_t column = n0 + first_column() + 8 * j;
-      if (row >= p.M || column >= p.N) continue;
-      T* to = out + row * p.N + column;
-      float x = acc[i / 2][j][i % 2 * 2] * scale, y = acc[i / 2][j][i % 2 * 2 + 1] * scale;
-      if (p.add) {
-        x += to_float(to[0]);
-        if (column + 1 < p.N) y += to_float(to[1]);
-      }
-      store_pair(to, x, y, column + 1 < p.N, together);
-    }
-  }
-}
-
 template <Math kMath, Along kA>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     product_kernel(const __grid_constant__ ProductParams p) {
@@ -80,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   const int64_t down = ceil_div(p.M, kTile), g = blockIdx.z;
   const int64_t m0 = blockIdx.x % down * kTile, n0 = blockIdx.x / down * kTile;
   const int64_t k0 = blockIdx.y * p.split_length;
-  const int64_t k_end = k0 + p.split_length < p.K ? k0 + p.split_length : p.K;
+  const int64_t k_end = end_of_split(p);
   Accumulators acc;
   fill(acc, 0);
   multiply<kMath, kA, Along::kOutput>(acc, shared, p.a, p.b, g, m0, n0, k0, k_end);

@@ -21,6 +21,7 @@ struct ProductParams {
   float* partials;    // [splits, G, tiles, kTile^2] if splits > 1
   unsigned* tickets;  // [G, tiles], zeros, if splits > 1
   int64_t M, N, K;
+  const int64_t* counting;  // on the device: how much of the contraction counts; null for all of it
   int64_t split_length;
   const float* scale;  // [G], scale_stride apart; null for 1
   int64_t scale_stride;

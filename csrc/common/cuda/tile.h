@@ -88,10 +88,37 @@ struct OperandTile {
     return (row * kChunks + swizzled) * kChunkBytes;
   }
 
+  // Begins to copy the first `count` elements of a chunk, zeros behind them; `aligned` to 16 bytes,
+  // or not.
+  static __device__ __forceinline__ void copy(unsigned char* to, const T* from, int count,
+                                              bool aligned) {
+    if (aligned) return copy_async(to, from, count * static_cast<int>(sizeof(T)));
+    Chunk<T> values;
+    KDK_UNROLL
+    for (int e = 0; e < kPerChunk; ++e) values.x[e] = e < count ? from[e] : T{};
+    *reinterpret_cast<Chunk<T>*>(to) = values;
+  }
+
+  static constexpr int kCopies = kRows * kChunks / kThreads;  // of a thread, per step
+  static_assert(kCopies * kThreads == kRows * kChunks, "every thread copies as much");
+  // Where this thread's copy c goes.
+  static __device__ __forceinline__ int row(int c) {
+    return (static_cast<int>(threadIdx.x) + c * kThreads) / kChunks;
+  }
+  static __device__ __forceinline__ int column(int c) {
+    return (static_cast<int>(threadIdx.x) + c * kThreads) % kChunks * kPerChunk;
+  }
+  static __device__ __forceinline__ unsigned char* place(unsigned char* tile, int c) {
+    return tile + offset(row(c), column(c) / kPerChunk);
+  }
+
   // Fills tile after tile along the contraction. What does not change from step to step is computed
   // once, since the copies share issue slots with the tensor core's instructions.
   class Loader {
    public:
+    static constexpr int kBytes = kTileBytes;  // of a stage
+    static __device__ __forceinline__ void finish(unsigned char*) {}
+
     __device__ __forceinline__ Loader(const Source& source, int64_t group, int64_t output0,
                                       int64_t k0)
         : source_(source), k_(k0) {
@@ -123,7 +150,7 @@ struct OperandTile {
           }
         }
         if (kAcross && source_.keep != nullptr && count > 0 && !keeps(k_ + row(c))) count = 0;
-        copy(tile + offset(row(c), column(c) / kPerChunk), from_[c], count);
+        copy(place(tile, c), from_[c], count, source_.aligned);
         from_[c] += kAcross ? kStep * source_.stride : kStep;
       }
       k_ += kStep;
@@ -131,24 +158,8 @@ struct OperandTile {
 
    private:
     static constexpr bool kAcross = kAlong == Along::kOutput;
-    static constexpr int kCopies = kRows * kChunks / kThreads;  // of a thread, per step
-    static_assert(kCopies * kThreads == kRows * kChunks, "every thread copies as much");
-
-    static __device__ __forceinline__ int row(int c) {
-      return (static_cast<int>(threadIdx.x) + c * kThreads) / kChunks;
-    }
-    static __device__ __forceinline__ int column(int c) {
-      return (static_cast<int>(threadIdx.x) + c * kThreads) % kChunks * kPerChunk;
-    }
     __device__ __forceinline__ bool keeps(int64_t i) const {
       return source_.keep == nullptr || source_.keep[i * source_.keep_stride];
-    }
-    __device__ __forceinline__ void copy(unsigned char* to, const T* from, int count) const {
-      if (source_.aligned) return copy_async(to, from, count * static_cast<int>(sizeof(T)));
-      Chunk<T> values;
-      KDK_UNROLL
-      for (int e = 0; e < kPerChunk; ++e) values.x[e] = e < count ? from[e] : T{};
-      *reinterpret_cast<Chunk<T>*>(to) = values;
     }
 
     const Source& source_;

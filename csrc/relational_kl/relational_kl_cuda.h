@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launchers of the CUDA kernels of relational_kl. Residuals: kdkernels/ops/relational_kl.py.
+//
+// Rows of both sides make one operand, so that one product with a tile of keys gives both sides'
+// logits: eight student rows, the same eight of the teacher, and so on. Query q is row
+// q / 8 * 16 + q % 8, its teacher the one 8 further on; without a teacher query q is row q.
+#pragma once
+
+#include "../common/cuda/product.h"
+#include "relational_kl_math.h"
+
+namespace kdk::relational_kl {
+
+inline constexpr int kGroup = 8;  // neighbouring rows of one side
+
+// Pieces of an operand's row: two of 16 bits hold what fp32 has for a logit.
+__host__ __device__ constexpr int pieces_of(cuda::Math math) {
+  return math == cuda::Math::kBFloat16 ? 2 : 1;
+}
+
+struct Operand {
+  void* data;     // [rows, pieces, width], of the keys' dtype
+  int64_t rows;   // whole tiles; zeros beyond the queries
+  int64_t width;  // of a piece: whole steps of the first bank, and behind them those of the second
+  int steps[2];   // of each bank; 0 for a second one where there is none
+};
+
+struct PrepareParams {
+  cuda::Source x[2];  // [B, D] student and [B, E] teacher, fp32
+  Operand operand;
+  bool teacher;
+};
+
+// Queries against keys, `tiles` tiles of keys a block.
+struct SweepParams {
+  Operand operand;
+  cuda::Source keys[2];   // one bank, or the student's and the teacher's; all of one length K
+  const float* scale[2];  // [K], of each side; null for 1
+  int64_t B, K;
+  int64_t first;             // of these keys, among all
+  int64_t all;               // number of all keys
+  const int64_t* num_keys;   // [], how many of them count; null for all
+  const int64_t* exclude;    // [B] or null
+  const int64_t* positives;  // [B], where there is no teacher
+  bool teacher, subtract_entropy;
+  int tiles;
+};
+
+// Sums of softmaxes, and weights exp(a - maximum so far) times the student's scale.
+struct WeightsParams {
+  SweepParams sweep;
+  float* parts;     // [splits, 3, rows]: maximum, sum and mean of the keys that a block had
+  float* positive;  // [B], the logit of the positive key
+  // null if nobody asks for it
+  void* weights;   // [rows, stride], of the operand's dtype
+  int64_t stride;  // a multiple of kGroup
+  float* maxima;   // [tiles of keys, rows], which the weights of a tile are relative to
+};
+
+struct MergeParams {
+  const float* parts;     // [splits, 3, rows]
+  const float* positive;  // [B]
+  int64_t splits, rows, B, K;
+  const int64_t *num_keys, *exclude, *positives;
+  bool teacher, subtract_entropy;
+  const float *own_student, *own_teacher;   // [B] or null
+  float *loss, *lse_student, *lse_teacher;  // [B]
+};
+
+// The student's softmax less the teacher's, times the keys. There are few tiles and many splits, so
+// each split is stored, and another launch adds them up: a block that came last would read them
+// all.
+struct DifferenceParams {
+  // a is not read, out [splits, M, N] fp32, split_length a multiple of kTile
+  cuda::ProductParams product;
+  const void* weights;  // as WeightsParams has them
+  int64_t stride, rows;
+  const float* maxima;
+  const float *lse_student, *lse_teacher;  // [B]
+  const int64_t* positives;                // [B], subtracted in the teacher's place; or null
+  const float* scale;                      // [K] or null
+};
+
+// dout times the derivatives by both sides' logits, in the operand's rows; or with `only_teacher`
+// those by the teacher's times its scale, in the queries'.
+struct DerivativesParams {
+  SweepParams sweep;
+  const float *loss, *lse_student, *lse_teacher;  // [B]
+  const float* dout;                              // [B], dout_stride apart
+  int64_t dout_stride;
+  bool only_teacher;
+  void* out;          // [rows or B, stride], of the operand's dtype
+  int64_t stride;     // a multiple of kGroup
+  unsigned* tickets;  // [ticket_count], set to 0 for the product that follows
+  int64_t ticket_count;
+};
+
+void launch_relational_kl_prepare(const PrepareParams& params, cuda::Math math,
+                                  cudaStream_t stream);
+void launch_relational_kl_weights(const WeightsParams& params, cuda::Math math,
+                                  cudaStream_t stream);
+void launch_relational_kl_merge(const MergeParams& params, cudaStream_t stream);
+void launch_relational_kl_difference(const DifferenceParams& params, cuda::Math math,
+                                     cudaStream_t stream);
+void launch_relational_kl_bwd_derivatives(const DerivativesParams& params, cuda::Math math,
+                                          cudaStream_t stream);
+
+}  // namespace kdk::relational_kl

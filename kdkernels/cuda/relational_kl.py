@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launchers of csrc/relational_kl/relational_kl_cuda.cpp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdkernels.cuda._common import exact, too_narrow
+
+_ops = torch.ops.kdkernels_cuda
+
+
+def supports(*args: Any) -> str | None:
+    """Why an operator's arguments cannot be handled; None if they can."""
+    return too_narrow(args[0])  # the student, or the gradient of its loss
+
+
+def relational_kl_fwd(*args: Any) -> tuple[Tensor, ...]:
+    return _ops.relational_kl_fwd(*args, exact())
+
+
+def relational_kl_bwd(
+    dout: Tensor,  # [B]
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    *others, loss, dloss, lse_student, lse_teacher, need_student = args[:-3]
+    student = others[0]
+    dstudent = (dout[:, None] * dloss).contiguous() if need_student else student.new_empty(0)
+    sums = (loss, lse_student, lse_teacher)
+    return dstudent, *_ops.relational_kl_bwd(dout, *others, *sums, *args[-3:], exact())
