@@ -188,9 +188,10 @@ def _planted(path: Path, which: int, faulty: bool) -> tuple[list[float], str]:
     return list(out), error.value.decode()
 
 
-BARRIER, BOUNDS, DIVERGENCE, COPY = range(4)
+BARRIER, BOUNDS, DIVERGENCE, COPY, COLLECTIVE = range(5)
 NUMBERS = [float(i) for i in range(64)]
-RIGHT = {BARRIER: NUMBERS[::-1], DIVERGENCE: NUMBERS, COPY: NUMBERS}
+VOTES = [float(i % 3 == 0) for i in range(64)]
+RIGHT = {BARRIER: NUMBERS[::-1], DIVERGENCE: NUMBERS, COPY: NUMBERS, COLLECTIVE: VOTES}
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +227,19 @@ def test_threads_that_miss_a_barrier_are_an_error(plain: Path) -> None:
     assert "32 of 64 threads wait at a barrier" in error
 
 
+def test_lanes_in_different_collectives_are_an_error(plain: Path) -> None:
+    _, error = _planted(plain, COLLECTIVE, True)
+    assert error.endswith("lanes of a warp are in __ballot_sync and in __shfl_sync")
+
+
 def _sanitized(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     compiler = os.environ.get("CXX", "g++")
     runtime = subprocess.run(
         [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    environment |= {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"}
+    # Python allocates most: few frames are kept of each allocation, and little of what was freed
+    options = "detect_leaks=0:malloc_context_size=4:quarantine_size_mb=16"
+    environment |= {"LD_PRELOAD": runtime, "ASAN_OPTIONS": options}
     return subprocess.run(
         [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", **environment},

@@ -82,6 +82,27 @@ __device__ __forceinline__ Search search_of(const MineParams& p, int side, int64
   return search;
 }
 
+// A row as one that searches, or is looked at.
+struct Candidate {
+  int64_t label, row;  // row is -1 if there is none
+  float norm;
+};
+
+__device__ __forceinline__ Candidate candidate(const SortedRows& rows, int64_t i) {
+  if (i >= rows.x.rows) return {0, -1, 0};
+  return {rows.label[i], rows.row[i], rows.norm[i]};
+}
+
+// One entry of the product, seen from `anchor`.
+__device__ __forceinline__ void look(Search& search, bool own, int side, const Candidate& anchor,
+                                     const Candidate& other, float dot) {
+  const bool same = anchor.label == other.label;
+  if (other.row < 0 || same != (side == kPositive) || (own && anchor.row == other.row)) return;
+  float d2 = anchor.norm + other.norm - 2.0f * dot;
+  d2 = d2 > 0 ? (d2 < kLargest ? d2 : kLargest) : 0;  // no NaN: what is forced says it
+  search.see(d2, forced(anchor.norm) + forced(other.norm), other.row);
+}
+
 // An integer's least is the same in any order. A stale value read first is never too small.
 __device__ __forceinline__ void improve(Winner* winner, Winner found) {
   if (found < *winner) atomicMin(winner, found);
@@ -103,78 +124,40 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   fill(acc, 0);
   multiply<kMath, Along::kContraction, Along::kContraction>(acc, shared_memory(), x.x, r.x, 0, i0,
                                                             j0, 0, x.x.cols);
-  // squared distances; no NaN: what is forced says it
+  auto* shared = reinterpret_cast<float*>(shared_memory());
+  stage(acc, shared);
+  const int first_side = labels_meet ? kPositive : kNegative;
+  // a warp has a row, four neighbouring columns a lane
+  const int lane = threadIdx.x % 32;
+  Candidate across[4];
   KDK_UNROLL
-  for (int c = 0; c < 8; ++c) {
-    const int64_t j = j0 + first_column() + c / 2 * 8 + c % 2;
-    const float r_norm = j < M ? r.norm[j] : 0.0f;
-    KDK_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      const int64_t i = i0 + first_row() + 8 * k;
-      float& d2 = acc[k / 2][c / 2][k % 2 * 2 + c % 2];
-      d2 = (i < B ? x.norm[i] : 0.0f) + r_norm - 2.0f * d2;
-      d2 = d2 > 0 ? (d2 < kLargest ? d2 : kLargest) : 0;
+  for (int e = 0; e < 4; ++e) across[e] = candidate(r, j0 + 4 * lane + e);
+  for (int row = threadIdx.x / 32; row < kTile && i0 + row < B; row += kRowsPerBlock) {
+    const Candidate anchor = candidate(x, i0 + row);
+    const auto dots = *reinterpret_cast<const Float4*>(staged(shared, row, 4 * lane));
+    for (int side = first_side; side < 2; ++side) {
+      bool active;
+      Search search = search_of(p, side, i0 + row, active);
+      if (!active) continue;
+      KDK_UNROLL
+      for (int e = 0; e < 4; ++e) look(search, p.own, side, anchor, across[e], dots.x[e]);
+      const Winner found = lane_min<1, 16>(search.winner());
+      if (lane == 0 && found != kNoWinner) improve(p.winners[side] + i0 + row, found);
     }
   }
-  auto* rows = reinterpret_cast<Winner*>(shared_memory());  // [kWarpsAcross, 2, kTile]
-  Winner* columns = rows + kWarpsAcross * 2 * kTile;        // [2, 2, kTile]
-  const int warp = threadIdx.x / 32, across = warp % kWarpsAcross, down_warp = warp / kWarpsAcross;
-  KDK_UNROLL
-  for (int side = 0; side < 2; ++side) {
-    KDK_UNROLL
-    for (int k = 0; k < 8; ++k) {
-      const int64_t i = i0 + first_row() + 8 * k;
-      bool active;
-      Search search = search_of(p, side, i, active);
-      if (active && (labels_meet || side == kNegative)) {
-        const int64_t label = labels_meet ? x.label[i] : 0;
-        const float force = forced(x.norm[i]);
-        KDK_UNROLL
-        for (int c = 0; c < 8; ++c) {
-          const int64_t j = j0 + first_column() + c / 2 * 8 + c % 2;
-          const bool same = labels_meet && j < M && r.label[j] == label;
-          if (j < M && same == (side == kPositive) && !(p.own && same && i == j))
-            search.see(acc[k / 2][c / 2][k % 2 * 2 + c % 2], force + forced(r.norm[j]), r.row[j]);
-        }
-      }
-      const Winner found = lane_min<1, 2>(search.winner());
-      if (threadIdx.x % 4 == 0) rows[(across * 2 + side) * kTile + first_row() + 8 * k] = found;
-    }
-    if (!p.own || i0 == j0) continue;
-    KDK_UNROLL
-    for (int c = 0; c < 8; ++c) {
-      const int64_t j = j0 + first_column() + c / 2 * 8 + c % 2;
-      bool active;
-      Search search = search_of(p, side, j, active);
-      if (active && (labels_meet || side == kNegative)) {
-        const int64_t label = labels_meet ? r.label[j] : 0;
-        const float force = forced(r.norm[j]);
-        KDK_UNROLL
-        for (int k = 0; k < 8; ++k) {
-          const int64_t i = i0 + first_row() + 8 * k;
-          const bool same = labels_meet && x.label[i] == label;
-          if (same == (side == kPositive))  // above the diagonal every row is within the batch
-            search.see(acc[k / 2][c / 2][k % 2 * 2 + c % 2], force + forced(x.norm[i]), x.row[i]);
-        }
-      }
-      const Winner found = lane_min<4, 16>(search.winner());
-      if (threadIdx.x % 32 < 4)
-        columns[(down_warp * 2 + side) * kTile + first_column() + c / 2 * 8 + c % 2] = found;
-    }
-  }
-  __syncthreads();
-  for (int at = threadIdx.x; at < 2 * kTile; at += kThreads) {
-    const int side = at / kTile, place = at % kTile;
-    Winner least = kNoWinner;
-    for (int w = 0; w < kWarpsAcross; ++w) {
-      const Winner other = rows[w * 2 * kTile + at];
-      least = other < least ? other : least;
-    }
-    if (least != kNoWinner) improve(p.winners[side] + i0 + place, least);
-    if (!p.own || i0 == j0) continue;
-    const Winner first = columns[at], second = columns[2 * kTile + at];
-    least = first < second ? first : second;
-    if (least != kNoWinner) improve(p.winners[side] + j0 + place, least);
+  if (!p.own || i0 == j0) return;
+  // above the diagonal every row is within the batch; two threads have a column, every other row
+  const int column = threadIdx.x % kTile;
+  if (j0 + column >= M) return;
+  const Candidate anchor = candidate(r, j0 + column);
+  for (int side = first_side; side < 2; ++side) {
+    bool active;
+    Search search = search_of(p, side, j0 + column, active);
+    if (!active) continue;
+    for (int row = threadIdx.x / kTile; row < kTile; row += kThreads / kTile)
+      look(search, true, side, anchor, candidate(x, i0 + row), *staged(shared, row, column));
+    const Winner found = search.winner();
+    if (found != kNoWinner) improve(p.winners[side] + j0 + column, found);
   }
 }
 

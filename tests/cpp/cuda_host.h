@@ -10,10 +10,12 @@
 // reported as an error of the launch.
 #pragma once
 
-#include <atomic>
+#include <algorithm>
+#include <concepts>
 #include <cstdint>
-#include <cstring>
 #include <functional>
+#include <type_traits>
+#include <utility>
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -27,8 +29,6 @@ using cudaStream_t = void*;
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-// One block runs at a time, so what is shared within a block can be static.
-#define __shared__ static
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -40,80 +40,49 @@ void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
 // The block's dynamic shared memory: exactly as many bytes as asked for, filled with NaN.
 unsigned char* shared_memory();
 
-void sync_block();
-
-// What a warp does together: every lane hands in `in` and a place for its result, and the last one
-// to come computes all results. `what` names the collective; all lanes have to mean the same one.
-using Collective = void (*)(const void* const in[32], void* const out[32]);
-void sync_warp(Collective what, const void* in, void* out);
-
-// Copies that complete at a wait, in groups as cp.async has them.
-void copy_later(void* to, const void* from, int bytes, int zeros);
+// Copies of `bytes` and zeros up to 16, done at the wait for their group, as cp.async does them.
+void copy_later(void* to, const void* from, int bytes);
 void close_copies();
 void wait_copies(int groups_left);
 
-template <typename T>
-struct LaneValue {
-  T value;
-  int lane;  // that is read
-};
-
-template <typename T>
-T shuffle(T value, int from) {
-  const LaneValue<T> in{value, from};
-  T out;
-  const Collective exchange = [](const void* const in[32], void* const out[32]) {
-    for (int lane = 0; lane < 32; ++lane) {
-      const auto& asked = *static_cast<const LaneValue<T>*>(in[lane]);
-      *static_cast<T*>(out[lane]) = static_cast<const LaneValue<T>*>(in[asked.lane & 31])->value;
-    }
-  };
-  sync_warp(exchange, &in, &out);
-  return out;
-}
-
-void ballot(const void* const in[32], void* const out[32]);
-void meet(const void* const in[32], void* const out[32]);
-// Fragments as the tensor-core instructions of sm_80 lay them out over a warp.
-struct Fragments {
-  float* d;           // [4]
-  const uint32_t* a;  // [4]
-  const uint32_t* b;  // [2]
-};
-void mma_bf16(const void* const in[32], void* const out[32]);  // d += a b, 16 x 8 x 16
-void mma_fp16(const void* const in[32], void* const out[32]);
-void mma_tf32(const void* const in[32], void* const out[32]);  // 16 x 8 x 8
-// Four 8 x 8 matrices of 16 bits; lane l gives row l % 8 of matrix l / 8.
-void load_matrices(const void* const in[32], void* const out[32]);
-void load_matrices_transposed(const void* const in[32], void* const out[32]);
-
 inline int lane() { return static_cast<int>(threadIdx.x) % 32; }
+
+// What every collective is made of: each lane of a warp hands in a value and gets those of all 32,
+// which stay until it has come to the collective after the next. `what` is the collective's name;
+// all lanes have to mean the same one.
+inline constexpr size_t kValueBytes = 64;
+const void* gather_bytes(const char* what, const void* value, size_t bytes);
+
+template <typename T>
+const T* gather(const char* what, const T& value) {
+  static_assert(sizeof(T) <= kValueBytes && std::is_trivially_copyable_v<T>);
+  return static_cast<const T*>(gather_bytes(what, &value, sizeof(T)));
+}
 
 }  // namespace kdk::host
 
-inline void __syncthreads() { kdk::host::sync_block(); }
-inline void __syncwarp(unsigned = ~0u) { kdk::host::sync_warp(kdk::host::meet, nullptr, nullptr); }
+void __syncthreads();
+inline void __syncwarp(unsigned = ~0u) { kdk::host::gather(__func__, 0); }
 inline unsigned __ballot_sync(unsigned, int predicate) {
-  unsigned result;
-  kdk::host::sync_warp(kdk::host::ballot, &predicate, &result);
+  const bool* votes = kdk::host::gather(__func__, predicate != 0);
+  unsigned result = 0;
+  for (int lane = 0; lane < 32; ++lane) result |= static_cast<unsigned>(votes[lane]) << lane;
   return result;
 }
 template <typename T>
 T __shfl_sync(unsigned, T value, int from) {
-  return kdk::host::shuffle(value, from);
+  return kdk::host::gather(__func__, value)[from & 31];
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
-  return kdk::host::shuffle(value, kdk::host::lane() ^ mask);
+  return kdk::host::gather(__func__, value)[(kdk::host::lane() ^ mask) & 31];
 }
 inline void __threadfence() {}
-inline unsigned atomicAdd(unsigned* address, unsigned value) {
-  const unsigned old = *address;
-  *address += value;
-  return old;
+template <std::integral T>  // no others: their results depend on the order
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, *address + value);
 }
-inline unsigned long long atomicMin(unsigned long long* address, unsigned long long value) {
-  const unsigned long long old = *address;
-  if (value < old) *address = value;
-  return old;
+template <std::integral T>
+T atomicMin(T* address, T value) {
+  return std::exchange(*address, std::min(*address, value));
 }

@@ -41,6 +41,14 @@ __global__ void divergence_kernel(const __grid_constant__ Params p) {
   p.out[i] = static_cast<float>(i);
 }
 
+// Half of a warp votes, the other half exchanges values.
+__global__ void collective_kernel(const __grid_constant__ Params p) {
+  const int i = threadIdx.x;
+  const bool votes = !p.faulty || i % 2 == 0;
+  const unsigned result = votes ? __ballot_sync(~0u, i % 3 == 0) : __shfl_sync(~0u, 1u, 0);
+  p.out[i] = static_cast<float>(result >> i % 32 & 1);
+}
+
 // What is copied asynchronously is read without a wait.
 __global__ void copy_kernel(const __grid_constant__ Params p) {
   auto* shared = reinterpret_cast<float*>(shared_memory());
@@ -59,7 +67,8 @@ __global__ void copy_kernel(const __grid_constant__ Params p) {
 // Runs a kernel; the error of its launch into `error`, [256], empty if there is none.
 extern "C" __attribute__((visibility("default"))) void planted(int which, bool faulty, float* out,
                                                                char* error) {
-  void (*const kernels[])(Params) = {barrier_kernel, bounds_kernel, divergence_kernel, copy_kernel};
+  void (*const kernels[])(Params) = {barrier_kernel, bounds_kernel, divergence_kernel, copy_kernel,
+                                     collective_kernel};
   error[0] = 0;
   try {
     launch(kernels[which], grid_of(1), kCount, kCount * sizeof(float), nullptr,

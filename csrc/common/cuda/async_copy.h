@@ -10,7 +10,7 @@ namespace kdk::cuda {
 // multiples of 16.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
 #if defined(KDK_CUDA_HOST)
-  kdk::host::copy_later(to, from, bytes, 16 - bytes);
+  kdk::host::copy_later(to, from, bytes);
 #else
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(
                    static_cast<uint32_t>(__cvta_generic_to_shared(to))),

@@ -15,21 +15,52 @@ namespace kdk::cuda {
 
 #if defined(KDK_CUDA_HOST)
 
+// The hardware reads the upper 19 bits of a tf32.
+template <Math kMath>
+float element_of(uint32_t word, int e) {
+  if constexpr (sizeof(Element<kMath>) == 4) {
+    return float_of(word & 0xffffe000u);
+  } else {
+    return to_float(Element<kMath>{static_cast<uint16_t>(word >> 16 * e)});
+  }
+}
+
 template <Math kMath>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  const kdk::host::Fragments fragments{d, a, b};
-  const auto what = kMath == Math::kBFloat16  ? kdk::host::mma_bf16
-                    : kMath == Math::kFloat16 ? kdk::host::mma_fp16
-                                              : kdk::host::mma_tf32;
-  kdk::host::sync_warp(what, &fragments, nullptr);
+  constexpr int kEach = 4 / sizeof(Element<kMath>);  // elements in a register
+  struct Fragments {
+    float a[4][kEach], b[2][kEach];
+  } mine;
+  for (int e = 0; e < kEach; ++e) {
+    for (int r = 0; r < 4; ++r) mine.a[r][e] = element_of<kMath>(a[r], e);
+    for (int r = 0; r < 2; ++r) mine.b[r][e] = element_of<kMath>(b[r], e);
+  }
+  const Fragments* all = kdk::host::gather("mma.sync", mine);
+  const int g = kdk::host::lane() / 4, t = kdk::host::lane() % 4;
+  for (int r = 0; r < 4; ++r) {
+    for (int half = 0; half < 2; ++half) {
+      for (int k = 0; k < 4; ++k) {
+        const Fragments &row = all[4 * g + k], &column = all[4 * (2 * t + r % 2) + k];
+        for (int e = 0; e < kEach; ++e) d[r] += row.a[2 * half + r / 2][e] * column.b[half][e];
+      }
+    }
+  }
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {
-  kdk::host::sync_warp(kdk::host::load_matrices, row, r);
+  const void* const* rows = kdk::host::gather("ldmatrix", row);
+  const int lane = kdk::host::lane();
+  for (int m = 0; m < 4; ++m) r[m] = static_cast<const uint32_t*>(rows[8 * m + lane / 4])[lane % 4];
 }
 
 inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
-  kdk::host::sync_warp(kdk::host::load_matrices_transposed, row, r);
+  const void* const* rows = kdk::host::gather("ldmatrix.trans", row);
+  const int lane = kdk::host::lane();
+  const auto element = [&](int i) { return static_cast<const uint16_t*>(rows[i])[lane / 4]; };
+  for (int m = 0; m < 4; ++m) {
+    const int i = 8 * m + lane % 4 * 2;
+    r[m] = element(i) | static_cast<uint32_t>(element(i + 1)) << 16;
+  }
 }
 
 #else
