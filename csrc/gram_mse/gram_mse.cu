@@ -139,15 +139,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t g = blockIdx.z, base = (g * B + i) * B + j0;
   if (i >= B) return;
   const RowCoefs<Wide> row = row_coefs<Wide>(p, g, i);
-  const float dout = p.dout[g * p.dout_stride];
+  const float dout = p.dout[g * p.dout_stride], scale = row_scale(p.problem, p.side, g, i);
   float w[8] = {};
   for (int e = 0; e < 8 && j0 + e < B; ++e)
     w[e] = weight(p, p.own[base + e], p.other[base + e], row, row_coefs<Wide>(p, g, j0 + e),
-                  dout * row_scale(p.problem, p.side, g, j0 + e));
+                  dout * scale * row_scale(p.problem, p.side, g, j0 + e));
   store_eight(static_cast<T*>(p.weights) + base, w, B - j0, B % 8 == 0);
 }
 
-// (v - u <u, v>) / |x| in fp64: the radial part taken away can far exceed what remains.
+// v - u <u, v> in fp64: the radial part taken away can far exceed what remains.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     gram_mse_bwd_kernel_normalise(const __grid_constant__ NormaliseParams p) {
@@ -162,12 +162,12 @@ __global__ void __launch_bounds__(kThreads)
     own += value * value;
     radial += value * v[d];
   }
-  const double norm = sqrt(warp_sum(own)), inverse = 1 / clamp_min(norm, kEps);
+  own = warp_sum(own);
   // a norm that the clamp holds does not depend on x
-  radial = norm < kEps ? 0 : warp_sum(radial) * inverse * inverse;
+  radial = sqrt(own) < kEps ? 0 : warp_sum(radial) / own;
   for (int64_t d = lane; d < D; d += 32)
-    static_cast<T*>(p.dx)[row * D + d] = from_float<T>(
-        static_cast<float>((v[d] - radial * static_cast<double>(to_float(x[d]))) * inverse));
+    static_cast<T*>(p.dx)[row * D + d] =
+        from_float<T>(static_cast<float>(v[d] - radial * static_cast<double>(to_float(x[d]))));
 }
 
 }  // namespace

@@ -8,17 +8,23 @@
 
 namespace kdk::cuda {
 
-// Two neighbours, in one store where both are there and `together`.
-template <typename T>
-__device__ __forceinline__ void store_pair(T* to, float x, float y, bool second, bool together) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T x, y;
-  };
-  if (together && second) {
-    *reinterpret_cast<Pair*>(to) = {from_float<T>(x), from_float<T>(y)};
-  } else {
-    to[0] = from_float<T>(x);
-    if (second) to[1] = from_float<T>(y);
+struct alignas(16) Float4 {
+  float x[4];
+};
+
+// `count` of eight neighbours, in loads of 16 bytes where they are all there and `together`.
+__device__ __forceinline__ void read_eight(float (&x)[8], const float* from, int64_t count,
+                                           bool together) {
+  KDK_UNROLL
+  for (int half = 0; half < 2; ++half) {
+    if (together && count >= 8) {
+      const Float4 four = reinterpret_cast<const Float4*>(from)[half];
+      KDK_UNROLL
+      for (int e = 0; e < 4; ++e) x[4 * half + e] = four.x[e];
+    } else {
+      KDK_UNROLL
+      for (int e = 4 * half; e < 4 * half + 4; ++e) x[e] = e < count ? from[e] : 0.0f;
+    }
   }
 }
 
@@ -45,10 +51,6 @@ __device__ __forceinline__ void store_eight(T* to, const float (&x)[8], int64_t 
     }
   }
 }
-
-struct alignas(16) Float4 {
-  float x[4];
-};
 
 template <Math kMath, Along kAlong>
 struct OperandTile {
