@@ -127,11 +127,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t g = blockIdx.z, base = (g * B + i) * B + j0;
   if (i >= B) return;
   const RowCoefs<Wide> row = row_coefs<Wide>(p, g, i);
-  const float dout = p.dout[g * p.dout_stride];
+  const float dout = p.dout[g * p.dout_stride], scale = row_scale(p.problem, p.side, g, i);
   float w[8] = {};
   for (int e = 0; e < 8 && j0 + e < B; ++e)
     w[e] = weight(p, p.own[base + e], p.other[base + e], row, row_coefs<Wide>(p, g, j0 + e),
-                  dout * row_scale(p.problem, p.side, g, j0 + e));
+                  dout * scale * row_scale(p.problem, p.side, g, j0 + e));
   store_eight(static_cast<T*>(p.weights) + base, w, B - j0, B % 8 == 0);
 }
 

@@ -134,60 +134,96 @@ Forward gram_mse_fwd(Tensor student, Tensor teacher, std::string normalize, std:
   return resident ? resident_forward(device, operands) : streamed_forward(device, operands);
 }
 
-// dX = W X, and through the normalisation of features.
-Tensor gradient(const Device& device, const Operands& operands, int side, const Tensor& dout,
-                const Tensor& coef, const Tensor* grams, ScalarType dtype) {
-  const int64_t G = operands.G, B = operands.B, D = operands.x[side].size(2);
+// dX = W X from both Grams.
+void multiply_resident(const Device& device, const Operands& operands, WeightsParams weights,
+                       const Tensor* grams, const Tensor& out) {
+  const int64_t G = operands.G, B = operands.B;
+  const Tensor w = device.empty({G, B, B}, dtype_of(operands.math));
+  Product product(device, G, B, out.size(2), B, operands.math);
+  weights.own = data_of<const float>(grams[weights.side]);
+  weights.other = data_of<const float>(grams[1 - weights.side]);
+  weights.weights = w.mutable_data_ptr();
+  weights.tickets = product.params.tickets;
+  weights.ticket_count = product.ticket_count();
+  product.params.a = source_of(w);
+  product.params.b = operands.problem.x[weights.side];
+  product.params.out = out.mutable_data_ptr();
+  product.params.out_dtype = stored_as(out.scalar_type());
+  launch_gram_mse_bwd_weights(weights, operands.math, device.stream());
+  product.launch(Along::kContraction, device);
+}
+
+// dX = W X, W in some rows R at a time, of which only what is on and above the diagonal is made:
+//   dX[R] += W[R, from R on] X[from R on],   dX[below R] += W[R, below R]^T X[R]
+// The first completes the rows R, so it stores them as they are wanted; until then they are sums.
+void multiply_streamed(const Device& device, const Operands& operands, WeightsParams weights,
+                       const Tensor& out) {
+  const int64_t B = operands.B, D = out.size(2);
   const Math math = operands.math;
+  const auto size = static_cast<int64_t>(element_bytes(math));
+  const bool in_place = out.scalar_type() == ScalarType::Float;
+  const bool whole = rows_in_l2(B, B * size) == B;
+  const Tensor memory = device.empty({in_place || whole ? 0 : B, D}, ScalarType::Float);
+  for (int64_t g = 0; g < operands.G; ++g) {
+    Source x = operands.problem.x[weights.side];
+    x.data = static_cast<const char*>(x.data) + g * x.group * size;
+    float* const sums = in_place ? data_of<float>(out) + g * B * D : data_of<float>(memory);
+    for (int64_t first = 0, rows; first < B; first += rows) {
+      const int64_t width = B - first;
+      rows = rows_in_l2(width, width * size);
+      const int64_t next = first + rows;
+      const Tensor w = device.empty({rows, width}, dtype_of(math));
+      Product own(device, 1, rows, D, width, math), below(device, 1, B - next, D, rows, math);
+      weights.weights = w.mutable_data_ptr();
+      weights.tickets = own.params.tickets;
+      weights.ticket_count = own.ticket_count();
+      launch_gram_mse_bwd_pair_weights(
+          {weights, g, first, rows, below.params.tickets, below.ticket_count()}, math,
+          device.stream());
+      own.params.a = source_of(w);
+      own.params.b = rows_of(x, first, width, math);
+      own.params.add = first > 0 ? sums + first * D : nullptr;
+      own.params.out = data_of<char>(out) + (g * B + first) * D * out.element_size();
+      own.params.out_dtype = stored_as(out.scalar_type());
+      own.launch(Along::kContraction, device);
+      if (next == B) continue;
+      below.params.a = own.params.a;
+      below.params.a.data = data_of<char>(w) + rows * size;
+      below.params.a.cols = B - next;
+      below.params.b = rows_of(x, first, rows, math);
+      below.params.out = sums + next * D;
+      below.params.add = first > 0 ? sums + next * D : nullptr;
+      below.params.out_dtype = Dtype::kFloat;
+      below.launch(Along::kOutput, device);
+    }
+  }
+}
+
+// Of features x, also through their normalisation.
+Tensor gradient(const Device& device, const Operands& operands, int side, const Tensor& x,
+                const Tensor& dout, const Tensor& coef, const Tensor* grams) {
+  const int64_t G = operands.G, B = operands.B, D = x.size(2);
   const bool unit = operands.problem.scale != nullptr;
-  const Tensor product_out = device.empty({G, B, D}, unit ? ScalarType::Float : dtype_of(math));
-  const int64_t size = static_cast<int64_t>(element_bytes(math));
-  const int64_t step = grams ? B : rows_in_l2(B, B * size);
+  const Tensor dx = device.empty({G, B, D}, x.scalar_type());
+  const Tensor product = unit ? device.empty({G, B, D}, ScalarType::Float) : dx;
   WeightsParams weights{};
   weights.problem = operands.problem;
   weights.coef = data_of<const double>(coef);
   weights.side = side;
   weights.dout = data_of<const float>(dout);
   weights.dout_stride = dout.stride(0);
-  const Tensor w = device.empty({grams ? G : 1, step, B}, dtype_of(math));
-  weights.weights = w.mutable_data_ptr();
-  const auto multiply = [&](Product& product, int64_t g, int64_t first, int64_t rows) {
-    product.params.a = source_of(w);
-    product.params.a.rows = rows;
-    product.params.b = operands.problem.x[side];
-    product.params.b.data =
-        static_cast<const char*>(product.params.b.data) + g * product.params.b.group * size;
-    product.params.out_float = unit;
-    product.params.out =
-        data_of<char>(product_out) + (g * B + first) * D * product_out.element_size();
-    product.launch(Along::kContraction, device);
-  };
   if (grams) {
-    Product product(device, G, B, D, B, math);
-    weights.own = data_of<const float>(grams[side]);
-    weights.other = data_of<const float>(grams[1 - side]);
-    weights.tickets = product.params.tickets;
-    weights.ticket_count = product.ticket_count();
-    launch_gram_mse_bwd_weights(weights, math, device.stream());
-    multiply(product, 0, 0, B);
+    multiply_resident(device, operands, weights, grams, product);
   } else {
-    for (int64_t g = 0; g < G; ++g) {
-      for (int64_t first = 0; first < B; first += step) {
-        const int64_t rows = std::min(step, B - first);
-        Product product(device, 1, rows, D, B, math);
-        weights.tickets = product.params.tickets;
-        weights.ticket_count = product.ticket_count();
-        launch_gram_mse_bwd_pair_weights({weights, g, first, rows}, math, device.stream());
-        multiply(product, g, first, rows);
-      }
-    }
+    multiply_streamed(device, operands, weights, product);
   }
-  if (!unit) return in_dtype(product_out, dtype);
-  const Tensor dx = device.empty({G, B, D}, dtype_of(math));
-  launch_normalise(
-      {operands.problem.x[side], data_of<const float>(product_out), dx.mutable_data_ptr(), G, B},
-      math, device.stream());
-  return in_dtype(dx, dtype);
+  if (unit) {
+    const Tensor rows = with_contiguous_rows(x);
+    launch_normalise(
+        {source_of(rows), data_of<const float>(product), dx.mutable_data_ptr(), G, B, true},
+        math_of(x, true), device.stream());
+  }
+  return dx;
 }
 
 std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teacher, Tensor coef,
@@ -218,8 +254,8 @@ std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teac
       operands.emplace(device, student, teacher, math, normalize, kernel, gamma, order);
       launch_gram_mse_norms(operands->norms(), math, device.stream());
     }
-    grads[side] = gradient(device, *operands, side, dout, rows,
-                           algorithm == "resident" ? grams : nullptr, dtype);
+    grads[side] =
+        gradient(device, *operands, side, x, dout, rows, algorithm == "resident" ? grams : nullptr);
   }
   return {grads[0], grads[1]};
 }

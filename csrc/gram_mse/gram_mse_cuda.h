@@ -49,7 +49,8 @@ struct FinishParams {
   unsigned* tickets;   // [G]
 };
 
-// W of dX = W X: what a gradient makes of two Grams.
+// W of dX = W X, symmetric: what a gradient makes of two Grams. Of normalised features it is scaled
+// on both sides, so that it multiplies them as they are.
 struct WeightsParams {
   Problem problem;           // its x is not read
   const float *own, *other;  // [G, B, B]
@@ -80,11 +81,13 @@ struct PairFinishParams {
   double* row_losses;  // [B]
 };
 
-// W of some rows of tiles, as in WeightsParams.
+// Some rows of W from their diagonal on, as in WeightsParams. They end with a tile, or the batch.
 struct PairWeightsParams {
-  WeightsParams weights;  // its Grams are not read; weights is [tiles * kTile, B]
+  WeightsParams weights;  // its Grams are not read; weights is [rows, B - first]
   int64_t group, first;
   int64_t rows;
+  unsigned* more_tickets;  // [more_ticket_count], zeros for a second product
+  int64_t more_ticket_count;
 };
 
 struct LossParams {

@@ -64,7 +64,7 @@ __device__ __forceinline__ RowCoefs<Wide> row_coefs(const WeightsParams& p, int6
           static_cast<Wide>(coef[(3 + p.side) * p.problem.B])};
 }
 
-// W_ij, for features that are scaled in the product by nothing: those of row j are put into it.
+// W_ij; `factor` is what all of W is multiplied by, and the scales of both rows.
 template <typename Wide>
 __device__ __forceinline__ float weight(const WeightsParams& p, float own, float other,
                                         const RowCoefs<Wide>& i, const RowCoefs<Wide>& j,

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// gram_mse for B larger than the features are wide: a block makes the same tile of both Grams and
-// leaves sums of its rows, or weights of a gradient, for some rows of tiles at a time.
+// gram_mse for B larger than the features are wide: a block makes the same tile of both Grams, on
+// or above the diagonal, and leaves sums of its rows, or weights of a gradient, for some rows of
+// tiles at a time. Forward and backward of a side multiply 6 B^2 D times.
 #include <type_traits>
 
 #include "../common/cuda/launch.h"
@@ -105,34 +106,55 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Wide = std::conditional_t<kMath == Math::kBFloat16, float, double>;
   const WeightsParams& weights = p.weights;
   const Problem& problem = weights.problem;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (blockIdx.y == 0) {
-    for (int64_t t = at; t < weights.ticket_count; t += static_cast<int64_t>(gridDim.x) * kThreads)
-      weights.tickets[t] = 0;
+    const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    const auto clear = [&](unsigned* tickets, int64_t count) {
+      for (int64_t t = at; t < count; t += static_cast<int64_t>(gridDim.x) * kThreads)
+        tickets[t] = 0;
+    };
+    clear(weights.tickets, weights.ticket_count);
+    clear(p.more_tickets, p.more_ticket_count);
   }
-  const int64_t B = problem.B, g = p.group, row0 = blockIdx.y * kTile;
-  const int64_t i0 = p.first + row0, j0 = blockIdx.x * kTile;
+  if (blockIdx.y > blockIdx.x) return;
+  const int64_t width = problem.B - p.first, g = p.group;
+  const int64_t row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;
+  const int64_t i0 = p.first + row0, j0 = p.first + column0;
   const Pair pair = pair_of<kMath>(problem, g, i0, j0);
   const int own_side = weights.side;
+  const float dout = weights.dout[g * weights.dout_stride];
+  auto* out = static_cast<T*>(weights.weights);
+  const bool together = width % 8 == 0;
+  // a thread has a column, and leaves its weights where a was
+  {
+    const int column = threadIdx.x % kTile;
+    const RowCoefs<Wide> across = row_coefs<Wide>(weights, g, j0 + column);
+    const float scale = dout * row_scale(problem, own_side, g, j0 + column);
+    for (int row = threadIdx.x / kTile; row < kTile; row += kThreads / kTile) {
+      const float a = entry(problem, pair.a, 0, g, i0, j0, row, column);
+      const float k = entry(problem, pair.k, 1, g, i0, j0, row, column);
+      *staged(pair.a, row, column) = weight(weights, own_side == 0 ? a : k, own_side == 0 ? k : a,
+                                            row_coefs<Wide>(weights, g, i0 + row), across,
+                                            scale * row_scale(problem, own_side, g, i0 + row));
+    }
+  }
+  __syncthreads();
   // sixteen threads have a row, eight neighbouring columns each
   const int column = threadIdx.x % (kTile / 8) * 8;
-  const int64_t left = B - j0 - column;
-  if (left <= 0) return;
-  const float dout = weights.dout[g * weights.dout_stride];
+  float w[8];
   for (int row = threadIdx.x / (kTile / 8); row < kTile && row0 + row < p.rows;
        row += kThreads / (kTile / 8)) {
-    const RowCoefs<Wide> coefs = row_coefs<Wide>(weights, g, i0 + row);
-    float w[8];
+    load_eight(w, pair.a, row, column);
+    store_eight(out + (row0 + row) * width + column0 + column, w, width - column0 - column,
+                together);
+  }
+  // above the diagonal also what is below it, where these rows have it
+  if (row0 == column0 || column0 >= p.rows) return;
+  const int row = threadIdx.x % kTile;
+  if (column0 + row >= p.rows) return;
+  for (int i = threadIdx.x / kTile * 8; i < kTile; i += kThreads / kTile * 8) {
     KDK_UNROLL
-    for (int e = 0; e < 8; ++e) {
-      const float a = entry(problem, pair.a, 0, g, i0, j0, row, column + e);
-      const float k = entry(problem, pair.k, 1, g, i0, j0, row, column + e);
-      w[e] = weight(weights, own_side == 0 ? a : k, own_side == 0 ? k : a, coefs,
-                    row_coefs<Wide>(weights, g, j0 + column + e),
-                    dout * row_scale(problem, own_side, g, j0 + column + e));
-    }
-    store_eight(static_cast<T*>(weights.weights) + (row0 + row) * B + j0 + column, w, left,
-                B % 8 == 0);
+    for (int e = 0; e < 8; ++e) w[e] = *staged(pair.a, i + e, row);
+    store_eight(out + (column0 + row) * width + row0 + i, w, 8, together);
   }
 }
 
@@ -153,8 +175,8 @@ void launch_gram_mse_pair_finish(const PairFinishParams& params, cudaStream_t st
 
 void launch_gram_mse_bwd_pair_weights(const PairWeightsParams& params, Math math,
                                       cudaStream_t stream) {
-  const dim3 grid =
-      grid_of(ceil_div(params.weights.problem.B, kTile), ceil_div(params.rows, kTile));
+  const dim3 grid = grid_of(ceil_div(params.weights.problem.B - params.first, kTile),
+                            ceil_div(params.rows, kTile));
   for_wide_math(math, [&]<Math kMath>() {
     launch(gram_mse_bwd_kernel_pair_weights<kMath>, grid, kThreads, kPairSharedBytes, stream,
            params);

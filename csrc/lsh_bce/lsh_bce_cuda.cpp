@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weig
     params.codes += first * params.codes_stride_b;
     params.loss = data_of<float>(parts);
     params.loss_stride = rows;
-    const PartSums sums{params.loss, data_of<float>(loss) + first, across, rows};
+    const PartSums sums{params.loss, data_of<float>(loss) + first, across, rows, Dtype::kFloat};
     if (!with_dloss) {
       launch_lsh_bce_project(params, math, device.stream());
       launch_part_sums(sums, device.stream());
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weig
     product.params.a.rows = rows;
     product.params.b = all.projection.weight;
     product.params.out = data_of<float>(dloss) + first * D;
-    product.params.out_float = true;
+    product.params.out_dtype = Dtype::kFloat;
     product.params.sums = sums;
     params.dz = dz.mutable_data_ptr();
     params.tickets = product.params.tickets;
@@ -104,8 +104,8 @@ std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weig
 // In chunks of directions, of which each row of dweight needs one only.
 void weight_gradients(const Device& device, const Tensor& dout, const Operands& operands,
                       const Tensor& codes, const std::optional<Tensor>& sample_mask,
-                      const Tensor& dweight,  // [N, D], of the operands' dtype, or empty
-                      const Tensor& dbias) {  // [N] fp32, or empty
+                      const Tensor& dweight,  // [N, D], or empty
+                      const Tensor& dbias) {  // [N], or empty
   const Math math = operands.math;
   const auto all = project_params(operands, codes, sample_mask);
   const int64_t B = operands.features.size(0), N = operands.weight.size(0),
@@ -128,7 +128,8 @@ void weight_gradients(const Device& device, const Tensor& dout, const Operands& 
     PartSums sums{};
     if (need_bias) {
       params.dbias = data_of<float>(columns);
-      sums = {params.dbias, data_of<float>(dbias) + first, down, count};
+      sums = {params.dbias, data_of<char>(dbias) + first * dbias.element_size(), down, count,
+              stored_as(dbias.scalar_type())};
     }
     if (!need_weight) {
       launch_lsh_bce_project(params, math, device.stream());
@@ -140,7 +141,8 @@ void weight_gradients(const Device& device, const Tensor& dout, const Operands& 
     product.params.a.cols = product.params.a.stride = count;
     product.params.a.aligned = product.params.a.aligned && count * size % kChunkBytes == 0;
     product.params.b = all.projection.features;
-    product.params.out = data_of<char>(dweight) + first * D * size;
+    product.params.out = data_of<char>(dweight) + first * D * dweight.element_size();
+    product.params.out_dtype = stored_as(dweight.scalar_type());
     product.params.sums = sums;
     params.dz = dz.mutable_data_ptr();
     params.tickets = product.params.tickets;
@@ -167,16 +169,16 @@ std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tens
   }
   // fp16 could not hold what dout makes of a derivative
   const Math math = dtype == ScalarType::Half ? Math::kTf32x3 : math_of(student, exact);
-  const auto result = [&](std::initializer_list<int64_t> sizes, ScalarType type, bool need) {
-    if (!need) return device.empty({0}, type);
-    return B == 0 ? device.zeros(sizes, type) : device.empty(sizes, type);
+  const auto result = [&](std::initializer_list<int64_t> sizes, bool need) {
+    if (!need) return device.empty({0}, dtype);
+    return B == 0 ? device.zeros(sizes, dtype) : device.empty(sizes, dtype);
   };
-  const Tensor dw = result({N, D}, dtype_of(math), need_weight);
-  const Tensor db = result({N}, ScalarType::Float, need_bias);
+  const Tensor dw = result({N, D}, need_weight);
+  const Tensor db = result({N}, need_bias);
   if (B > 0 && dw.numel() + db.numel() > 0)
     weight_gradients(device, dout, Operands(student, weight, bias, math), codes, sample_mask, dw,
                      db);
-  return {ds, in_dtype(dw, dtype), in_dtype(db, dtype)};
+  return {ds, dw, db};
 }
 
 }  // namespace

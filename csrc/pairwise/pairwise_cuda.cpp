@@ -161,9 +161,9 @@ class Gradient {
         add(step, g, std::min(groups, G_ - g), first, std::min(rows, N_ - first), dx);
     }
     if (metric == Metric::kCosine)
-      launch_normalise(
-          {source_of(of_.given), data_of<const float>(step.product), dx.mutable_data_ptr(), G_, N_},
-          of_.own_math, device_.stream());
+      launch_normalise({source_of(of_.given), data_of<const float>(step.product),
+                        dx.mutable_data_ptr(), G_, N_, false},
+                       of_.own_math, device_.stream());
     return in_dtype(dx, dtype);
   }
 
@@ -202,7 +202,7 @@ class Gradient {
     product.params.a.rows = rows;
     product.params.b =
         from_group(source_of(other_.multiplied), g, other_.multiplied.element_size());
-    product.params.out_float = sides_.metric != Metric::kDot;
+    if (sides_.metric != Metric::kDot) product.params.out_dtype = Dtype::kFloat;
     product.params.out = data_of<char>(step.product) +
                          (pulls ? 0 : (g * N_ + first) * D_ * step.product.element_size());
     launch_pairwise_bwd_weights(

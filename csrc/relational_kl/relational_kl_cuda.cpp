@@ -151,7 +151,7 @@ Product product_with(const Device& device, const Source& b, int64_t M, int64_t N
                      Math math) {
   Product product(device, 1, M, N, K, math);
   product.params.b = b;
-  product.params.out_float = true;
+  product.params.out_dtype = Dtype::kFloat;
   return product;
 }
 
@@ -255,7 +255,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
     launch_relational_kl_difference(difference, math, device.stream());
     if (split)
       launch_part_sums(
-          {data_of<const float>(partials), static_cast<float*>(out), product.splits, count * D},
+          {data_of<const float>(partials), out, product.splits, count * D, Dtype::kFloat},
           device.stream());
   }
   return {loss, dloss, lse_student, lse_teacher};

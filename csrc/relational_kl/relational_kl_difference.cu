@@ -120,7 +120,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
                                                               steps_of<kMath>(k0, k_end), k_end);
   if (p.positives != nullptr && blockIdx.y == 0) subtract_positives<Element<kMath>>(acc, p, m0, n0);
   auto* part = static_cast<float*>(product.out) + blockIdx.y * product.M * product.N;
-  store_tile(acc, part, product, m0, n0, 1.0f);
+  auto* tile = reinterpret_cast<float*>(shared_memory());
+  stage(acc, tile);
+  store_tile(tile, part, nullptr, product, m0, n0, 1.0f);
 }
 
 }  // namespace

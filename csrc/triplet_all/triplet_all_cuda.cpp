@@ -88,7 +88,7 @@ void weigh(const Device& device, WeighParams params, const Tensor& weights, Math
     product.a.cols = M;
     product.b = other.x;
     product.out = own.pulled;
-    product.out_float = product.add = true;
+    product.add = own.pulled;
     params.tickets[side] = product.tickets;
     params.ticket_count[side] = products[side]->ticket_count();
   }

@@ -103,19 +103,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     });
   }
   if (threadIdx.x == 0) p.close[i0 / kTile * across + j0 / kTile] = near;
-  KDK_UNROLL
-  for (int row = 0; row < 8; ++row) {
-    const int64_t i = i0 + first_row() + 8 * row;
+  auto* tile = reinterpret_cast<float*>(shared_memory());
+  stage(acc, tile);
+  for (int c = threadIdx.x; c < kTile * kTile / 8; c += kThreads) {  // sixteen threads have a row
+    const int row = c / (kTile / 8), column = c % (kTile / 8) * 8;
+    const int64_t left = r.x.rows - j0 - column;
+    if (i0 + row >= x.x.rows || left <= 0) continue;
+    float d[8];
+    load_eight(d, tile, row, column);
     KDK_UNROLL
-    for (int column = 0; column < 4; ++column) {
-      const int64_t j = j0 + first_column() + 8 * column;
-      const float* d2 = acc[row / 2][column] + row % 2 * 2;
-      const auto distance = [&](float square) {
-        return triplet::from_squared<float>(square < 0 ? 0 : square, p.distance);
-      };
-      if (i < x.x.rows && j < r.x.rows)  // j is even and so is the stride
-        store_pair(p.d + i * p.stride + j, distance(d2[0]), distance(d2[1]), true, true);
-    }
+    for (int e = 0; e < 8; ++e)
+      d[e] = triplet::from_squared<float>(d[e] < 0 ? 0 : d[e], p.distance);
+    store_eight(p.d + (i0 + row) * p.stride + j0 + column, d, left, true);
   }
 }
 

@@ -86,6 +86,12 @@ inline ScalarType dtype_of(Math math) {
                                   : ScalarType::Float;
 }
 
+inline Dtype stored_as(ScalarType dtype) {
+  return dtype == ScalarType::BFloat16 ? Dtype::kBFloat16
+         : dtype == ScalarType::Half   ? Dtype::kFloat16
+                                       : Dtype::kFloat;
+}
+
 inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
@@ -130,7 +136,8 @@ inline int64_t rows_in_l2(int64_t count, int64_t row_bytes) {
   return std::min(count, std::max<int64_t>(kTile, fitting));
 }
 
-// A product and the memory that its splits need. The launch before it, on the same stream, sets its
+// A product and the memory that its splits need; its result has the dtype of its operands unless
+// params.out_dtype says otherwise. The launch before it, on the same stream, sets its
 // tickets to 0.
 class Product {
  public:
@@ -142,6 +149,7 @@ class Product {
     params.N = N;
     params.K = K;
     params.tiles = tiles;
+    params.out_dtype = stored_as(dtype_of(math));
     params.splits = splits.count;
     params.split_length = splits.length;
     if (splits.count > 1) {

@@ -26,11 +26,12 @@ __global__ void __launch_bounds__(kThreads)
     radial += value * v[d];
   }
   const double norm = std::sqrt(warp_sum(own)), inverse = 1 / clamp_min(norm, kEps);
+  const double factor = p.divided ? 1 : inverse;
   // a norm that the clamp holds does not depend on x
   radial = norm < kEps ? 0 : warp_sum(radial) * inverse * inverse;
   for (int64_t d = lane; d < D; d += 32)
     static_cast<T*>(p.dx)[row * D + d] = from_float<T>(
-        static_cast<float>((v[d] - radial * static_cast<double>(to_float(x[d]))) * inverse));
+        static_cast<float>((v[d] - radial * static_cast<double>(to_float(x[d]))) * factor));
 }
 
 }  // namespace

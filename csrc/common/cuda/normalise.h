@@ -11,6 +11,7 @@ struct NormaliseParams {
   const float* v;  // [G, B, D] contiguous
   void* dx;        // likewise, of `math`'s dtype
   int64_t G, B;
+  bool divided;  // whether v is by the features but for what is along them, so already over |x|
 };
 
 void launch_normalise(const NormaliseParams& params, Math math, cudaStream_t stream);

@@ -14,6 +14,9 @@ enum class Math {
   kExact,   // fp32 as it is, without tensor cores
 };
 
+// Of a result in memory.
+enum class Dtype { kFloat, kBFloat16, kFloat16 };
+
 inline size_t element_bytes(Math math) {
   return math == Math::kBFloat16 || math == Math::kFloat16 ? 2 : 4;
 }

@@ -2,6 +2,7 @@
 #include "product.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "launch.h"
 #include "product_tile.h"
@@ -14,7 +15,11 @@ __device__ void sum_parts(const PartSums& sums, int64_t block) {
   if (i >= sums.size) return;
   float total = 0;
   for (int64_t part = 0; part < sums.count; ++part) total += sums.parts[part * sums.size + i];
-  sums.out[i] = total;
+  switch (sums.out_dtype) {
+    case Dtype::kFloat: static_cast<float*>(sums.out)[i] = total; break;
+    case Dtype::kBFloat16: static_cast<bf16_t*>(sums.out)[i] = from_float<bf16_t>(total); break;
+    case Dtype::kFloat16: static_cast<fp16_t*>(sums.out)[i] = from_float<fp16_t>(total); break;
+  }
 }
 
 // Adds up the partial tiles of all splits in their order, in whichever block comes last; whether
@@ -34,7 +39,9 @@ __device__ bool merge_splits(Accumulators& acc, const ProductParams& p, int64_t 
   auto* ticket = reinterpret_cast<unsigned*>(shared);
   if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + tile, 1u);
   __syncthreads();
-  if (*ticket + 1 < static_cast<unsigned>(p.splits)) return false;
+  const bool last = *ticket + 1 == static_cast<unsigned>(p.splits);
+  __syncthreads();  // the tile is staged where the ticket is
+  if (!last) return false;
   __threadfence();
   fill(acc, 0);
   for (int split = 0; split < p.splits; ++split) {
@@ -65,10 +72,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   if (p.splits > 1 && !merge_splits(acc, p, g * p.tiles + blockIdx.x, shared)) return;
   const float scale = p.scale ? p.scale[g * p.scale_stride] : 1.0f;
   const int64_t base = g * p.M * p.N;
-  if (p.out_float) {
-    store_tile(acc, static_cast<float*>(p.out) + base, p, m0, n0, scale);
+  const float* add = p.add ? p.add + base : nullptr;
+  auto* tile = reinterpret_cast<float*>(shared);
+  stage(acc, tile);
+  if (p.out_dtype == Dtype::kFloat) {
+    store_tile(tile, static_cast<float*>(p.out) + base, add, p, m0, n0, scale);
   } else {
-    store_tile(acc, static_cast<Element<kMath>*>(p.out) + base, p, m0, n0, scale);
+    using Narrow = std::conditional_t<kMath == Math::kBFloat16, bf16_t, fp16_t>;
+    store_tile(tile, static_cast<Narrow*>(p.out) + base, add, p, m0, n0, scale);
   }
 }
 

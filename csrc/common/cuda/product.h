@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products that end in memory: out = a b, in groups, with the contraction split over blocks where
-// there are few tiles.
+// Products that end in memory: out = a b + add, in groups, with the contraction split over blocks
+// where there are few tiles.
 #pragma once
 
 #include "operand.h"
@@ -10,14 +10,16 @@ namespace kdk::cuda {
 // out[i] = sum over p of parts[p, i], in order.
 struct PartSums {
   const float* parts;  // [count, size]
-  float* out;          // [size]
+  void* out;           // [size]
   int64_t count, size;
+  Dtype out_dtype;
 };
 
 struct ProductParams {
   Source a;           // [M, K], or [K, M] if a_along is kOutput
   Source b;           // [K, N]
-  void* out;          // [G, M, N] contiguous, fp32 if out_float, else of the operands' dtype
+  void* out;          // [G, M, N] contiguous
+  const float* add;   // likewise; null for 0. May be `out`
   float* partials;    // [splits, G, tiles, kTile^2] if splits > 1
   unsigned* tickets;  // [G, tiles], zeros, if splits > 1
   int64_t M, N, K;
@@ -27,9 +29,8 @@ struct ProductParams {
   int64_t scale_stride;
   int64_t tiles;  // of M x N
   int splits;
-  bool out_float;
-  bool add;       // to what `out` holds
-  PartSums sums;  // done by further blocks of the same launch; size 0 for none
+  Dtype out_dtype;  // kFloat; or kBFloat16 if the operands are, kFloat16 if they are not
+  PartSums sums;    // done by further blocks of the same launch; size 0 for none
 };
 
 // Into how many pieces a contraction is cut, and their length.

@@ -15,25 +15,24 @@ __device__ __forceinline__ int64_t end_of_split(const ProductParams& p) {
   return end < counting ? end : counting;
 }
 
+// From where the tile is staged: sixteen threads have a row, eight neighbouring columns each.
 template <typename T>
-__device__ __forceinline__ void store_tile(const Accumulators& acc, T* out, const ProductParams& p,
-                                           int64_t m0, int64_t n0, float scale) {
-  const bool together = p.N % 2 == 0;
-  KDK_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const int64_t row = m0 + first_row() + 8 * i;
+__device__ __forceinline__ void store_tile(float* tile, T* out, const float* add,
+                                           const ProductParams& p, int64_t m0, int64_t n0,
+                                           float scale) {
+  constexpr int kAcross = kTile / 8;
+  const int column = threadIdx.x % kAcross * 8;
+  const int64_t left = p.N - n0 - column;
+  const bool together = p.N % 8 == 0;
+  if (left <= 0) return;
+  for (int row = threadIdx.x / kAcross; row < kTile && m0 + row < p.M; row += kThreads / kAcross) {
+    const int64_t at = (m0 + row) * p.N + n0 + column;
+    float x[8], more[8] = {};
+    load_eight(x, tile, row, column);
+    if (add != nullptr) read_eight(more, add + at, left, together);
     KDK_UNROLL
-    for (int j = 0; j < 4; ++j) {
-      const int64_t column = n0 + first_column() + 8 * j;
-      if (row >= p.M || column >= p.N) continue;
-      T* to = out + row * p.N + column;
-      float x = acc[i / 2][j][i % 2 * 2] * scale, y = acc[i / 2][j][i % 2 * 2 + 1] * scale;
-      if (p.add) {
-        x += to_float(to[0]);
-        if (column + 1 < p.N) y += to_float(to[1]);
-      }
-      store_pair(to, x, y, column + 1 < p.N, together);
-    }
+    for (int e = 0; e < 8; ++e) x[e] = x[e] * scale + more[e];
+    store_eight(out + at, x, left, together);
   }
 }
 

@@ -13,7 +13,7 @@ namespace kdk::cuda {
 
 // Few and little, so that small sizes are split and cut into chunks too.
 inline int processors() { return 4; }
-inline int64_t l2_bytes() { return 1 << 14; }
+inline int64_t l2_bytes() { return 1 << 18; }
 
 #else
 

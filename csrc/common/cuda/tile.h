@@ -8,19 +8,9 @@
 
 namespace kdk::cuda {
 
-// Two neighbours, in one store where both are there and `together`.
-template <typename T>
-__device__ __forceinline__ void store_pair(T* to, float x, float y, bool second, bool together) {
-  struct alignas(2 * sizeof(T)) Pair {
-    T x, y;
-  };
-  if (together && second) {
-    *reinterpret_cast<Pair*>(to) = {from_float<T>(x), from_float<T>(y)};
-  } else {
-    to[0] = from_float<T>(x);
-    if (second) to[1] = from_float<T>(y);
-  }
-}
+struct alignas(16) Float4 {
+  float x[4];
+};
 
 template <typename T>
 struct alignas(kChunkBytes) Chunk {
@@ -66,10 +56,6 @@ __device__ __forceinline__ void read_eight(float (&x)[8], const T* from, int64_t
     for (int e = 0; e < 8; ++e) x[e] = e < count ? to_float(from[e]) : 0.0f;
   }
 }
-
-struct alignas(16) Float4 {
-  float x[4];
-};
 
 template <Math kMath, Along kAlong>
 struct OperandTile {
