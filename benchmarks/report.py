@@ -115,11 +115,12 @@ def _kernel_rows(entry: dict[str, Any]) -> Iterable[str]:
 
 def _rows(entry: dict[str, Any]) -> Iterable[str]:
     sizes = "x".join(str(size) for size in entry["shape"]["sizes"].values())
+    what = f"`{entry['op']}` | {entry['shape']['name']} {sizes} | {entry['dtype']}"
     for name, result in entry["variants"].items():
         if name.startswith("mm"):
             continue
         called = f"{name} {result['version']}" if "version" in result else name
-        start = f"| `{entry['op']}` | {sizes} | {entry['dtype']} | {entry['mode']} | {called} |"
+        start = f"| {what} | {entry['mode']} | {called} |"
         if "skipped" in result:
             yield f"{start} {result['skipped']} | | | | |"
             continue
