@@ -4,7 +4,6 @@ own."""
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import torch
@@ -14,15 +13,10 @@ from kdkernels.testing import resident
 
 # enough to load libraries and start threads, too few to leave buffers of the real size behind
 _WARM_UP_ROWS = 64
-_M_MMAP_THRESHOLD, _LARGE = -3, 2**18  # malloc.h; bytes
 
 
 def peak_bytes(path: Path, threads: int) -> int:
     """Of the step whose criterion and batch are in a file."""
-    # large blocks are mapped and given back one by one: otherwise glibc keeps freed ones, and the
-    # peak holds a matrix more or less depending on how they happen to fit
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE)
     torch.set_num_threads(threads)
     # the criterion is a module, hence more than weights; the parent has just written it
     criterion, tensors = torch.load(path, weights_only=False)

@@ -4,7 +4,9 @@
 Native scratch goes around torch's allocator, so it is the system that has to be asked. It keeps
 only the highest resident size so far, and what came before (importing torch, inputs) may have
 peaked above what is held now. So before the call, memory is taken and touched until that record
-starts to rise: from there on every further byte shows.
+starts to rise: from there on every further byte shows. glibc maps large blocks and gives them back
+one by one; by default it would keep some of the freed ones, and the peak of one call was seen to
+vary by a third with how the next ones happened to fit.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sys
 from collections.abc import Callable
 
 _BLOCK_BYTES = 256 * 1024
+_M_MMAP_THRESHOLD = -3  # malloc.h
 _BYTES_PER_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
 
@@ -27,7 +30,8 @@ def why_not() -> str | None:
 def extra_bytes(call: Callable[[], object]) -> int:
     """Most bytes resident during the call, above what is resident before it."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)  # freed memory that the allocator kept would hide as much of what comes
+        libc.mallopt(_M_MMAP_THRESHOLD, _BLOCK_BYTES)
+        libc.malloc_trim(0)  # what was freed before would hide as much of what comes
     ballast = _fill_to_the_record()
     before = _highest_bytes()
     call()

@@ -108,7 +108,7 @@ def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
     return Cost(flops=80.0 * elements, bytes=5.0 * elements * dtype.itemsize)
 
 
-EAGER_TENSORS = 16  # B x C, that the definition with autograd holds at its peak
+EAGER_TENSORS = 8  # B x C, that the definition with autograd holds at its peak
 
 
 def memory(shape: BenchShape, dtype: torch.dtype, variant: str) -> float:
