@@ -14,7 +14,7 @@ namespace {
 using namespace kdk::cuda;
 
 constexpr int kPairSharedBytes = kSharedBytes + kTile * kTile * static_cast<int>(sizeof(float));
-static_assert(kPairSharedBytes <= 163 << 10, "a block has to fit a multiprocessor of sm_80");
+static_assert(kPairSharedBytes <= kMostSharedBytes);
 
 // Tile (i0, j0) of both Grams, staged: the teacher's where the operands were, the student's behind.
 struct Pair {

@@ -50,6 +50,7 @@ struct SweepShared {
 
 template <Math kMath>
 constexpr int kWeightsBytes = kStages * kStageBytes<kMath> + static_cast<int>(sizeof(SweepShared));
+static_assert(kWeightsBytes<Math::kBFloat16> <= kMostSharedBytes);
 static_assert(2 * (kWeightsBytes<Math::kBFloat16> + 1024) <= 228 << 10,
               "two blocks have to fit a multiprocessor of sm_90");
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.cuda._common import exact, too_narrow
+from kdkernels.cuda._common import exact, too_narrow, too_small
 
 _ops = torch.ops.kdkernels_cuda
 
@@ -17,7 +17,8 @@ def supports(*args: Any) -> str | None:
     """Why an operator's arguments cannot be handled; None if they can."""
     if args[-1] == "factored":
         return "its kernels are those of algorithm='tiled', and the factored one was chosen"
-    return too_narrow(args[0])  # the student, or the gradient of its loss
+    first = args[0]  # the student, or the gradient of its loss
+    return too_narrow(first) or (too_small(first) if args[-1] == "streamed" else None)
 
 
 def gram_mse_fwd(*args: Any) -> tuple[Tensor, ...]:

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.cuda._common import exact, too_narrow
+from kdkernels.cuda._common import exact, too_narrow, too_small
 
 _ops = torch.ops.kdkernels_cuda
 
 
 def supports(*args: Any) -> str | None:
     """Why an operator's arguments cannot be handled; None if they can."""
-    return too_narrow(args[0])  # the student, or the gradient of its loss
+    first = args[0]  # the student, or the gradient of its loss
+    return too_narrow(first) or too_small(first)
 
 
 def relational_kl_fwd(*args: Any) -> tuple[Tensor, ...]:

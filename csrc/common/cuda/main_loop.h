@@ -9,6 +9,7 @@ namespace kdk::cuda {
 
 inline constexpr int kStages = 4;
 inline constexpr int kSharedBytes = kStages * 2 * kTileBytes;
+inline constexpr int kMostSharedBytes = 128 << 10;  // kdkernels/cuda/_common.py asks for so many
 inline constexpr int kWarpsAcross = 4;
 inline constexpr int kWarpRows = 64, kWarpColumns = 32;
 
