@@ -3,6 +3,7 @@
 // the backward makes weights of them, and a product. Two launches each way.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
+#include "../common/cuda/tickets.h"
 #include "../common/cuda/triangle.h"
 #include "gram_mse_device.h"
 
@@ -119,10 +120,7 @@ template <typename T, typename Wide>
 __global__ void __launch_bounds__(kThreads)
     gram_mse_bwd_kernel_weights(const __grid_constant__ WeightsParams p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (blockIdx.z == 0) {
-    for (int64_t t = at; t < p.ticket_count; t += static_cast<int64_t>(gridDim.x) * kThreads)
-      p.tickets[t] = 0;
-  }
+  clear_tickets(p.tickets, p.ticket_count);
   const int64_t B = p.problem.B, chunks = ceil_div(B, 8), i = at / chunks, j0 = at % chunks * 8;
   const int64_t g = blockIdx.z, base = (g * B + i) * B + j0;
   if (i >= B) return;

@@ -6,6 +6,7 @@
 
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
+#include "../common/cuda/tickets.h"
 #include "gram_mse_device.h"
 
 namespace kdk::gram_mse {
@@ -106,15 +107,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Wide = std::conditional_t<kMath == Math::kBFloat16, float, double>;
   const WeightsParams& weights = p.weights;
   const Problem& problem = weights.problem;
-  if (blockIdx.y == 0) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    const auto clear = [&](unsigned* tickets, int64_t count) {
-      for (int64_t t = at; t < count; t += static_cast<int64_t>(gridDim.x) * kThreads)
-        tickets[t] = 0;
-    };
-    clear(weights.tickets, weights.ticket_count);
-    clear(p.more_tickets, p.more_ticket_count);
-  }
+  clear_tickets(weights.tickets, weights.ticket_count);
+  clear_tickets(p.more_tickets, p.more_ticket_count);
   if (blockIdx.y > blockIdx.x) return;
   const int64_t width = problem.B - p.first, g = p.group;
   const int64_t row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;

@@ -4,6 +4,7 @@
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/reduce.h"
+#include "../common/cuda/tickets.h"
 #include "lsh_bce_cuda.h"
 #include "lsh_bce_math.h"
 
@@ -81,9 +82,7 @@ template <Math kMath>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     lsh_bce_project_kernel(const __grid_constant__ ProjectParams p) {
   using T = Element<kMath>;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  for (int64_t i = at; i < p.ticket_count; i += static_cast<int64_t>(gridDim.x) * kThreads)
-    p.tickets[i] = 0;
+  clear_tickets(p.tickets, p.ticket_count);
   const auto tile = place(p.projection);
   const Source& features = p.projection.features;
   const int64_t B = features.rows, N = p.projection.weight.rows;

@@ -3,6 +3,7 @@
 // reads while they are in the L2 cache, and what it leaves of distances.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/rows.h"
+#include "../common/cuda/tickets.h"
 #include "../common/cuda/tile.h"
 #include "pairwise_cuda.h"
 
@@ -90,11 +91,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t piece = blockIdx.x % pieces;
   const int64_t i0 = blockIdx.x / pieces * kPiece, j0 = piece * kPiece, all0 = p.first + i0;
   const int64_t end = p.first + p.rows;
-  if (g == 0) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    for (int64_t t = at; t < params.ticket_count; t += static_cast<int64_t>(gridDim.x) * kThreads)
-      params.tickets[t] = 0;
-  }
+  clear_tickets(params.tickets, params.ticket_count);
   auto* gradients = reinterpret_cast<float*>(shared_memory());
   float* values = gradients + kPiece * kPitch;
   const bool distance = is_distance(p.metric);

@@ -3,6 +3,7 @@
 // sums; and derivatives by logits. Products read weights and derivatives from the L2 cache.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/reduce.h"
+#include "../common/cuda/tickets.h"
 #include "relational_kl_device.h"
 
 namespace kdk::relational_kl {
@@ -260,11 +261,7 @@ template <Math kMath>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     relational_kl_bwd_derivatives_product_kernel(const __grid_constant__ DerivativesParams p) {
   const SweepParams& of = p.sweep;
-  if (blockIdx.y == 0) {
-    const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-    for (int64_t t = at; t < p.ticket_count; t += static_cast<int64_t>(gridDim.x) * kThreads)
-      p.tickets[t] = 0;
-  }
+  clear_tickets(p.tickets, p.ticket_count);
   auto& rows = *reinterpret_cast<RowsShared*>(shared_memory() + kStages * kStageBytes<kMath>);
   const Place place(of);
   rows.fill(p, place);

@@ -4,6 +4,7 @@
 // among them, by bisection. Counts and the winners of a search are merged as integers, so in any
 // order.
 #include "../common/cuda/launch.h"
+#include "../common/cuda/tickets.h"
 #include "../common/cuda/tile.h"
 #include "../triplet/triplet_winner.h"
 #include "triplet_all_cuda.h"
@@ -297,11 +298,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const DistancesParams& chunk = p.chunk;
   const int64_t i = blockIdx.x, t = threadIdx.x, row = chunk.first + i;
   KDK_UNROLL
-  for (int side = 0; side < 2; ++side) {
-    for (int64_t at = i * threads() + t; at < p.ticket_count[side];
-         at += static_cast<int64_t>(gridDim.x) * threads())
-      p.tickets[side][at] = 0;
-  }
+  for (int side = 0; side < 2; ++side) clear_tickets(p.tickets[side], p.ticket_count[side]);
   const Anchor anchor{chunk.d + i * chunk.stride,
                       p.weights == nullptr ? nullptr : p.weights + i * chunk.stride,
                       p.begin[row],
