@@ -140,9 +140,7 @@ class Gradient {
 
   Tensor run() const {
     const Metric metric = sides_.metric;
-    const ScalarType dtype = of_.given.scalar_type();
-    const Tensor dx =
-        like(device_, of_.given, D_, metric == Metric::kDot ? dtype_of(of_.math) : dtype);
+    const Tensor dx = like(device_, of_.given, D_, of_.given.scalar_type());
     const int64_t row_bytes = M_ * element_bytes(of_.math);
     const int64_t rows = rows_in_l2(N_, row_bytes);
     const int64_t most = std::min(G_, kMostGroups);
@@ -164,7 +162,7 @@ class Gradient {
       launch_normalise({source_of(of_.given), data_of<const float>(step.product),
                         dx.mutable_data_ptr(), G_, N_, false},
                        of_.own_math, device_.stream());
-    return in_dtype(dx, dtype);
+    return dx;
   }
 
  private:
@@ -202,7 +200,7 @@ class Gradient {
     product.params.a.rows = rows;
     product.params.b =
         from_group(source_of(other_.multiplied), g, other_.multiplied.element_size());
-    if (sides_.metric != Metric::kDot) product.params.out_dtype = Dtype::kFloat;
+    product.params.out_dtype = stored_as(step.product.scalar_type());
     product.params.out = data_of<char>(step.product) +
                          (pulls ? 0 : (g * N_ + first) * D_ * step.product.element_size());
     launch_pairwise_bwd_weights(
