@@ -132,20 +132,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   }
   __syncthreads();
-  // sixteen threads have a row, eight neighbouring columns each
-  const int column = threadIdx.x % (kTile / 8) * 8;
-  float w[8];
-  for (int row = threadIdx.x / (kTile / 8); row < kTile && row0 + row < p.rows;
-       row += kThreads / (kTile / 8)) {
-    load_eight(w, pair.a, row, column);
+  for_each_eight(pair.a, p.rows - row0, width - column0, [&](float (&w)[8], int row, int column) {
     store_eight(out + (row0 + row) * width + column0 + column, w, width - column0 - column,
                 together);
-  }
+  });
   // above the diagonal also what is below it, where these rows have it
   if (row0 == column0 || column0 >= p.rows) return;
   const int row = threadIdx.x % kTile;
   if (column0 + row >= p.rows) return;
   for (int i = threadIdx.x / kTile * 8; i < kTile; i += kThreads / kTile * 8) {
+    float w[8];
     KDK_UNROLL
     for (int e = 0; e < 8; ++e) w[e] = *staged(pair.a, i + e, row);
     store_eight(out + (column0 + row) * width + row0 + i, w, 8, together);

@@ -134,14 +134,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   if (close) differences<T>(tile, p, g, i0, j0);
   __syncthreads();
 
-  // sixteen threads have a row; on the diagonal what is below comes from above
+  // on the diagonal what is below comes from above
   T* out = static_cast<T*>(p.out) + g * N * M;
   const bool together = M % 8 == 0, diagonal = p.own && i0 == j0, twice = p.own && !diagonal;
-  for (int c = threadIdx.x; c < kTile * kTile / 8; c += kThreads) {
-    const int row = c / (kTile / 8), column = c % (kTile / 8) * 8;
-    if (i0 + row >= N || j0 + column >= M) continue;
-    float x[8];
-    load_eight(x, tile, row, column);
+  for_each_eight(tile, N - i0, M - j0, [&](float (&x)[8], int row, int column) {
     if (diagonal && column < row) {
       KDK_UNROLL
       for (int e = 0; e < 8; ++e) x[e] = column + e < row ? *staged(tile, column + e, row) : x[e];
@@ -152,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     }
     if (twice) stage_eight(x, tile, row, column);
     store_eight(out + (i0 + row) * M + j0 + column, x, M - j0 - column, together);
-  }
+  });
   if (!twice) return;
   __syncthreads();
   // four lanes have 32 neighbours of a row, for the banks' sake

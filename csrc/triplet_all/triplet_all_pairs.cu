@@ -105,17 +105,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   if (threadIdx.x == 0) p.close[i0 / kTile * across + j0 / kTile] = near;
   auto* tile = reinterpret_cast<float*>(shared_memory());
   stage(acc, tile);
-  for (int c = threadIdx.x; c < kTile * kTile / 8; c += kThreads) {  // sixteen threads have a row
-    const int row = c / (kTile / 8), column = c % (kTile / 8) * 8;
-    const int64_t left = r.x.rows - j0 - column;
-    if (i0 + row >= x.x.rows || left <= 0) continue;
-    float d[8];
-    load_eight(d, tile, row, column);
+  const int64_t rows = x.x.rows - i0, columns = r.x.rows - j0;
+  for_each_eight(tile, rows, columns, [&](float (&d)[8], int row, int column) {
     KDK_UNROLL
     for (int e = 0; e < 8; ++e)
       d[e] = triplet::from_squared<float>(d[e] < 0 ? 0 : d[e], p.distance);
-    store_eight(p.d + (i0 + row) * p.stride + j0 + column, d, left, true);
-  }
+    store_eight(p.d + (i0 + row) * p.stride + j0 + column, d, columns - column, true);
+  });
 }
 
 // A block has kOwn rows that are pulled and kColumns of their columns, and goes through the rows

@@ -215,4 +215,19 @@ __device__ __forceinline__ void stage_eight(const float (&x)[8], float* shared, 
   }
 }
 
+// f(x, row, column) of this thread's share of the first rows x columns of a staged tile, in eights:
+// sixteen threads have a row.
+template <typename F>
+__device__ __forceinline__ void for_each_eight(float* shared, int64_t rows, int64_t columns,
+                                               const F& f) {
+  constexpr int kAcross = kTile / 8;
+  const int column = threadIdx.x % kAcross * 8;
+  if (column >= columns) return;
+  for (int row = threadIdx.x / kAcross; row < kTile && row < rows; row += kThreads / kAcross) {
+    float x[8];
+    load_eight(x, shared, row, column);
+    f(x, row, column);
+  }
+}
+
 }  // namespace kdk::cuda

@@ -15,25 +15,20 @@ __device__ __forceinline__ int64_t end_of_split(const ProductParams& p) {
   return end < counting ? end : counting;
 }
 
-// From where the tile is staged: sixteen threads have a row, eight neighbouring columns each.
+// From where the tile is staged.
 template <typename T>
 __device__ __forceinline__ void store_tile(float* tile, T* out, const float* add,
                                            const ProductParams& p, int64_t m0, int64_t n0,
                                            float scale) {
-  constexpr int kAcross = kTile / 8;
-  const int column = threadIdx.x % kAcross * 8;
-  const int64_t left = p.N - n0 - column;
   const bool together = p.N % 8 == 0;
-  if (left <= 0) return;
-  for (int row = threadIdx.x / kAcross; row < kTile && m0 + row < p.M; row += kThreads / kAcross) {
-    const int64_t at = (m0 + row) * p.N + n0 + column;
-    float x[8], more[8] = {};
-    load_eight(x, tile, row, column);
+  for_each_eight(tile, p.M - m0, p.N - n0, [&](float (&x)[8], int row, int column) {
+    const int64_t at = (m0 + row) * p.N + n0 + column, left = p.N - n0 - column;
+    float more[8] = {};
     if (add != nullptr) read_eight(more, add + at, left, together);
     KDK_UNROLL
     for (int e = 0; e < 8; ++e) x[e] = x[e] * scale + more[e];
     store_eight(out + at, x, left, together);
-  }
+  });
 }
 
 }  // namespace kdk::cuda
