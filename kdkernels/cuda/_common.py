@@ -6,10 +6,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels import _gpu
 
-def exact() -> bool:
+
+def ieee() -> bool:
     """Whether fp32 features are multiplied as they are, not in pieces of tf32."""
-    return torch.get_float32_matmul_precision() == "highest"
+    return _gpu.fp32_matmul() == "highest"
 
 
 # Of shared memory, that the largest blocks of csrc need (kMostSharedBytes). GPUs of compute
@@ -24,11 +26,4 @@ def too_small(first: Tensor) -> str | None:
     kib = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin // 1024
     if kib < _MOST_KIB:
         return f"a block needs {_MOST_KIB} KiB of shared memory, and this GPU has {kib}"
-    return None
-
-
-def too_narrow(first: Tensor) -> str | None:
-    """Why features of a dtype cannot be handled; None if they can."""
-    if first.dtype == torch.float64:
-        return "its products accumulate in fp32, which is not enough for fp64 features"
     return None

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.cuda._common import exact, too_narrow, too_small
+from kdkernels._gpu import refuse_fp64
+from kdkernels.cuda._common import ieee, too_small
 
 _ops = torch.ops.kdkernels_cuda
 
@@ -18,12 +19,12 @@ def supports(*args: Any) -> str | None:
     if args[-1] == "factored":
         return "its kernels are those of algorithm='tiled', and the factored one was chosen"
     first = args[0]  # the student, or the gradient of its loss
-    return too_narrow(first) or (too_small(first) if args[-1] == "streamed" else None)
+    return refuse_fp64(first) or (too_small(first) if args[-1] == "streamed" else None)
 
 
 def gram_mse_fwd(*args: Any) -> tuple[Tensor, ...]:
-    return _ops.gram_mse_fwd(*args, exact())
+    return _ops.gram_mse_fwd(*args, ieee())
 
 
 def gram_mse_bwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return _ops.gram_mse_bwd(*args, exact())
+    return _ops.gram_mse_bwd(*args, ieee())

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.cuda._common import exact, too_narrow
+from kdkernels._gpu import refuse_fp64
+from kdkernels.cuda._common import ieee
 
 _ops = torch.ops.kdkernels_cuda
 
 
 def supports(*args: Any) -> str | None:
     """Why an operator's arguments cannot be handled; None if they can."""
-    return too_narrow(args[0])  # x, or the gradient of values in its dtype
+    return refuse_fp64(args[0])  # x, or the gradient of values in its dtype
 
 
 def pairwise_fwd(*args: Any) -> Tensor:
-    return _ops.pairwise_fwd(*args, exact())
+    return _ops.pairwise_fwd(*args, ieee())
 
 
 def pairwise_bwd(*args: Any) -> tuple[Tensor, Tensor]:
-    return _ops.pairwise_bwd(*args, exact())
+    return _ops.pairwise_bwd(*args, ieee())

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.cuda._common import exact, too_narrow, too_small
+from kdkernels._gpu import refuse_fp64
+from kdkernels.cuda._common import ieee, too_small
 
 _ops = torch.ops.kdkernels_cuda
 
@@ -16,11 +17,11 @@ _ops = torch.ops.kdkernels_cuda
 def supports(*args: Any) -> str | None:
     """Why an operator's arguments cannot be handled; None if they can."""
     first = args[0]  # the student, or the gradient of its loss
-    return too_narrow(first) or too_small(first)
+    return refuse_fp64(first) or too_small(first)
 
 
 def relational_kl_fwd(*args: Any) -> tuple[Tensor, ...]:
-    return _ops.relational_kl_fwd(*args, exact())
+    return _ops.relational_kl_fwd(*args, ieee())
 
 
 def relational_kl_bwd(
@@ -31,4 +32,4 @@ def relational_kl_bwd(
     student = others[0]
     dstudent = (dout[:, None] * dloss).contiguous() if need_student else student.new_empty(0)
     sums = (loss, lse_student, lse_teacher)
-    return dstudent, *_ops.relational_kl_bwd(dout, *others, *sums, *args[-3:], exact())
+    return dstudent, *_ops.relational_kl_bwd(dout, *others, *sums, *args[-3:], ieee())

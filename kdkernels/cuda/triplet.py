@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._sorting import Pulls, triplet_gradients
-from kdkernels.cuda._common import exact, too_narrow
+from kdkernels._gpu import Contributions, refuse_fp64, triplet_gradients
+from kdkernels.cuda._common import ieee
 
 _ops = torch.ops.kdkernels_cuda
 
 
 def supports(*args: Any) -> str | None:
     """Why an operator's arguments cannot be handled; None if they can."""
-    return too_narrow(args[0])  # the embeddings forward, the gradient of a distance backward
+    return refuse_fp64(args[0])  # the embeddings forward, the gradient of a distance backward
 
 
 def triplet_fwd(
@@ -43,7 +43,7 @@ def triplet_fwd(
         sorted_references = references[reference_order]
     return _ops.triplet_fwd(
         x, labels, order, references, sorted_references, reference_labels, reference_order, own,
-        positives, negatives, distance, exact(),
+        positives, negatives, distance, ieee(),
     )  # fmt: skip
 
 
@@ -51,8 +51,8 @@ def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
     *args, distance = args
     embeddings, references = args[2:4]
 
-    def gradient(pulls: Pulls, anchor: bool, pulled: bool) -> Tensor:
-        chosen, d, dd, order, begin = pulls
+    def gradient(contributions: Contributions, anchor: bool, pulled: bool) -> Tensor:
+        chosen, d, dd, order, begin = contributions
         return _ops.triplet_bwd(
             dd, embeddings, references, chosen, d, order, begin, anchor, pulled, distance
         )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.cuda._common import exact
+from kdkernels.cuda._common import ieee
 from kdkernels.cuda.triplet import supports
 
 __all__ = ["supports", "triplet_all_fwd"]
@@ -33,5 +33,5 @@ def triplet_all_fwd(
     )
     return _ops.triplet_all_fwd(
         embeddings, labels, order, references, reference_labels, reference_order, own,
-        negatives == "semihard", margin, soft, distance, need_embeddings, need_references, exact(),
+        negatives == "semihard", margin, soft, distance, need_embeddings, need_references, ieee(),
     )  # fmt: skip

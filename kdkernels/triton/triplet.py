@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._sorting import Pulls, triplet_gradients
+from kdkernels._gpu import Contributions, triplet_gradients
 from kdkernels.triton import _triplet_kernels as kernels
 from kdkernels.triton._common import arch_of, cdiv, on_device
 from kdkernels.triton._triplet_config import COLUMNS, ENTRIES, ROWS, pick_config
@@ -125,13 +125,13 @@ def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
     embeddings, references = args[2:4]
     B, D = embeddings.shape
 
-    def gradient(pulls: Pulls, anchor: bool, pulled: bool) -> Tensor:
+    def gradient(contributions: Contributions, anchor: bool, pulled: bool) -> Tensor:
+        chosen, d, dd, order, begin = contributions
         out = embeddings.new_empty((B if anchor else len(references), D))
         if out.numel() > 0:
             kernels._triplet_bwd_kernel[(len(out), cdiv(D, COLUMNS))](
-                x_ptr=embeddings, r_ptr=references, dout_ptr=out, chosen_ptr=pulls.chosen,
-                d_ptr=pulls.d, dd_ptr=pulls.dd, order_ptr=pulls.order, begin_ptr=pulls.begin,
-                B=B, D=D, **_strides(embeddings, references), DISTANCE=_DISTANCES[distance],
+                x_ptr=embeddings, r_ptr=references, dout_ptr=out, chosen_ptr=chosen, d_ptr=d,
+                dd_ptr=dd, order_ptr=order, begin_ptr=begin, B=B, D=D, **_strides(embeddings, references), DISTANCE=_DISTANCES[distance],
                 ANCHOR=anchor, CHOSEN=pulled, ENTRIES=ENTRIES, COLUMNS=COLUMNS, num_warps=4,
             )  # fmt: skip
         return out

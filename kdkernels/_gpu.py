@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the launchers of both GPU backends, Triton and CUDA, share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def refuse_fp64(first: Tensor) -> str | None:
+    """Why an operator cannot take the dtype of its first tensor; None if it can.
+
+    The first tensor of a forward holds features; that of a backward, the gradient of the results,
+    is in fp64 exactly where the features are.
+    """
+    if first.dtype == torch.float64:
+        return "its products accumulate in fp32, which is not enough for fp64 features"
+    return None
+
+
+def fp32_matmul() -> str:
+    """How fp32 features are multiplied: "highest", "high" or "medium", as torch is set."""
+    return torch.get_float32_matmul_precision()
+
+
+class Contributions(NamedTuple):
+    """The rows that anchors chose, which each contribute to the gradient of the anchor, and in the
+    order of the chosen rows, to whose gradient each anchor contributes."""
+
+    chosen: Tensor  # [2 B] int64: positives, then negatives; -1 where there is none
+    d: Tensor  # [2 B] distances
+    dd: Tensor  # [2 B] their gradients
+    # [2 B] int64: entries of the tensors above, sorted by the chosen row, then by the anchor
+    order: Tensor
+    # [M + 1] int64: the first entry of each chosen row in `order`. Where a caller wants neither
+    # `order` nor `begin`, both are `chosen`.
+    begin: Tensor
+
+
+def triplet_gradients(
+    gradient: Callable[[Contributions, bool, bool], Tensor],
+    dd_ap: Tensor,  # [B]
+    dd_an: Tensor,  # [B]
+    embeddings: Tensor,  # [B, D]
+    references: Tensor,  # [M, D]
+    positive: Tensor,  # [B] int64
+    negative: Tensor,  # [B] int64
+    d_ap: Tensor,  # [B]
+    d_an: Tensor,  # [B]
+    in_batch: bool,
+    need_embeddings: bool,
+    need_references: bool,
+) -> tuple[Tensor, Tensor]:
+    """What the operator `triplet_bwd` returns, from its arguments.
+
+    `gradient(contributions, anchor, chosen)` returns the gradient of rows that are anchors, or were
+    chosen, or both. It may follow `order` only where the rows were chosen.
+    """
+    need_references = need_references and not in_batch
+    by_row = in_batch or need_references
+    triplets = _contributions(positive, negative, d_ap, d_an, dd_ap, dd_an, len(references), by_row)
+    return (
+        gradient(triplets, True, in_batch) if need_embeddings else embeddings.new_empty(0),
+        gradient(triplets, False, True) if need_references else references.new_empty(0),
+    )
+
+
+def _contributions(
+    positive: Tensor, negative: Tensor, d_ap: Tensor, d_an: Tensor, dd_ap: Tensor, dd_an: Tensor,
+    M: int, by_row: bool,
+) -> Contributions:  # fmt: skip
+    """Contributions of the triplets that the operator `triplet` returned, with `by_row` sorted."""
+    chosen = torch.cat((positive, negative))
+    order = begin = chosen
+    if by_row:
+        # stable, so that contributions to a row are added in the order of their anchors
+        rows, order = torch.where(chosen < 0, M, chosen).sort(stable=True)
+        begin = torch.searchsorted(rows, torch.arange(M + 1, device=rows.device))
+    return Contributions(chosen, torch.cat((d_ap, d_an)), torch.cat((dd_ap, dd_an)), order, begin)
