@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an operator, and why.
 
-A backend is a package `kdkernels.<backend>` with `unavailable()`, and one module per op,
-`kdkernels.<backend>.<op>`, that holds the launchers `<op>_fwd` and `<op>_bwd`. The package says
-what it can run at all (`unavailable()`, `rejects(tensors)`), the module, if the op has limits of
-its own there, `supports(*operator_args)`: None for yes, or a sentence saying why not. Nothing is
-registered: a file in the right place is the registration.
+A backend is a package `kdkernels.<backend>`, which says what it can run at all: `unavailable()` and
+`rejects(tensors)` return None for yes, or a sentence saying why not. The launchers `<op>_fwd` and
+`<op>_bwd` of an op are in the module `kdkernels.<backend>.<op>`, or in what the package's function
+`launchers(op)` returns, if it has one (None: the op has no kernel there). Where a backend limits an
+op, `supports(*operator_args)` beside the launchers answers like `rejects`. Nothing is registered: a
+file in the right place is the registration.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def requested_backend(backend: str) -> str:
 class Implementation:
     """The launchers of an op on a backend, and what they accept."""
 
-    launchers: ModuleType
+    launchers: Any
     rejects: Callable[[list[Tensor]], str | None]
     supports: Callable[..., str | None] | None
 
@@ -110,10 +111,15 @@ def implementation(op: str, backend: str) -> Implementation | str:
     reason = package.unavailable()
     if reason is not None:
         return reason
-    if importlib.util.find_spec(f"{package_name}.{op}") is None:
+    find = getattr(package, "launchers", None)
+    launchers = _module(f"{package_name}.{op}") if find is None else find(op)
+    if launchers is None:
         return f"{op} has no {backend} kernel"
-    launchers = importlib.import_module(f"{package_name}.{op}")
     return Implementation(launchers, package.rejects, getattr(launchers, "supports", None))
+
+
+def _module(name: str) -> ModuleType | None:
+    return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
 
 
 def why_not(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
@@ -150,7 +156,7 @@ def select_name(op: str, backend: str, args: tuple[Any, ...]) -> str:
     raise BackendUnavailableError(f"no backend can run {op} on {device}")
 
 
-def select(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
+def select(op: str, backend: str, args: tuple[Any, ...]) -> Any:
     """The launchers that run an operator on these arguments; raises like `select_name`."""
     found = implementation(op, select_name(op, backend, args))
     assert isinstance(found, Implementation)
