@@ -170,7 +170,7 @@ class _Planner:
     choices: Callable[..., dict[str, str]]
 
 
-_planners: dict[str, _Planner] = {}
+planners: dict[str, _Planner] = {}
 
 
 def explained_by(
@@ -192,7 +192,7 @@ def explained_by(
     def register(public: Callable[..., Any]) -> Callable[..., Any]:
         name = op or public.__module__.rpartition(".")[2]
         op_of = name if callable(name) else lambda *_, **__: name
-        _planners[public.__name__] = _Planner(op_of, operator_args, choices)
+        planners[public.__name__] = _Planner(op_of, operator_args, choices)
         return public
 
     return register
@@ -232,11 +232,11 @@ def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any)
     Example:
         >>> print(kd.explain("gram_mse", student, teacher))
     """
-    if function not in _planners:
+    if function not in planners:
         raise ValueError(
-            f"function must be one of {', '.join(map(repr, sorted(_planners)))}, got {function!r}"
+            f"function must be one of {', '.join(map(repr, sorted(planners)))}, got {function!r}"
         )
-    planner = _planners[function]
+    planner = planners[function]
     operator_args = planner.operator_args(*args, **kwargs)
     op = planner.op(*args, **kwargs)
     chosen = select_name(op, requested_backend(backend), operator_args)

@@ -57,7 +57,7 @@ class Case:
 
     def operator_args(self) -> tuple[Any, ...]:
         """Arguments of the forward operator, without the backend."""
-        planner = _dispatch._planners[self.info.public]
+        planner = _dispatch.planners[self.info.public]
         return planner.operator_args(*self.sample.args, **self.sample.kwargs)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kdkernels import _checks
-from kdkernels.reference.relational_kl import EPS
+from kdkernels._similarity import NORM_EPS
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -63,9 +62,9 @@ def within(name: str, index: Tensor, low: int, K: int) -> None:
 
 
 def _known(x: Tensor) -> bool:
-    """Whether looking at values waits for no device."""
-    compiling = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-    return x.device.type == "cpu" and not compiling
+    """Whether looking at values waits for no device. A subclass of Tensor may have none to show."""
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def limit(num_keys: Any, keys: Tensor) -> int:
@@ -111,7 +110,7 @@ def divided(
 ) -> Tensor:  # [B, D]
     """Rows over a temperature, in the accumulation dtype."""
     x = x.to(_checks.accumulation_dtype(x.dtype))
-    x = F.normalize(x, dim=-1, eps=EPS) if normalize else x
+    x = F.normalize(x, dim=-1, eps=NORM_EPS) if normalize else x
     return x / (by.where(by > 0, torch.nan) if isinstance(by, Tensor) else by)
 
 
@@ -124,4 +123,4 @@ def scale_of(
         return None
     acc = _checks.accumulation_dtype(keys.dtype)
     with torch.no_grad():
-        return torch.linalg.vector_norm(keys, dim=-1, dtype=acc).clamp_min(EPS).reciprocal()
+        return torch.linalg.vector_norm(keys, dim=-1, dtype=acc).clamp_min(NORM_EPS).reciprocal()

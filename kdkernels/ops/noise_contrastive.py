@@ -16,8 +16,8 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels._library import first_order
+from kdkernels._similarity import NOISE_EPS
 from kdkernels.ops import sampled_similarity
-from kdkernels.reference.noise_contrastive import EPS
 
 
 class NoiseContrastive(NamedTuple):
@@ -50,7 +50,7 @@ class NoiseContrastiveFunction(torch.autograd.Function):
             first = logits.logsumexp((0, 1)) + math.log(N / logits.numel())
             log_z = torch.where(log_z.isnan(), first, log_z)
         logits -= log_z
-        noise = math.log(m / N + EPS)
+        noise = math.log(m / N + NOISE_EPS)
         own, others = logits[:, 0], logits[:, 1:]
         loss = _softplus(noise - own).sum()
         loss = loss + (_softplus(others - noise) + (noise - math.log(m / N))).sum()

@@ -16,8 +16,8 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
 from kdkernels._library import define_operator, first_order
+from kdkernels._similarity import NORM_EPS
 from kdkernels.ops._key_bank import (
-    EPS,
     REDUCTIONS,
     bank,
     cut,
@@ -31,7 +31,7 @@ from kdkernels.ops._key_bank import (
 )
 
 DIVERGENCES = ("kl", "cross_entropy")
-CLAMPED = 0.999  # of EPS / norm: from here on the norm was clamped, up to rounding
+CLAMPED = 0.999  # of NORM_EPS / norm: from here on the norm was clamped, up to rounding
 
 # The operator knows neither norms of rows nor temperatures: student [B, D] and teacher [B, E] come
 # normalised and divided, in the accumulation dtype. Keys come as they are, with a factor per key.
@@ -106,7 +106,7 @@ def _through_norms(
     """Gradient by the keys themselves. Where the norm is clamped, the scale is a constant."""
     if scale is not None:
         unit = keys.to(dunit.dtype) * scale[:, None]
-        along = (unit * dunit).sum(-1, keepdim=True) * (scale * EPS < CLAMPED)[:, None]
+        along = (unit * dunit).sum(-1, keepdim=True) * (scale * NORM_EPS < CLAMPED)[:, None]
         dunit = (dunit - unit * along) * scale[:, None]
         if num_keys is not None:  # norms of what does not count may be anything
             beyond = torch.arange(len(keys), device=keys.device) >= num_keys

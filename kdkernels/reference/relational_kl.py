@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12  # norms are clamped at it
+from kdkernels._similarity import similarities
 
 
 def relational_kl(
@@ -62,13 +62,6 @@ def info_nce(
 
 def first(keys: Tensor | None, num_keys: int | Tensor | None) -> Tensor | None:
     return keys if keys is None or num_keys is None else keys[: int(num_keys)]
-
-
-def similarities(x: Tensor, keys: Tensor, normalize: bool) -> Tensor:  # [B, K]
-    """Inner products, or cosines."""
-    if normalize:
-        x, keys = (F.normalize(z, dim=-1, eps=EPS) for z in (x, keys))
-    return x @ keys.mT
 
 
 def own_similarities(x: Tensor, own_keys: Tensor, normalize: bool) -> Tensor:  # [B, 1]
