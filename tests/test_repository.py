@@ -84,6 +84,14 @@ def test_every_op_has_all_of_its_files(op: str) -> None:
         assert (ROOT / path).is_file(), path
 
 
+def test_every_module_has_its_test() -> None:
+    """The test of kdkernels/nn/<module>.py is tests/nn/test_<module>.py; what several modules share
+    is tested in test_modules.py and test_errors.py."""
+    modules = {path.stem for path in (ROOT / "kdkernels" / "nn").glob("[!_]*.py")}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "nn").glob("*.py")}
+    assert tests == modules | {"modules", "errors"}
+
+
 def _targets(text: str) -> list[str]:
     """Relative targets of Markdown links, without their anchors."""
     found = re.findall(r"\]\(([^)\s]+)\)", text)

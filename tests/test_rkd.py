@@ -5,17 +5,14 @@ memory; and its module."""
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import DEVICES, Case, assert_within_budget
 from labelled import FP64, WAVES, info_of, waves
-from test_nn import maps
 from torch import Tensor
 
-import kdkernels as kd
 from kdkernels import _dispatch
 from kdkernels.testing import peak
 from kdkernels.testing.opinfo import Sample, randn
@@ -176,45 +173,3 @@ def test_extra_memory(name: str, B: int, matrices: float) -> None:
     shape = dataclasses.replace(info.bench[0], sizes={"B": B, "D": 16})
     used = peak.extra_mib(name, shape, torch.float32, "fwd_bwd", "cpu", cpu)
     assert used < matrices * B * B * 4 / peak.MIB
-
-
-PRESETS: dict[str, tuple[float, float, bool, bool]] = {
-    "repdistiller": (25, 50, False, False),
-    "lenscloth": (1, 2, False, True),
-    "torchdistill": (1, 2, False, False),
-    "mmrazor": (25, 50, True, True),
-}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_of_the_module(preset: str) -> None:
-    distance, angle, unit_student, unit_teacher = PRESETS[preset]
-    student, teacher = maps(6, 3, 4), maps(6, 20)
-    s = F.normalize(student.flatten(1), dim=1) if unit_student else student.flatten(1)
-    t = F.normalize(teacher, dim=1) if unit_teacher else teacher
-    expected = distance * eager_distance(s, t) + angle * eager_angle(s, t)
-    torch.testing.assert_close(kd.nn.RKDLoss(preset=preset)(student, teacher), expected)
-
-
-def test_the_module_leaves_out_what_weighs_nothing_and_adds_layers() -> None:
-    pairs = [maps(6, 3, 4), maps(6, 5)], [maps(6, 20), maps(6, 4)]
-    only = kd.nn.RKDLoss(3.0, 0.0)(*pairs)
-    expected = sum(3 * eager_distance(s.flatten(1), t) for s, t in zip(*pairs, strict=True))
-    torch.testing.assert_close(only, expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"preset": "mine"}, ValueError, "preset must be one of 'repdistiller', 'lenscloth'"),
-        ({"distance_weight": -1}, ValueError, "distance_weight must be a finite number"),
-        ({"angle_weight": "2"}, TypeError, "angle_weight must be a number, got str"),
-        ({"distance_weight": 0, "angle_weight": 0}, ValueError, "angle_weight must be above 0"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of"),
-    ],
-)
-def test_the_module_names_what_does_not_fit(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        kd.nn.RKDLoss(**options)

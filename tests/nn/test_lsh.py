@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lsh_bce import BIAS, STUDENT, TEACHER, WEIGHT
 from torch import Tensor, nn
+from values import HASH_BIAS, HASH_WEIGHT, STUDENT, TEACHER
 
 import kdkernels as kd
 from kdkernels.nn import _lsh_bias
@@ -28,16 +28,16 @@ def module(form: str = "lshl2", **options: Any) -> nn.Module:
         defaults = {"weight": 1.0}
     made = kd.nn.LSHFeatureMimickingLoss(16, form=form, **{**defaults, **options}).double()
     if form != "l2":
-        made.hash_weight.copy_(WEIGHT)
-        made.hash_bias.copy_(BIAS)
+        made.hash_weight.copy_(HASH_WEIGHT)
+        made.hash_bias.copy_(HASH_BIAS)
     return made
 
 
 def parts(student: Tensor = STUDENT) -> tuple[Tensor, Tensor]:
     """(squared difference, cross-entropy) per sample."""
-    y = (F.linear(TEACHER, WEIGHT, BIAS) > 0).double()
+    y = (F.linear(TEACHER, HASH_WEIGHT, HASH_BIAS) > 0).double()
     entropy = F.binary_cross_entropy_with_logits(
-        F.linear(student, WEIGHT, BIAS), y, reduction="none"
+        F.linear(student, HASH_WEIGHT, HASH_BIAS), y, reduction="none"
     )
     return (student - TEACHER).square().mean(1), entropy.mean(1)
 
@@ -87,7 +87,7 @@ def test_samples_that_do_not_count_may_hold_anything() -> None:
 def test_codes_stand_for_the_teacher_s_bits(form: str) -> None:
     made = module(form)
     codes = made.encode(TEACHER)
-    assert torch.equal(codes, kd.lsh_encode(TEACHER, WEIGHT, BIAS))
+    assert torch.equal(codes, kd.lsh_encode(TEACHER, HASH_WEIGHT, HASH_BIAS))
     teacher = None if form == "lsh" else TEACHER
     assert torch.equal(made(STUDENT, teacher, codes=codes), made(STUDENT, TEACHER))
 
@@ -268,7 +268,7 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
         kd.nn.LSHFeatureMimickingLoss(**{"dim": 16, **options})
 
 
-CODES = kd.lsh_encode(TEACHER, WEIGHT, BIAS)
+CODES = kd.lsh_encode(TEACHER, HASH_WEIGHT, HASH_BIAS)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The modules on similarities to keys: published values, options, state."""
+"""RelationalRepresentationLoss: published values, steps of the public code, options, state."""
 
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from values import QUEUE, STUDENT, TEACHER, waves
 
 import kdkernels as kd
 from kdkernels.testing import numerics
 
-RRD, NCE = kd.nn.RelationalRepresentationLoss, kd.nn.InfoNCELoss
-
-
-def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:  # [B, D]
-    i, d = torch.arange(B, dtype=torch.float64)[:, None], torch.arange(D, dtype=torch.float64)
-    return torch.sin(a * i + b * d + c) + 0.3 * torch.cos(0.05 * i * d + c)
+RRD = kd.nn.RelationalRepresentationLoss
 
 
 def rows(B: int = 6, D: int = 4, grad: bool = True) -> Tensor:
@@ -51,7 +46,7 @@ def published(preset: str, **options: Any) -> nn.Module:
         for layer in (module.embed_student, module.embed_teacher):
             layer.weight.copy_(torch.eye(16))
             layer.bias.zero_()
-        module.queue.keys.copy_(F.normalize(waves(32, 16, 0.41, 0.19, 0.7)))
+        module.queue.keys.copy_(QUEUE)
     return module
 
 
@@ -60,15 +55,15 @@ def published(preset: str, **options: Any) -> nn.Module:
     ("divergence", "value"), [("cross_entropy", 11.854216726955), ("kl", 11.376975730463)]
 )
 def test_relational_representation_has_the_published_value(divergence: str, value: float) -> None:
-    student = waves(8, 16, 0.9, 0.31, 0.5).requires_grad_()
-    loss = published("2025", divergence=divergence)(student, waves(8, 16, 0.7, 0.23, 0.1))
+    student = STUDENT.clone().requires_grad_()
+    loss = published("2025", divergence=divergence)(student, TEACHER)
     (gradient,) = torch.autograd.grad(loss, student)
     assert abs(loss.item() - value) < numerics.FP64_RELATIVE * value
     assert abs(gradient.norm().item() - 1.400027038602) < numerics.FP64_RELATIVE
 
 
 def test_the_earlier_version_scores_first() -> None:
-    student, teacher = waves(8, 16, 0.9, 0.31, 0.5), waves(8, 16, 0.7, 0.23, 0.1)
+    student, teacher = STUDENT, TEACHER
     module = published("2024", weight=3)
     old = module.queue.keys.clone()
     loss = module(student, teacher)
@@ -144,82 +139,6 @@ def test_state_survives_a_round_trip() -> None:
     assert torch.equal(module.queue.keys, other.queue.keys)
 
 
-def test_info_nce_pairs_by_order_or_as_it_is_told() -> None:
-    queries, keys = rows(), rows(9)
-    logits = F.normalize(queries) @ F.normalize(keys).T
-    for positives in (None, torch.tensor([3, 3, 8, 0, 1, 2])):
-        loss = NCE(2, temperature=0.5)(queries, keys, positives)
-        labels = torch.arange(6) if positives is None else positives
-        expected = 2 * F.cross_entropy(logits / 0.5, labels)
-        torch.testing.assert_close(loss, expected)
-        for got, wanted in zip(
-            *(torch.autograd.grad(x, (queries, keys), retain_graph=True) for x in (loss, expected)),
-            strict=True,
-        ):
-            torch.testing.assert_close(got, wanted)
-
-
-def test_info_nce_learns_its_temperature() -> None:
-    module = NCE(temperature=0.3, learn_temperature=True).double()
-    queries, keys = rows(), rows(9)
-    module(queries, keys).backward()
-    assert set(module.state_dict()) == {"log_temperature"}
-    log = module.log_temperature.detach().clone().requires_grad_()
-    logits = F.normalize(queries) @ F.normalize(keys).T / log.exp()
-    F.cross_entropy(logits, torch.arange(6)).backward()
-    torch.testing.assert_close(module.log_temperature.grad, log.grad)
-    assert not NCE().state_dict()
-
-
-def disco() -> nn.Module:
-    queue = kd.nn.KeyQueue(18, 4, init="empty")
-    return NCE(temperature=math.exp(-1), learn_temperature=True, queue=queue).double()
-
-
-def test_info_nce_with_a_queue_is_the_loss_of_the_public_code() -> None:
-    """Newest keys first, the batch's before all, cut at the end; a queue that starts empty."""
-    module = disco()
-    scale = torch.ones((), dtype=torch.float64, requires_grad=True)  # logit_scale
-    queue = torch.zeros(0, 4, dtype=torch.float64)
-    for _ in range(4):
-        student, teacher = rows(), rows()
-        keys = torch.cat([F.normalize(teacher).detach(), queue])
-        logits = scale.exp() * F.normalize(student) @ keys.T
-        expected = F.cross_entropy(logits, torch.arange(6))
-        loss = module(student, teacher)
-        torch.testing.assert_close(loss, expected)
-        got = torch.autograd.grad(loss, (student, module.log_temperature))
-        wanted = torch.autograd.grad(expected, (student, scale))
-        torch.testing.assert_close(got[0], wanted[0])
-        torch.testing.assert_close(got[1], -wanted[1])  # one is minus the other
-        queue = keys[: 18 - 6]
-    assert set(module.state_dict()) == {
-        "log_temperature", "queue.keys", "queue.next", "queue.num_keys"
-    }  # fmt: skip
-
-
-def test_info_nce_with_a_queue_in_evaluation_changes_nothing() -> None:
-    module = disco()
-    module(rows(), rows())
-    before = copy.deepcopy(module.state_dict())
-    student, teacher = rows(), rows()
-    loss = module.eval()(student, teacher)
-    keys = F.normalize(torch.cat([teacher, module.queue.keys[:6]]))
-    expected = F.cross_entropy(F.normalize(student) @ keys.T * math.e, torch.arange(6))
-    torch.testing.assert_close(loss, expected)
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_info_nce_with_a_queue_goes_on_from_saved_state() -> None:
-    module, other = disco(), disco()
-    module(rows(), rows())
-    other.load_state_dict(module.state_dict())
-    student, teacher = rows(), rows()
-    losses = [one(student, teacher) for one in (module, other, copy.deepcopy(other))]
-    assert torch.equal(losses[0], losses[1])
-
-
 @pytest.mark.parametrize("preset", ["2025", "2024"])
 def test_relational_representation_compiles_into_one_graph(preset: str) -> None:
     student, teacher = rows(), rows(6, 5, grad=False)
@@ -234,31 +153,6 @@ def test_relational_representation_compiles_into_one_graph(preset: str) -> None:
         assert torch.equal(module.queue.keys, eager.queue.keys)
 
 
-def test_info_nce_compiles_into_one_graph() -> None:
-    queries, keys = rows(), rows(9)
-    module = NCE(learn_temperature=True).double()
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    sources = (queries, keys, module.log_temperature)
-    results = [call(queries, keys) for call in (compiled, module)]
-    for got, wanted in zip(*(torch.autograd.grad(x, sources) for x in results), strict=True):
-        torch.testing.assert_close(got, wanted)
-
-
-def test_info_nce_with_a_queue_compiles_into_one_graph() -> None:
-    module = disco()
-    eager = copy.deepcopy(module)
-    torch._dynamo.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    for _ in range(4):
-        student, teacher = rows(), rows(grad=False)
-        results = [call(student, teacher) for call in (compiled, eager)]
-        torch.testing.assert_close(*results)
-        torch.testing.assert_close(*(torch.autograd.grad(x, student)[0] for x in results))
-        for name, value in eager.state_dict().items():
-            torch.testing.assert_close(module.state_dict()[name], value)
-
-
 def test_half_precision_under_autocast() -> None:
     module = RRD(4, 5, dim=3, queue_size=8)
     student, teacher = rows().detach().bfloat16().requires_grad_(), rows(6, 5).float()
@@ -269,59 +163,32 @@ def test_half_precision_under_autocast() -> None:
     assert student.grad.isfinite().all()
 
 
-def test_names_their_options() -> None:
+def test_names_its_options() -> None:
     named = "preset='2024', init='random', student_temperature=0.04, teacher_temperature=0.1"
     assert named in repr(RRD(4, 5, preset="2024", queue_size=8))
-    assert repr(NCE(2)) == (
-        "InfoNCELoss(weight=2, temperature=0.07, learn_temperature=False, normalize=True, "
-        "backend='auto')"
-    )
 
 
 @pytest.mark.parametrize(
-    ("make", "args", "options", "error", "message"),
+    ("args", "options", "error", "message"),
     [
-        (RRD, (0, 4), {}, ValueError, "student_dim must be from 1 to"),
-        (RRD, (4, 4), {"queue_size": -1}, ValueError, "queue_size must be from 1 to"),
-        (RRD, (4, 4), {"preset": "2023"}, ValueError, "preset must be one of '2025', '2024'"),
-        (RRD, (4, 4), {"init": "empty"}, ValueError, "init must be one of 'random', 'columns'"),
-        (RRD, (4, 4), {"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be a"),
-        (RRD, (4, 4), {"divergence": "js"}, ValueError, "divergence must be one of"),
-        (RRD, (4, 4, -1), {}, ValueError, "weight must be a finite number"),
-        (RRD, (4, 4), {"backend": "gpu"}, ValueError, "backend must be one of"),
-        (NCE, (), {"temperature": float("nan")}, ValueError, "temperature must be a positive"),
-        (NCE, (), {"learn_temperature": 1}, TypeError, "learn_temperature must be True or False"),
-        (NCE, (), {"normalize": None}, TypeError, "normalize must be True or False"),
-        (NCE, (), {"queue": 5}, TypeError, "queue must be a KeyQueue or None, got int"),
-        (
-            NCE,
-            (),
-            {"queue": kd.nn.KeyQueue(8, 4, student_dim=3)},
-            ValueError,
-            "queue must keep one side, got one with student_dim",
-        ),
-        (NCE, (), {"backend": "gpu"}, ValueError, "backend must be one of"),
+        ((0, 4), {}, ValueError, "student_dim must be from 1 to"),
+        ((4, 4), {"queue_size": -1}, ValueError, "queue_size must be from 1 to"),
+        ((4, 4), {"preset": "2023"}, ValueError, "preset must be one of '2025', '2024'"),
+        ((4, 4), {"init": "empty"}, ValueError, "init must be one of 'random', 'columns'"),
+        ((4, 4), {"teacher_temperature": 0.0}, ValueError, "teacher_temperature must be a"),
+        ((4, 4), {"divergence": "js"}, ValueError, "divergence must be one of"),
+        ((4, 4, -1), {}, ValueError, "weight must be a finite number"),
+        ((4, 4), {"backend": "gpu"}, ValueError, "backend must be one of"),
     ],
 )
 def test_bad_options(
-    make: Any, args: Any, options: dict[str, Any], error: type[Exception], message: str
+    args: Any, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error) as raised:
-        make(*args, **options)
+        RRD(*args, **options)
     assert message in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("call", "args", "message"),
-    [
-        (RRD(4, 5, queue_size=8), (rows(), rows(5, 5)), "teacher must have 6 rows like student"),
-        (NCE(), (rows(), rows(5)), "keys must have at least 6 rows, one per query"),
-        (NCE(), (rows(), rows(9, 3)), "keys must have 4 columns like queries, got 3"),
-        (disco(), (rows(), rows(7)), "keys must have 6 rows like queries with a queue, got 7"),
-        (disco(), (rows(), rows(), torch.arange(6)), "positives must be None with a queue"),
-    ],
-)
-def test_bad_features(call: Any, args: Any, message: str) -> None:
-    with pytest.raises(ValueError) as raised:  # noqa: PT011
-        call(*args)
-    assert message in str(raised.value)
+def test_bad_features() -> None:
+    with pytest.raises(ValueError, match="teacher must have 6 rows like student"):
+        RRD(4, 5, queue_size=8)(rows(), rows(5, 5))

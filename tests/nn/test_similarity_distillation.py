@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modules import unit
 from torch import Tensor
 
 import kdkernels as kd
@@ -36,10 +37,6 @@ def make(preset: str, **options: Any) -> kd.nn.SimilarityDistillationLoss:
 
 def teacher_rows(preset: str, B: int = 8) -> Tensor:
     return rows(B, 6 if preset in ("compress", "sskd") else 4)
-
-
-def unit(x: Tensor) -> Tensor:
-    return x / x.pow(2).sum(1, keepdim=True).sqrt()
 
 
 def seed(s: Tensor, t: Tensor, queue: Tensor, _: Any) -> Tensor:
