@@ -10,9 +10,6 @@ from torch import Tensor
 
 from kdkernels.testing import numerics
 
-# For torch.testing.assert_close on two fp64 numbers computed in two ways.
-FP64 = {"rtol": numerics.FP64_AGREEMENT, "atol": 0.0}
-
 
 def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:  # [B, D]
     """A matrix that can be written down: sin(a i + b d + c) + 0.3 cos(0.05 i d + c)."""
@@ -23,13 +20,24 @@ def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:  # [B, D]
 STUDENT, TEACHER = waves(8, 16, 0.9, 0.31, 0.5), waves(8, 16, 0.7, 0.23, 0.1)
 WIDE_TEACHER = waves(8, 24, 0.7, 0.23, 0.1)
 QUEUE = F.normalize(waves(32, 16, 0.41, 0.19, 0.7))
-HASH_WEIGHT = waves(32, 16, 0.53, 0.77, 0.2)
-HASH_BIAS = 0.05 * torch.sin(torch.arange(32, dtype=torch.float64))
+# directions and offsets of hyperplanes
+WEIGHT = waves(32, 16, 0.53, 0.77, 0.2)
+BIAS = 0.05 * torch.sin(torch.arange(32, dtype=torch.float64))
 
 
-def assert_same(out: Tensor, wanted: Tensor, least: float = 0.0) -> None:
-    """Of fp64 tensors, relative to the largest element of `wanted`, or to `least` where that is
-    larger."""
-    floor = max(least, torch.finfo(torch.float64).tiny)
-    size = wanted.detach().abs().max().clamp_min(floor) if wanted.numel() else 1.0
-    torch.testing.assert_close(out / size, wanted / size, rtol=0, atol=numerics.FP64_AGREEMENT)
+def assert_same(
+    out: Tensor,
+    wanted: Tensor,
+    *,
+    size: float | Tensor | None = None,
+    least: float = 0.0,
+    lost: float = 1.0,
+) -> None:
+    """That two ways lead to one fp64 tensor, relative to `size`: by default the largest element of
+    `wanted`, or `least` where that is larger. `lost` is the condition of the problem, the factor by
+    which it enlarges the rounding of its input."""
+    if size is None:
+        floor = max(least, torch.finfo(torch.float64).tiny)
+        size = wanted.detach().abs().max().clamp_min(floor) if wanted.numel() else 1.0
+    atol = lost * numerics.FP64_AGREEMENT
+    torch.testing.assert_close(out / size, wanted / size, rtol=0, atol=atol)
