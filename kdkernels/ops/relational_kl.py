@@ -167,8 +167,9 @@ class RelationalKLFunction(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        tensors, (own_student, own_teacher) = ctx.saved_tensors[:-6], ctx.saved_tensors[-6:-4]
-        loss, dloss, *sums = ctx.saved_tensors[-4:]
+        saved = ctx.saved_tensors  # read once: under torch.utils.checkpoint twice is refused
+        tensors, (own_student, own_teacher) = saved[:-6], saved[-6:-4]
+        loss, dloss, *sums = saved[-4:]
         if len(tensors) == 1:  # some tensor in the keys' place
             tensors = (tensors[0], None, tensors[0], *(None,) * 6)
         dout = (dout * ctx.scale).expand(tensors[0].shape[0])
