@@ -47,7 +47,8 @@ class NoiseContrastiveFunction(torch.autograd.Function):
         logits = sampled_similarity._fwd(x, bank, indices, backend).div_(temperature)
         log_z = log_partition.to(logits.dtype)
         if B > 0:
-            first = logits.logsumexp((0, 1)) + math.log(N / logits.numel())
+            # not math.log, for which a compiler would make one graph per batch size
+            first = logits.logsumexp((0, 1)) + logits.new_full((), N / logits.numel()).log()
             log_z = torch.where(log_z.isnan(), first, log_z)
         logits -= log_z
         noise = math.log(m / N + NOISE_EPS)
