@@ -6,8 +6,8 @@
 #include <tuple>
 #include <vector>
 
+#include "../pairs/pair_sweep.h"
 #include "contrastive_simd.h"
-#include "pair_sweep.h"
 
 namespace kdk::contrastive {
 namespace {
@@ -17,13 +17,13 @@ using pairs::Tile;
 
 template <typename T>
 struct Loss {
-  const triplet::LabelRanges& ranges;
+  const pairs::LabelRanges& ranges;
   T margin;
   std::vector<double> total;     // of each anchor
   std::vector<int64_t> nonzero;  // likewise
   const Loops<T>& kernels = loops<T>();
 
-  Loss(const triplet::LabelRanges& ranges_, double margin_)
+  Loss(const pairs::LabelRanges& ranges_, double margin_)
       : ranges(ranges_),
         margin(static_cast<T>(margin_)),
         total(ranges_.first.size()),
@@ -67,7 +67,7 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const Tensor& labels,
                                                const Tensor& references,
                                                const Tensor& reference_labels, bool own,
-                                               double margin, triplet::Distance distance,
+                                               double margin, pairs::Distance distance,
                                                bool need_embeddings, bool need_references) {
   const Tensor x = contiguous_in_type<T>(embeddings),
                r = own ? x : contiguous_in_type<T>(references);
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
     double margin, std::string distance, bool need_embeddings, bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
   return run(embeddings, labels, references, reference_labels, own, margin,
-             triplet::parse_distance(distance), need_embeddings, need_references);
+             pairs::parse_distance(distance), need_embeddings, need_references);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
-#include "gram_mse.h"
+#include "gram_mse_cpu.h"
 #include "gram_mse_simd.h"
 
 namespace kdk::gram_mse {

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "../common/parallel.h"
-#include "lsh_bce.h"
+#include "lsh_bce_cpu.h"
 #include "lsh_bce_simd.h"
 
 namespace kdk::lsh_bce {

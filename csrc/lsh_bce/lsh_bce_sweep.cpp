@@ -9,7 +9,7 @@
 #include "../common/cut.h"
 #include "../common/gemm.h"
 #include "../common/parallel.h"
-#include "lsh_bce.h"
+#include "lsh_bce_cpu.h"
 #include "lsh_bce_simd.h"
 
 namespace kdk::lsh_bce {

@@ -5,7 +5,7 @@
 #include <tuple>
 
 #include "../common/parallel.h"
-#include "pairwise.h"
+#include "pairwise_cpu.h"
 #include "pairwise_metric.h"
 
 namespace kdk::pairwise {

@@ -10,8 +10,8 @@
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
-#include "../contrastive/pair_sweep_simd.h"
-#include "pairwise.h"
+#include "../pairs/pair_sweep_simd.h"
+#include "pairwise_cpu.h"
 #include "pairwise_simd.h"
 
 namespace kdk::pairwise {
@@ -102,7 +102,7 @@ struct Forward {
     const Matrix<const T>&x = pair.x.given, &y = pair.other().given;
     if (pair.own() && i == j) return T(0);
     const double d2 = rows::loops<T>().squared_difference(x.row(i), y.row(j), x.cols);
-    return static_cast<T>(triplet::from_squared(d2, distance));
+    return static_cast<T>(pairs::from_squared(d2, distance));
   }
 };
 

@@ -7,8 +7,8 @@
 #include "../common/cut.h"
 #include "../common/parallel.h"
 #include "../common/stable.h"
-#include "relational_kl.h"
 #include "relational_kl_arguments.h"
+#include "relational_kl_cpu.h"
 #include "relational_kl_simd.h"
 
 namespace kdk::relational_kl {

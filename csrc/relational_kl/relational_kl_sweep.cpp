@@ -12,7 +12,7 @@
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "../common/stable.h"
-#include "relational_kl.h"
+#include "relational_kl_cpu.h"
 #include "relational_kl_math.h"
 #include "relational_kl_simd.h"
 

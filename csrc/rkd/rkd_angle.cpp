@@ -7,8 +7,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "rkd.h"
 #include "rkd_angle_simd.h"
+#include "rkd_cpu.h"
 #include "rkd_pairs.h"
 
 namespace kdk::rkd {
@@ -128,8 +128,8 @@ double inverse_of(double most) { return most > 0 ? 1 / most : 1; }
 template <typename T>
 Result angle(const Tensor& student, const Tensor& teacher, bool need) {
   const int64_t B = student.size(0), stride = round_up(B, kMostLanes);
-  Pairs<double> s(student, triplet::Distance::kSqEuclidean, need, true);
-  Pairs<double> t(teacher, triplet::Distance::kSqEuclidean, false, true);
+  Pairs<double> s(student, pairs::Distance::kSqEuclidean, need, true);
+  Pairs<double> t(teacher, pairs::Distance::kSqEuclidean, false, true);
   measure(s);
   measure(t);
   const Extent extent_s(s.kept()), extent_t(t.kept());

@@ -7,7 +7,7 @@
 #include <numeric>
 #include <vector>
 
-#include "rkd.h"
+#include "rkd_cpu.h"
 #include "rkd_pairs.h"
 #include "rkd_simd.h"
 
@@ -24,8 +24,8 @@ template <typename T>
 Result distance(const Tensor& student, const Tensor& teacher, bool need) {
   const int64_t B = student.size(0);
   const bool keep = B <= student.size(1) + teacher.size(1);
-  Pairs<T> s(student, triplet::Distance::kEuclidean, need, keep);
-  Pairs<T> t(teacher, triplet::Distance::kEuclidean, false, keep);
+  Pairs<T> s(student, pairs::Distance::kEuclidean, need, keep);
+  Pairs<T> t(teacher, pairs::Distance::kEuclidean, false, keep);
   const Loops<T>& kernels = loops<T>();
   // f(row, begin of its part above the diagonal, tiles) for each row of a block
   const auto each_row = [](const Block& block, const auto& f) {

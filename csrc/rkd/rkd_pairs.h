@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../common/cut.h"
-#include "../contrastive/pair_sweep.h"
+#include "../pairs/pair_sweep.h"
 
 namespace kdk::rkd {
 
@@ -27,7 +27,7 @@ class Pairs {
   using Tile = pairs::Tile<T>;
 
   // x: [B, D], contiguous and in T. If `keep`, [B, B] distances are kept once measured.
-  Pairs(const Tensor& x, triplet::Distance distance, bool need, bool keep)
+  Pairs(const Tensor& x, pairs::Distance distance, bool need, bool keep)
       : sweep_(x, zeros(x.size(0)), x, zeros(x.size(0)), true, distance, need, need),
         shape_(sweep_.tile_shape()),
         workspaces_(sweep_, shape_),

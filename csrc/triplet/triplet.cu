@@ -6,7 +6,9 @@
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
 #include "../common/cuda/triangle.h"
-#include "triplet_winner.h"
+#include "../common/cuda/winner_device.h"
+#include "triplet_cuda.h"
+#include "triplet_math.h"
 
 namespace kdk::triplet {
 namespace {
@@ -185,7 +187,8 @@ __global__ void __launch_bounds__(kThreads)
     if (lane != 0) continue;
     if (valid && key_of(winner[side]) == kNanKey<float>) sum = kNaN;
     (side == kPositive ? p.positive : p.negative)[row] = valid ? row_of(winner[side]) : -1;
-    (side == kPositive ? p.d_ap : p.d_an)[row] = static_cast<float>(from_squared(sum, p.distance));
+    (side == kPositive ? p.d_ap : p.d_an)[row] =
+        static_cast<float>(pairs::from_squared(sum, p.distance));
   }
 }
 
@@ -199,7 +202,7 @@ __global__ void __launch_bounds__(kThreads)
     return static_cast<const T*>(from.data) + at * from.stride;
   };
   const auto pull = [&](int64_t entry) {
-    return static_cast<float>(p.dd[entry] * slope(p.d[entry], p.distance));
+    return static_cast<float>(p.dd[entry] * pairs::slope(p.d[entry], p.distance));
   };
   for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
     float total = 0;

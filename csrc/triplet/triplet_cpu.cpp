@@ -5,10 +5,13 @@
 #include <tuple>
 #include <vector>
 
+#include "../pairs/distance_math.h"
 #include "triplet_mine.h"
 
 namespace kdk::triplet {
 namespace {
+
+using pairs::Distance, pairs::from_squared, pairs::parse_distance, pairs::slope;
 
 Strategy parse_strategy(const std::string& name) {
   return name == "hardest"    ? Strategy::kHardest

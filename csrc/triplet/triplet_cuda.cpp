@@ -68,7 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
   launch_triplet_distances({anchors,
                             source_of(unsorted),
                             {winner[0], winner[1]},
-                            parse_distance(distance),
+                            pairs::parse_distance(distance),
                             data_of<int64_t>(positive),
                             data_of<int64_t>(negative),
                             data_of<float>(d_ap),
@@ -94,7 +94,7 @@ Tensor triplet_bwd(Tensor dd,          // [2 B] fp32
   launch_triplet_bwd(
       {source_of(x), source_of(r), data_of<const int64_t>(chosen), data_of<const float>(d),
        data_of<const float>(dd), data_of<const int64_t>(order), data_of<const int64_t>(begin),
-       out.mutable_data_ptr(), N, anchor, pulled, parse_distance(distance)},
+       out.mutable_data_ptr(), N, anchor, pulled, pairs::parse_distance(distance)},
       math_of(embeddings, true), device.stream());
   return out;
 }

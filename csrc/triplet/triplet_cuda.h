@@ -3,14 +3,13 @@
 #pragma once
 
 #include "../common/cuda/product.h"
-#include "triplet_math.h"
+#include "../common/cuda/winner.h"
+#include "../pairs/distance_math.h"
 
 namespace kdk::triplet {
 
-// A winner as one number, of which the least wins: its key in an order of unsigned integers above,
-// the row below.
-using Winner = unsigned long long;
-inline constexpr Winner kNoWinner = ~Winner{0};
+using cuda::Winner;
+using pairs::Distance;
 
 // Rows in the order of their labels.
 struct SortedRows {

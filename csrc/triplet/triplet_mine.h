@@ -10,10 +10,14 @@
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
-#include "labelled.h"
+#include "../pairs/pair_sweep_simd.h"
+#include "../pairs/sorted_rows.h"
+#include "triplet_math.h"
 #include "triplet_simd.h"
 
 namespace kdk::triplet {
+
+using pairs::kTile, pairs::Labelled, pairs::LabelRanges, pairs::SortedRows;
 
 // kPaired, of positives only: row i of the references is the positive of anchor i.
 enum class Strategy { kHardest, kSemihard, kEasiest, kPaired };
@@ -36,10 +40,11 @@ struct Search {
 
 template <typename T>
 struct Miner {
-  const Sorted<T>& anchors;
-  const Sorted<T>& references;
+  const SortedRows<T>& anchors;
+  const SortedRows<T>& references;
   const LabelRanges& ranges;
   const Loops<T>& kernels = loops<T>();
+  const pairs::Loops<T>& pair_kernels = pairs::loops<T>();
 
   explicit Miner(const Labelled<T>& rows)
       : anchors(rows.anchors), references(rows.references), ranges(rows.ranges) {}
@@ -62,10 +67,10 @@ struct Miner {
       const T floor = search.floors[anchor];
       T least = kInfinity;
       ranges.stretches(search.same_label, anchor, j0, d.cols, [&](int64_t begin, int64_t end) {
-        least =
-            std::min(least, kernels.least_above(row + begin, search.sign, floor,
-                                                both ? search.floors.data() + j0 + begin : nullptr,
-                                                both ? column_keys + begin : nullptr, end - begin));
+        least = std::min(
+            least, pair_kernels.least_above(row + begin, search.sign, floor,
+                                            both ? search.floors.data() + j0 + begin : nullptr,
+                                            both ? column_keys + begin : nullptr, end - begin));
       });
       if (least == kInfinity || (search.best[anchor].row >= 0 && least > search.best[anchor].key))
         continue;

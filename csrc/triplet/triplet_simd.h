@@ -12,10 +12,6 @@ template <typename T>
 struct Loops {
   // products <x, y_j> become squared distances: d_j = norm + norms_j - 2 d_j, at least 0
   void (*squared_distances)(T* d, T norm, const T* norms, int64_t n);
-  // The least key above `floor`, where key_j = sign d_j; infinity if there is none. Also
-  // column_keys_j becomes the lesser of itself and key_j where key_j is above column_floors_j;
-  // column_keys may be null.
-  T (*least_above)(const T* d, T sign, T floor, const T* column_floors, T* column_keys, int64_t n);
   // out += factor (x - y)
   void (*add_difference)(T factor, const T* x, const T* y, T* out, int64_t n);
 };

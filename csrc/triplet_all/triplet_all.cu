@@ -6,7 +6,7 @@
 #include "../common/cuda/launch.h"
 #include "../common/cuda/tickets.h"
 #include "../common/cuda/tile.h"
-#include "../triplet/triplet_winner.h"
+#include "../common/cuda/winner_device.h"
 #include "triplet_all_cuda.h"
 #include "triplet_all_math.h"
 
@@ -14,7 +14,6 @@ namespace kdk::triplet_all {
 namespace {
 
 using namespace kdk::cuda;
-using triplet::kInfinity, triplet::kNoWinner, triplet::Winner;
 
 constexpr int kWarps = kThreads / 32;  // at most: fewer for short rows
 
@@ -232,13 +231,13 @@ __device__ void weigh_semihard(const WeighParams& p, const Anchor& anchor, const
   Winner farthest = kNoWinner;
   anchor.each_negative(piece.first == 0, [&](int64_t j, float d) {
     if (d != d) found.total = d;  // it is beyond every positive, and would be taken
-    const Winner far = triplet::pack(-d, row[j]);
+    const Winner far = pack(-d, row[j]);
     farthest = far < farthest ? far : farthest;
     const int before = position<false>(shared.sorted, n, d);
-    if (before < n) atomicMin(&shared.chosen.nearest[before], triplet::pack(d, row[j]));
+    if (before < n) atomicMin(&shared.chosen.nearest[before], pack(d, row[j]));
     return 0.0f;
   });
-  farthest = triplet::lane_min<1, 16>(farthest);
+  farthest = lane_min<1, 16>(farthest);
   if (t % 32 == 0) shared.winners[t / 32] = farthest;
   __syncthreads();
   for (int warp = 0; warp < threads() / 32; ++warp)
@@ -250,7 +249,7 @@ __device__ void weigh_semihard(const WeighParams& p, const Anchor& anchor, const
   __syncthreads();
   if (t < n) {
     const Winner winner = shared.chosen.nearest[piece.rank];
-    const float d_an = fabsf(triplet::key_of(winner)), u = (piece.d - d_an) + p.margin;
+    const float d_an = fabsf(key_of(winner)), u = (piece.d - d_an) + p.margin;
     const Term<float> term = p.form == Form::kSoftSemihard ? softplus(u) : hinge(u);
     found.total += term.loss;
     found.nonzero += term.loss > 0;
@@ -260,7 +259,7 @@ __device__ void weigh_semihard(const WeighParams& p, const Anchor& anchor, const
   __syncthreads();
   if (anchor.w == nullptr || t >= n) return;
   // positives that share a negative follow one another
-  const auto chosen = [&](int k) { return triplet::row_of(shared.chosen.nearest[k]); };
+  const auto chosen = [&](int k) { return row_of(shared.chosen.nearest[k]); };
   if (t > 0 && chosen(t - 1) == chosen(t)) return;
   double slope = 0;
   for (int k = t; k < n && chosen(k) == chosen(t); ++k) slope += shared.chosen.slope[k];
@@ -278,7 +277,7 @@ __device__ double settle(const WeighParams& p, const Anchor& anchor, bool weighe
     const bool flagged = close[j / kTile];
     KDK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      if (w.x[e] != 0) w.x[e] *= triplet::slope<float>(d.x[e], p.chunk.distance);
+      if (w.x[e] != 0) w.x[e] *= pairs::slope<float>(d.x[e], p.chunk.distance);
       if (total != total && j + e < anchor.M) w.x[e] = static_cast<float>(total);
       if (flagged) {
         d.x[e] = w.x[e];

@@ -4,7 +4,7 @@
 #include <string>
 #include <tuple>
 
-#include "triplet_all.h"
+#include "triplet_all_cpu.h"
 
 namespace kdk::triplet_all {
 namespace {
@@ -13,7 +13,7 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(
     const Tensor& embeddings, const Tensor& labels, const Tensor& references,
     const Tensor& reference_labels, bool own, bool semihard, const Options& options,
-    triplet::Distance distance, bool need_embeddings, bool need_references) {
+    pairs::Distance distance, bool need_embeddings, bool need_references) {
   const Tensor x = contiguous_in_type<T>(embeddings),
                r = own ? x : contiguous_in_type<T>(references);
   Sweep<T> sweep(x, labels, r, reference_labels, own, distance, need_embeddings, need_references);
@@ -39,7 +39,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
     bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
   return run(embeddings, labels, references, reference_labels, own, negatives == "semihard",
-             {margin, soft}, triplet::parse_distance(distance), need_embeddings, need_references);
+             {margin, soft}, pairs::parse_distance(distance), need_embeddings, need_references);
 }
 
 }  // namespace

@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
                     candidates.rows,
                     own,
                     first,
-                    triplet::parse_distance(distance),
+                    pairs::parse_distance(distance),
                     data_of<float>(d),
                     stride,
                     data_of<int>(close)};

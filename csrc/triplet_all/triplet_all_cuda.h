@@ -9,11 +9,11 @@
 #pragma once
 
 #include "../common/cuda/product.h"
-#include "../triplet/triplet_math.h"
+#include "../pairs/distance_math.h"
 
 namespace kdk::triplet_all {
 
-using triplet::Distance;
+using pairs::Distance;
 
 // One side, anchors or references; in batch the same.
 struct Rows {

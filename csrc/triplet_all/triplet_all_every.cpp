@@ -3,13 +3,13 @@
 // the distances to the positives; how many of them are above it is minus its derivative, and how
 // many negatives are below a positive is the derivative of that one. With k_n and w_p these counts,
 // the hinge losses add up to sum_p w_p d_p - sum_n k_n (d_n - margin), in fp64 exact products.
-#include "triplet_all.h"
+#include "triplet_all_cpu.h"
 #include "triplet_all_simd.h"
 
 namespace kdk::triplet_all {
 namespace {
 
-static_assert(triplet::kTile <= kStretch);
+static_assert(pairs::kTile <= kStretch);
 
 constexpr int64_t kFew = 48;  // positives up to which comparing with each beats bisection
 
@@ -93,7 +93,7 @@ struct Every : Negatives<T> {
         result.total += w[k] * d;
         result.nonzero += static_cast<int64_t>(w[k]);
       }
-      weight[positives.position[first + k]] = w[k] * triplet::slope(d, sweep.distance);
+      weight[positives.position[first + k]] = w[k] * pairs::slope(d, sweep.distance);
     }
     std::copy(weight.begin(), weight.end(), w);
     return result;

@@ -4,6 +4,7 @@
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
+#include "../common/rows_math.h"
 #include "triplet_all_cuda.h"
 
 namespace kdk::triplet_all {
@@ -108,8 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   const int64_t rows = x.x.rows - i0, columns = r.x.rows - j0;
   for_each_eight(tile, rows, columns, [&](float (&d)[8], int row, int column) {
     KDK_UNROLL
-    for (int e = 0; e < 8; ++e)
-      d[e] = triplet::from_squared<float>(d[e] < 0 ? 0 : d[e], p.distance);
+    for (int e = 0; e < 8; ++e) d[e] = pairs::from_squared<float>(d[e] < 0 ? 0 : d[e], p.distance);
     store_eight(p.d + (i0 + row) * p.stride + j0 + column, d, columns - column, true);
   });
 }

@@ -2,15 +2,14 @@
 // triplet_all with negatives="semihard". The sweep keeps, per anchor and positive, the nearest
 // negative beyond that positive, and per anchor the farthest negative; losses and gradients then
 // come from differences of the rows.
-#include "../triplet/triplet_simd.h"
-#include "triplet_all.h"
+#include "triplet_all_cpu.h"
 #include "triplet_all_math.h"
 #include "triplet_all_simd.h"
 
 namespace kdk::triplet_all {
 namespace {
 
-static_assert(triplet::kTile <= kStretch);
+static_assert(pairs::kTile <= kStretch);
 
 constexpr int64_t kFew = 16;  // positives up to which a pass for each beats bisection
 
@@ -78,7 +77,7 @@ struct Semihard : Negatives<T> {
 
   // The least sign d_j above `floor`, or infinity if there is none or `best` beats it.
   T least(const Candidate<T>& best, T sign, T floor, const T* d, int64_t n) const {
-    const T key = triplet::loops<T>().least_above(d, sign, floor, nullptr, nullptr, n);
+    const T key = pairs::loops<T>().least_above(d, sign, floor, nullptr, nullptr, n);
     return best.j >= 0 && key > best.key ? std::numeric_limits<T>::infinity() : key;
   }
 
@@ -161,8 +160,8 @@ struct Finish {
       const auto [loss, slope] = options.soft ? softplus(u) : hinge(u);
       sum.total += loss;
       sum.nonzero += static_cast<T>(loss) > 0;
-      weight[first + position] = slope * triplet::slope(d_ap, sweep.distance);
-      pulls[first + count[i] - 1].factor -= slope * triplet::slope(d_an, sweep.distance);
+      weight[first + position] = slope * pairs::slope(d_ap, sweep.distance);
+      pulls[first + count[i] - 1].factor -= slope * pairs::slope(d_an, sweep.distance);
     }
     sums[i] = sum;
   }

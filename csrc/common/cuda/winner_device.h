@@ -4,16 +4,16 @@
 
 #include <limits>
 
-#include "../common/cuda/element.h"
-#include "../common/cuda/reduce.h"
-#include "triplet_cuda.h"
+#include "element.h"
+#include "reduce.h"
+#include "winner.h"
 
-namespace kdk::triplet {
+namespace kdk::cuda {
 
 inline constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 __device__ __forceinline__ Winner pack(float key, int64_t row) {
-  const uint32_t bits = cuda::bits_of(key);
+  const uint32_t bits = bits_of(key);
   const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
   return static_cast<Winner>(ordered) << 32 | static_cast<uint32_t>(row);
 }
@@ -21,7 +21,7 @@ __device__ __forceinline__ Winner pack(float key, int64_t row) {
 __device__ __forceinline__ float key_of(Winner winner) {
   if (winner == kNoWinner) return kInfinity;
   const auto ordered = static_cast<uint32_t>(winner >> 32);
-  return cuda::float_of(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
+  return float_of(ordered & 0x80000000u ? ordered & 0x7fffffffu : ~ordered);
 }
 
 __device__ __forceinline__ int64_t row_of(Winner winner) {
@@ -32,10 +32,10 @@ template <int kFirst, int kLast>
 __device__ __forceinline__ Winner lane_min(Winner x) {
   KDK_UNROLL
   for (int mask = kFirst; mask <= kLast; mask *= 2) {
-    const Winner other = __shfl_xor_sync(cuda::kWarp, x, mask);
+    const Winner other = __shfl_xor_sync(kWarp, x, mask);
     x = other < x ? other : x;
   }
   return x;
 }
 
-}  // namespace kdk::triplet
+}  // namespace kdk::cuda

@@ -15,27 +15,22 @@
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
-#include "../triplet/labelled.h"
 #include "pair_sweep_simd.h"
+#include "sorted_rows.h"
 
 namespace kdk::pairs {
-
-using triplet::kTile;
-using triplet::Labelled;
-using triplet::LabelRanges;
-using triplet::Sorted;
 
 // Anchors or references, and what the sweep adds to their gradient.
 template <typename T>
 struct Side {
-  const Sorted<T>& sorted;
+  const SortedRows<T>& sorted;
   const T* original;  // [n, D], rows in the caller's order, not centred
   bool needed;
   // Kept in fp64: with large classes, thousands of terms that largely cancel.
   std::optional<Scratch<double>> pulls;  // [n, D] sorted: sum of the weights times the other rows
   std::vector<double> weight;            // [n] sorted: sum of the weights
 
-  Side(const Sorted<T>& rows, const Tensor& x, bool needed_)
+  Side(const SortedRows<T>& rows, const Tensor& x, bool needed_)
       : sorted(rows), original(static_cast<const T*>(x.const_data_ptr())), needed(needed_) {
     if (!needed) return;
     pulls.emplace(rows.size() * rows.x.cols);
@@ -117,7 +112,7 @@ struct Sweep {
   double measure(int64_t i, int64_t j) const {
     const double d2 = rows::loops<T>().squared_difference(anchors.row(i), references.row(j),
                                                           anchors.sorted.x.cols);
-    return triplet::from_squared(d2, distance);
+    return from_squared(d2, distance);
   }
   T exact(int64_t i, int64_t j) const { return static_cast<T>(measure(i, j)); }
 
@@ -280,7 +275,7 @@ struct Sweep {
   }
 
  private:
-  static void blank(Sorted<T>& sorted) {
+  static void blank(SortedRows<T>& sorted) {
     for (int64_t i = 0; i < sorted.size(); ++i) {
       if (!sorted.finite(i))
         std::fill_n(sorted.memory.data() + i * sorted.x.cols, sorted.x.cols, T(0));
@@ -298,7 +293,7 @@ struct Sweep {
     T& weight = tile.weight.row(pair.i)[pair.j];
     if (weight == 0) return;
     const int64_t i = tile.i0 + pair.i, j = tile.j0 + pair.j, D = anchors.sorted.x.cols;
-    const double factor = weight * triplet::slope(tile.distance.row(pair.i)[pair.j], distance);
+    const double factor = weight * slope(tile.distance.row(pair.i)[pair.j], distance);
     weight = 0;
     if (anchors.needed) kernels.pull(factor, anchors.row(i), references.row(j), anchors.pull(i), D);
     if (references.needed)

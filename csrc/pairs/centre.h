@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <vector>
 
-#include "matrix.h"
+#include "../common/matrix.h"
 
-namespace kdk {
+namespace kdk::pairs {
 
 // Squared norm of a row with unit stride; NaN where the row is not finite (kNormLimit), which makes
 // its distances NaN.
@@ -32,4 +32,4 @@ template <typename T>
 std::vector<T> centre_of(Matrix<const T> x, const std::vector<T>& norm,
                          const std::vector<T>& other_norm, int finer_bits = 0);
 
-}  // namespace kdk
+}  // namespace kdk::pairs

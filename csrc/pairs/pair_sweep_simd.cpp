@@ -4,6 +4,9 @@
 
 #include <type_traits>
 
+#include "../common/host_device.h"
+#include "../common/rows_math.h"
+
 #if !defined(KDK_SIMD_LEVEL)
 #error "compile with -DKDK_SIMD_LEVEL=<namespace>"
 #endif
@@ -87,6 +90,28 @@ void pull(double factor, const T* x, const T* y, double* sum, int64_t n) {
     sum[j] -= factor * (static_cast<double>(x[j]) - static_cast<double>(y[j]));
 }
 
+template <typename T>
+T least_above(const T* d, T sign, T floor, const T* column_floors, T* column_keys, int64_t n) {
+  constexpr T kInfinity = static_cast<T>(__builtin_inf());
+  T least = kInfinity;
+  if (column_keys == nullptr) {
+#pragma omp simd reduction(min : least)
+    for (int64_t j = 0; j < n; ++j) {
+      const T key = sign * d[j], here = key > floor ? key : kInfinity;
+      least = here < least ? here : least;
+    }
+    return least;
+  }
+#pragma omp simd reduction(min : least)
+  for (int64_t j = 0; j < n; ++j) {
+    const T key = sign * d[j];
+    const T here = key > floor ? key : kInfinity, there = key > column_floors[j] ? key : kInfinity;
+    least = here < least ? here : least;
+    column_keys[j] = there < column_keys[j] ? there : column_keys[j];
+  }
+  return least;
+}
+
 typedef float Float4 __attribute__((vector_size(16), aligned(4)));
 
 template <typename T, bool kAdd>
@@ -129,7 +154,7 @@ void transposed(Matrix<const T> from, Matrix<T> to) {
 template <typename T>
 const Loops<T>& loops() {
   static constexpr Loops<T> table = {
-      distances<T>,         slopes<T>,          finish<T>, add<T>, pull<T>,
+      distances<T>,         slopes<T>,          finish<T>, add<T>, pull<T>, least_above<T>,
       transposed<T, false>, transposed<T, true>};
   return table;
 }

@@ -5,12 +5,12 @@
 #include <limits>
 #include <numeric>
 
-#include "parallel.h"
-#include "rows_math.h"
-#include "rows_simd.h"
-#include "stable.h"
+#include "../common/parallel.h"
+#include "../common/rows_math.h"
+#include "../common/rows_simd.h"
+#include "../common/stable.h"
 
-namespace kdk {
+namespace kdk::pairs {
 
 template <typename T>
 T norm_or_nan(const T* x, int64_t n) {
@@ -82,4 +82,4 @@ template std::vector<float> centre_of<float>(Matrix<const float>, const std::vec
 template std::vector<double> centre_of<double>(Matrix<const double>, const std::vector<double>&,
                                                const std::vector<double>&, int);
 
-}  // namespace kdk
+}  // namespace kdk::pairs

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "labelled.h"
+#include "sorted_rows.h"
 
 #include <numeric>
 
-#include "../common/centre.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
+#include "centre.h"
 
-namespace kdk::triplet {
+namespace kdk::pairs {
 
 template <typename T>
-Sorted<T>::Sorted(const Tensor& features, const Tensor& labels)
+SortedRows<T>::SortedRows(const Tensor& features, const Tensor& labels)
     : row(features.size(0)),
       label(features.size(0)),
       memory(features.size(0) * features.size(1)),
@@ -29,7 +29,7 @@ Sorted<T>::Sorted(const Tensor& features, const Tensor& labels)
 }
 
 template <typename T>
-void Sorted<T>::subtract(const std::vector<T>& point) {
+void SortedRows<T>::subtract(const std::vector<T>& point) {
   parallel_each(size(), 3.0 * x.cols, [&](int64_t i) {
     if (!finite(i)) return;
     T* to = memory.data() + i * x.cols;
@@ -57,8 +57,8 @@ Labelled<T>::Labelled(const Tensor& x, const Tensor& labels, const Tensor& r,
                       const Tensor& reference_labels, bool own)
     : anchors(x, torch::stable::contiguous(labels)),
       others(own ? std::nullopt
-                 : std::optional<Sorted<T>>(std::in_place, r,
-                                            torch::stable::contiguous(reference_labels))),
+                 : std::optional<SortedRows<T>>(std::in_place, r,
+                                                torch::stable::contiguous(reference_labels))),
       references(own ? anchors : *others),
       ranges(anchors.label, references.label, own) {
   const std::vector<T> centre = centre_of<T>(references.x, references.norm, anchors.norm);
@@ -67,9 +67,9 @@ Labelled<T>::Labelled(const Tensor& x, const Tensor& labels, const Tensor& r,
   if (others) others->subtract(centre);
 }
 
-template struct Sorted<float>;
-template struct Sorted<double>;
+template struct SortedRows<float>;
+template struct SortedRows<double>;
 template struct Labelled<float>;
 template struct Labelled<double>;
 
-}  // namespace kdk::triplet
+}  // namespace kdk::pairs

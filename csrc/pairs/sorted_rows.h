@@ -13,15 +13,14 @@
 #include <vector>
 
 #include "../common/stable.h"
-#include "triplet_math.h"
 
-namespace kdk::triplet {
+namespace kdk::pairs {
 
 inline constexpr int64_t kTile = 256;  // rows and columns of a tile of distances
 
 // Rows in the order of their labels, less a point common to anchors and references.
 template <typename T>
-struct Sorted {
+struct SortedRows {
   std::vector<int64_t> row;    // original row
   std::vector<int64_t> label;  // ascending
   Scratch<T> memory;
@@ -29,7 +28,7 @@ struct Sorted {
   std::vector<T> norm;  // squared; NaN where the row is not finite, which makes its distances NaN
 
   // features: [n, D] in T, labels: [n]; both contiguous
-  Sorted(const Tensor& features, const Tensor& labels);
+  SortedRows(const Tensor& features, const Tensor& labels);
   void subtract(const std::vector<T>& point);  // [D]
   bool finite(int64_t i) const { return !std::isnan(norm[i]); }
   int64_t size() const { return static_cast<int64_t>(row.size()); }
@@ -70,9 +69,9 @@ struct LabelRanges {
 // Anchors and references of one call; where `own`, they are the same rows.
 template <typename T>
 struct Labelled {
-  Sorted<T> anchors;
-  std::optional<Sorted<T>> others;  // the references where they are not the anchors
-  const Sorted<T>& references;
+  SortedRows<T> anchors;
+  std::optional<SortedRows<T>> others;  // the references where they are not the anchors
+  const SortedRows<T>& references;
   LabelRanges ranges;
 
   // x: [B, D], r: [M, D], both contiguous and in T; labels: [B] and [M], any stride
@@ -82,9 +81,9 @@ struct Labelled {
   Labelled& operator=(const Labelled&) = delete;
 };
 
-extern template struct Sorted<float>;
-extern template struct Sorted<double>;
+extern template struct SortedRows<float>;
+extern template struct SortedRows<double>;
 extern template struct Labelled<float>;
 extern template struct Labelled<double>;
 
-}  // namespace kdk::triplet
+}  // namespace kdk::pairs

@@ -6,11 +6,9 @@
 
 #include "../common/matrix.h"
 #include "../common/simd.h"
-#include "../triplet/triplet_math.h"
+#include "distance_math.h"
 
 namespace kdk::pairs {
-
-using triplet::Distance;
 
 template <typename T>
 struct Loops {
@@ -24,6 +22,10 @@ struct Loops {
   void (*add)(const T* x, double* sum, int64_t n);
   // sum -= factor (x - y)
   void (*pull)(double factor, const T* x, const T* y, double* sum, int64_t n);
+  // The least key above `floor`, where key_j = sign d_j; infinity if there is none. Also
+  // column_keys_j becomes the lesser of itself and key_j where key_j is above column_floors_j;
+  // column_keys may be null.
+  T (*least_above)(const T* d, T sign, T floor, const T* column_floors, T* column_keys, int64_t n);
   // to = from^T, or to += from^T
   void (*transpose)(Matrix<const T> from, Matrix<T> to);
   void (*add_transpose)(Matrix<const T> from, Matrix<T> to);

@@ -10,13 +10,11 @@
 #include <utility>
 #include <vector>
 
-#include "../contrastive/pair_sweep.h"
+#include "../pairs/pair_sweep.h"
 
 namespace kdk::triplet_all {
 
-using pairs::Sweep;
-using pairs::Tile;
-using triplet::LabelRanges;
+using pairs::LabelRanges, pairs::Sweep, pairs::Tile;
 
 struct Options {
   double margin;
