@@ -6,11 +6,10 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "integers.h"
 #include "matrix.h"
 
 namespace kdk {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Depends on the shapes alone, so that sums over pieces do not change with the number of threads.
 struct Cut {

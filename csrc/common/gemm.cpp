@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "integers.h"
 #include "parallel.h"
 #include "syrk_simd.h"
 
@@ -15,8 +16,6 @@ constexpr int64_t kBlock = 256;      // output block: with its operands it stays
 constexpr int64_t kSyrkBlock = 512;  // largest block on a diagonal that syrk computes in one go
 constexpr int64_t kMinDepth = 1024;  // shortest piece of a contraction worth a task of its own
 constexpr int64_t kTasks = 32;       // pieces that a small output is cut into, for cores to share
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Task {
   size_t job;

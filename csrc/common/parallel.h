@@ -70,9 +70,4 @@ void parallel_tiles(int64_t n, int64_t m, double ops, const F& f) {
   }
 }
 
-// Rows of a block of n: fewer than `most` where n is small, so that there are blocks for all cores.
-inline int64_t tile_of(int64_t n, int64_t least, int64_t most) {
-  return std::clamp<int64_t>((n / 8 + 31) / 32 * 32, least, most);
-}
-
 }  // namespace kdk

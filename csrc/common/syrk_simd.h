@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "integers.h"
 #include "matrix.h"
 #include "simd.h"
 
@@ -13,9 +14,7 @@ inline constexpr int64_t kSyrkPanel =
     32;  // widest panel of rows, over the instruction sets and types
 
 // Elements of scratch that syrk needs for m rows.
-inline int64_t syrk_scratch(int64_t m) {
-  return (m + kSyrkPanel - 1) / kSyrkPanel * kSyrkPanel * kSyrkDepth;
-}
+inline int64_t syrk_scratch(int64_t m) { return round_up(m, kSyrkPanel) * kSyrkDepth; }
 
 // The upper triangle of out = x x^T, for x [m, k] with unit stride along either axis; what is below
 // the diagonal is left undefined. Half the products of a gemm, which BLAS has no stable-ABI entry

@@ -29,7 +29,7 @@ struct Loss {
         total(ranges_.first.size()),
         nonzero(ranges_.first.size()) {}
 
-  bool skips(int64_t, int64_t, int64_t, int64_t) const { return false; }
+  bool skips(const pairs::Block&) const { return false; }
 
   // In batch each pair counts once, with the anchor before the reference.
   int64_t begin(int64_t i, int64_t j0, int64_t n) const {

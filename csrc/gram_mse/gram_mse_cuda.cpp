@@ -70,8 +70,7 @@ Forward resident_forward(const Device& device, const Operands& operands) {
   std::optional<Tensor> parts[2];
   for (int side = 0; side < 2; ++side) {
     const int64_t step = kStepBytes / static_cast<int64_t>(element_bytes(operands.math));
-    product.split_length[side] =
-        ceil_div(ceil_div(operands.x[side].size(2), product.splits), step) * step;
+    product.split_length[side] = round_up(ceil_div(operands.x[side].size(2), product.splits), step);
     if (product.splits > 1)
       parts[side] = device.empty({product.splits, G, B, B}, ScalarType::Float);
     product.parts[side] = data_of<float>(parts[side] ? *parts[side] : gram[side]);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../common/gemm.h"
+#include "../common/integers.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
 #include "gram_mse_cpu.h"
@@ -51,7 +52,7 @@ void quadratic_forms(const Forward<T>& call, double* sums) {
   const Scratch<T> scratch(thread_slots() * kPanel * widest);
   const auto& loops = rows::loops<T>();
   const double ops = 2.0 * kPanel * (D_s * D_s / 2 + D_t * D_t / 2 + D_s * D_t);
-  parallel_each((B + kPanel - 1) / kPanel, ops, [&](int64_t p) {
+  parallel_each(ceil_div(B, kPanel), ops, [&](int64_t p) {
     const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
     T* memory = scratch.data() + thread_index() * kPanel * widest;
     const auto s_panel = s.row_block(i0, n), t_panel = t.row_block(i0, n);
@@ -139,7 +140,7 @@ void factored_backward(const Backward<T>& call, const Options& options) {
     const Scratch<T> scaled(2 * B * D);
     const auto bx = Matrix<T>::contiguous(scaled.data(), B, D);
     const auto ax = Matrix<T>::contiguous(scaled.data() + B * D, B, D);
-    parallel_each((B + kPanel - 1) / kPanel, 2.0 * kPanel * D, [&](int64_t p) {
+    parallel_each(ceil_div(B, kPanel), 2.0 * kPanel * D, [&](int64_t p) {
       const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
       scale_rows<T>(x.row_block(i0, n), call.b + i0, bx.row_block(i0, n));
       scale_rows<T>(x.row_block(i0, n), call.a + i0, ax.row_block(i0, n));
@@ -148,7 +149,7 @@ void factored_backward(const Backward<T>& call, const Options& options) {
     grams<T>({{x.t(), bx.t(), own, true}, {y.t(), ax.t(), other, false}});
   }
   const Scratch<T> panels(thread_slots() * kPanel * depth);
-  parallel_each((B + kPanel - 1) / kPanel, 2.0 * kPanel * depth * D, [&](int64_t p) {
+  parallel_each(ceil_div(B, kPanel), 2.0 * kPanel * depth * D, [&](int64_t p) {
     const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
     const auto panel =
         Matrix<T>::contiguous(panels.data() + thread_index() * kPanel * depth, n, depth);

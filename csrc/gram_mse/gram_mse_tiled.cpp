@@ -6,14 +6,15 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../pairs/tile_grid.h"
 #include "gram_mse_cpu.h"
 #include "gram_mse_simd.h"
 
 namespace kdk::gram_mse {
 namespace {
 
-constexpr int64_t kTile =
-    256;  // rows of a tile: both Gram tiles and a panel of features fit a 2 MiB L2
+// Rows of a tile: both Gram tiles and a panel of features fit a 2 MiB L2.
+constexpr int64_t kTile = 256;
 constexpr int64_t kRowBlock = 64;       // rows of a resident Gram handled at a time
 constexpr int64_t kColumnBlock = 1024;  // columns of the gradient that one task computes
 
@@ -50,7 +51,7 @@ void resident_forward(const Forward<T>& call, const Options& options) {
   const auto &s = call.student, &t = call.teacher;
   const int64_t B = s.rows;
   grams<T>({{s, s, call.gram_student, true}, {t, t, call.gram_teacher, true}});
-  const int64_t blocks = (B + kRowBlock - 1) / kRowBlock;
+  const int64_t blocks = ceil_div(B, kRowBlock);
   Accumulator<T> total(options, B, blocks);
   parallel_each(blocks, 8.0 * kRowBlock * B, [&](int64_t block) {
     const int64_t i0 = block * kRowBlock, n = std::min(kRowBlock, B - i0);
@@ -68,14 +69,14 @@ void resident_forward(const Forward<T>& call, const Options& options) {
 
 template <typename T>
 void streamed_forward(const Forward<T>& call, const Options& options) {
-  const int64_t B = call.student.rows, n_tiles = (B + kTile - 1) / kTile, tile_size = kTile * kTile;
+  const int64_t B = call.student.rows, tile_size = kTile * kTile;
+  const auto grid = pairs::TileGrid::square(B, B, true, kTile);
   const Scratch<T> scratch(thread_slots() * 2 * tile_size);
-  Accumulator<T> total(options, B, n_tiles * (n_tiles + 1) / 2);
+  Accumulator<T> total(options, B, grid.triangle());
   const bool l1 = options.normalize == Normalize::kRowL1;
   const double ops = 2.0 * tile_size * (call.student.cols + call.teacher.cols);
-  parallel_pairs(n_tiles, ops, [&](int64_t ti, int64_t tj) {
-    const int64_t i0 = ti * kTile, n_i = std::min(kTile, B - i0), j0 = tj * kTile,
-                  n_j = std::min(kTile, B - j0);
+  grid.each(ops, [&](const pairs::Block& block) {
+    const auto [i0, n_i, j0, n_j, diagonal] = block;
     T* memory = scratch.data() + thread_index() * 2 * tile_size;
     const auto own = Matrix<T>::contiguous(memory, n_i, n_j);
     const auto other = Matrix<T>::contiguous(memory + tile_size, n_i, n_j);
@@ -84,13 +85,13 @@ void streamed_forward(const Forward<T>& call, const Options& options) {
     if (!row_normalized(options)) {
       const double sum =
           total.kernels.squared_difference(own, other, options.taylor ? &total.taylor : nullptr);
-      total.differences[tj * (tj + 1) / 2 + ti] = ti == tj ? sum : 2 * sum;
+      total.differences[grid.triangle_index(block)] = diagonal ? sum : 2 * sum;
       return;
     }
-    std::vector<double> columns(ti == tj ? 0 : kSums * n_j);
+    std::vector<double> columns(diagonal ? 0 : kSums * n_j);
     total.kernels.row_sums(own, other, l1, total.sums.data() + i0 * kSums,
-                           ti == tj ? nullptr : columns.data());
-    for (int64_t j = 0; ti != tj && j < n_j; ++j) {
+                           diagonal ? nullptr : columns.data());
+    for (int64_t j = 0; !diagonal && j < n_j; ++j) {
       for (int64_t k = 0; k < kSums; ++k) total.sums[(j0 + j) * kSums + k] += columns[k * n_j + j];
     }
   });
@@ -115,13 +116,12 @@ void resident_backward(const Backward<T>& call, const Options& options) {
   const int64_t B = call.own.rows, D = call.own.cols;
   const Scratch<T> scratch(B * B);
   const auto weights = Matrix<T>::contiguous(scratch.data(), B, B);
-  parallel_each((B + kRowBlock - 1) / kRowBlock, 8.0 * kRowBlock * B, [&](int64_t block) {
+  parallel_each(ceil_div(B, kRowBlock), 8.0 * kRowBlock * B, [&](int64_t block) {
     const int64_t i0 = block * kRowBlock, n = std::min(kRowBlock, B - i0);
     weigh(call, options, call.gram_own.row_block(i0, n), call.gram_other.row_block(i0, n), i0, 0,
           weights.row_block(i0, n));
   });
-  const int64_t row_blocks = (B + kTile - 1) / kTile,
-                col_blocks = (D + kColumnBlock - 1) / kColumnBlock;
+  const int64_t row_blocks = ceil_div(B, kTile), col_blocks = ceil_div(D, kColumnBlock);
   parallel_each(row_blocks * col_blocks, 2.0 * kTile * kColumnBlock * B, [&](int64_t task) {
     const int64_t i0 = task % row_blocks * kTile, n = std::min(kTile, B - i0);
     const int64_t d0 = task / row_blocks * kColumnBlock, m = std::min(kColumnBlock, D - d0);
@@ -132,12 +132,12 @@ void resident_backward(const Backward<T>& call, const Options& options) {
 
 template <typename T>
 void streamed_backward(const Backward<T>& call, const Options& options) {
-  const int64_t B = call.own.rows, n_tiles = (B + kTile - 1) / kTile, tile_size = kTile * kTile;
+  const int64_t B = call.own.rows, tile_size = kTile * kTile;
+  const auto grid = pairs::TileGrid::square(B, B, true, kTile);
   const Scratch<T> scratch(thread_slots() * 2 * tile_size);
   const double ops = 2.0 * tile_size * (3 * call.own.cols + call.other.cols);
-  parallel_pairs(n_tiles, ops, [&](int64_t ti, int64_t tj) {
-    const int64_t i0 = ti * kTile, n_i = std::min(kTile, B - i0), j0 = tj * kTile,
-                  n_j = std::min(kTile, B - j0);
+  grid.each(ops, [&](const pairs::Block& block) {
+    const auto [i0, n_i, j0, n_j, diagonal] = block;
     T* memory = scratch.data() + thread_index() * 2 * tile_size;
     const auto own = Matrix<T>::contiguous(memory, n_i, n_j);
     const auto other = Matrix<T>::contiguous(memory + tile_size, n_i, n_j);
@@ -146,8 +146,8 @@ void streamed_backward(const Backward<T>& call, const Options& options) {
     gemm<T>(call.other.row_block(i0, n_i), call.other.row_block(j0, n_j).t(), other);
     weigh<T>(call, options, own, other, i0, j0, own);
     // The diagonal comes first for every block and starts its sum.
-    gemm<T>(own, own_j, call.gradient.row_block(i0, n_i), ti == tj ? 0 : 1);
-    if (ti != tj) gemm<T>(own.t(), own_i, call.gradient.row_block(j0, n_j), 1);
+    gemm<T>(own, own_j, call.gradient.row_block(i0, n_i), diagonal ? 0 : 1);
+    if (!diagonal) gemm<T>(own.t(), own_i, call.gradient.row_block(j0, n_j), 1);
   });
 }
 

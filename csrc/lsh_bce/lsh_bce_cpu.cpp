@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/integers.h"
 #include "../common/parallel.h"
 #include "lsh_bce_cpu.h"
 #include "lsh_bce_simd.h"
@@ -46,7 +47,8 @@ std::optional<std::vector<int64_t>> selected(const std::optional<Tensor>& mask) 
 template <typename T>
 Tensor encode(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Operands<T> operands(features, weight, bias);
-  const Tensor codes = kdk::empty({features.size(0), (weight.size(0) + 7) / 8}, ScalarType::Byte);
+  const Tensor codes =
+      kdk::empty({features.size(0), ceil_div(weight.size(0), 8)}, ScalarType::Byte);
   encode<T>(operands.view(), matrix<uint8_t>(codes));
   return codes;
 }

@@ -5,6 +5,7 @@
 #include <limits>
 #include <numeric>
 
+#include "../common/integers.h"
 #include "../common/parallel.h"
 #include "../common/rows_math.h"
 #include "../common/rows_simd.h"
@@ -26,7 +27,7 @@ std::vector<T> centre_of(Matrix<const T> x, const std::vector<T>& norm,
   int64_t origin = 0;  // offsets from a row of the set, so that equal rows have their exact mean
   while (origin < n && std::isnan(norm[origin])) ++origin;
   if (origin == n) return {};
-  const int64_t chunks = (n + kChunk - 1) / kChunk;
+  const int64_t chunks = ceil_div(n, kChunk);
   const Scratch<double> partial_sums(chunks * D);
   std::vector<double> squares(chunks, 0.0);
   std::vector<int64_t> counts(chunks, 0);

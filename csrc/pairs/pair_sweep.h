@@ -17,6 +17,7 @@
 #include "../common/rows_simd.h"
 #include "pair_sweep_simd.h"
 #include "sorted_rows.h"
+#include "tile_grid.h"
 
 namespace kdk::pairs {
 
@@ -85,6 +86,7 @@ struct Sweep {
   std::optional<Side<T>> others;  // the references where they are not the anchors
   Side<T>& references;
   Distance distance;
+  TileGrid grid;
   // of a squared distance, relative to the squared norms: vectorised sums of D products
   T tolerance = std::numeric_limits<T>::epsilon() * static_cast<T>(8 + anchors.sorted.x.cols / 8);
   const Loops<T>& kernels = loops<T>();
@@ -97,7 +99,8 @@ struct Sweep {
         others(own ? std::nullopt
                    : std::optional<Side<T>>(std::in_place, rows.references, r, need_r)),
         references(own ? anchors : *others),
-        distance(distance_) {
+        distance(distance_),
+        grid(TileGrid::fitted(anchors.sorted.size(), references.sorted.size(), own)) {
     // So that 0 times such a row is 0; a sum that takes a distance to one is NaN all the same.
     blank(rows.anchors);
     if (rows.others) blank(*rows.others);
@@ -127,20 +130,19 @@ struct Sweep {
   // The loss offers
   //   stretches(i, j0, n, f): f(begin, end) for the columns [0, n) of a tile, whose first one is
   //                           reference j0, that it takes the distance of anchor i to
-  //   skips(i0, rows, j0, cols): whether it takes none of this tile
+  //   skips(block): whether it takes none of this tile
   //   weigh(tile): fills in weights; false if all are 0
   // and may keep results per row: no two calls at a time share rows, and each row meets its tiles
   // in an order that depends on the shapes alone.
   template <typename Loss>
   void run(Loss& loss) {
-    const TileShape shape = tile_shape();
-    Workspaces workspaces(*this, shape);
-    each_tile(shape, [&](int64_t i0, int64_t n_rows, int64_t j0, int64_t n_cols) {
-      if (loss.skips(i0, n_rows, j0, n_cols)) return;
+    Workspaces workspaces(*this);
+    each_tile([&](const Block& block) {
+      if (loss.skips(block)) return;
       Workspace& workspace = workspaces.mine();
-      const Tile<T> tile = workspace.tile(*this, i0, n_rows, j0, n_cols);
+      const Tile<T> tile = workspace.tile(*this, block);
       const auto stretches = [&](int64_t i, const auto& f) {
-        loss.stretches(i0 + i, j0, n_cols, f);
+        loss.stretches(block.i0 + i, block.j0, block.cols, f);
       };
       workspace.close.clear();
       measure(tile, stretches, workspace.close);
@@ -152,16 +154,6 @@ struct Sweep {
     int64_t i, j;  // within a tile
   };
 
-  // Rows and columns of all tiles but the last ones.
-  struct TileShape {
-    int64_t rows, cols;
-  };
-
-  TileShape tile_shape() const {
-    const int64_t rows = tile_of(anchors.sorted.size(), own() ? 64 : 32, kTile);
-    return {rows, own() ? rows : tile_of(references.sorted.size(), 64, kTile)};
-  }
-
   // What one thread needs for a tile.
   struct Workspace {
     T* memory;     // distances, weights and spare, and a product
@@ -170,59 +162,48 @@ struct Sweep {
     std::vector<Pair> close;
     std::vector<double> column_sums;
 
-    Tile<T> tile(const Sweep& sweep, int64_t i0, int64_t n_rows, int64_t j0, int64_t n_cols) {
-      return {i0,
-              j0,
-              sweep.own() && i0 != j0,
-              Matrix<T>::contiguous(memory, n_rows, n_cols),
-              Matrix<T>::contiguous(memory + size, n_rows, n_cols),
-              Matrix<T>::contiguous(memory + 2 * size, n_cols, n_rows)};
+    Tile<T> tile(const Sweep& sweep, const Block& block) {
+      return {block.i0,
+              block.j0,
+              sweep.own() && !block.diagonal,
+              Matrix<T>::contiguous(memory, block.rows, block.cols),
+              Matrix<T>::contiguous(memory + size, block.rows, block.cols),
+              Matrix<T>::contiguous(memory + 2 * size, block.cols, block.rows)};
     }
   };
 
   class Workspaces {
    public:
-    Workspaces(const Sweep& sweep, TileShape shape)
-        : memory_(thread_slots() * elements(sweep, shape)), each_(thread_slots()) {
-      const int64_t size = shape.rows * shape.cols;
+    explicit Workspaces(const Sweep& sweep)
+        : memory_(thread_slots() * elements(sweep)), each_(thread_slots()) {
+      const int64_t size = sweep.grid.tile_size();
       T* at = memory_.data();
       for (Workspace& workspace : each_) {
         workspace.memory = at;
         workspace.size = size;
         workspace.product = sweep.needs_gradient() ? at + 3 * size : nullptr;
-        workspace.column_sums.resize(shape.cols);
-        at += elements(sweep, shape);
+        workspace.column_sums.resize(sweep.grid.cols);
+        at += elements(sweep);
       }
     }
     Workspace& mine() { return each_[thread_index()]; }
 
    private:
-    static int64_t elements(const Sweep& sweep, TileShape shape) {
+    static int64_t elements(const Sweep& sweep) {
+      const TileGrid& grid = sweep.grid;
       const int64_t D = sweep.anchors.sorted.x.cols;
-      return 3 * shape.rows * shape.cols +
-             (sweep.needs_gradient() ? std::max(shape.rows, shape.cols) * D : 0);
+      return 3 * grid.tile_size() +
+             (sweep.needs_gradient() ? std::max(grid.rows, grid.cols) * D : 0);
     }
 
     Scratch<T> memory_;
     std::vector<Workspace> each_;
   };
 
-  // visit(i0, rows, j0, cols) for every tile, on all cores. Where own, only for those on and above
-  // the diagonal. No two calls at a time share rows or columns.
-  template <typename Visit>
-  void each_tile(TileShape shape, const Visit& visit) const {
-    const int64_t B = anchors.sorted.size(), M = references.sorted.size(),
-                  n_i = (B + shape.rows - 1) / shape.rows, n_j = (M + shape.cols - 1) / shape.cols;
-    const auto at = [&](int64_t ti, int64_t tj) {
-      const int64_t i0 = ti * shape.rows, j0 = tj * shape.cols;
-      visit(i0, std::min(shape.rows, B - i0), j0, std::min(shape.cols, M - j0));
-    };
-    const double ops = 2.0 * shape.rows * shape.cols * (anchors.sorted.x.cols + 8);
-    if (own()) {
-      parallel_pairs(n_i, ops, at);
-    } else {
-      parallel_tiles(n_i, n_j, ops, at);
-    }
+  // f(block) for every tile, as TileGrid::each has it.
+  template <typename F>
+  void each_tile(const F& f) const {
+    grid.each(2.0 * grid.tile_size() * (anchors.sorted.x.cols + 8), f);
   }
 
   // Fills in the distances of a tile in the stretches(i, f) of each row i, and adds to `close` the

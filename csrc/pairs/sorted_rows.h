@@ -16,8 +16,6 @@
 
 namespace kdk::pairs {
 
-inline constexpr int64_t kTile = 256;  // rows and columns of a tile of distances
-
 // Rows in the order of their labels, less a point common to anchors and references.
 template <typename T>
 struct SortedRows {

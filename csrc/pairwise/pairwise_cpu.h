@@ -11,9 +11,6 @@
 
 namespace kdk::pairwise {
 
-inline constexpr int64_t kTile =
-    256;  // rows and columns of a tile: with its operands it stays in L2
-
 // One matrix of a tensor [N, M] or [G, N, M] of any floating-point type and strides.
 class Plane {
  public:

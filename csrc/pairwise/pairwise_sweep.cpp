@@ -11,43 +11,14 @@
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
 #include "../pairs/pair_sweep_simd.h"
+#include "../pairs/tile_grid.h"
 #include "pairwise_cpu.h"
 #include "pairwise_simd.h"
 
 namespace kdk::pairwise {
 namespace {
 
-using pairs::Distance;
-
-// The tiles of one matrix of values.
-struct Tiles {
-  int64_t N, M, rows, cols;
-  bool own;
-
-  Tiles(int64_t N_, int64_t M_, bool own_)
-      : N(N_),
-        M(M_),
-        rows(tile_of(N, own_ ? 64 : 32, kTile)),
-        cols(own_ ? rows : tile_of(M, 64, kTile)),
-        own(own_) {}
-
-  int64_t size() const { return rows * cols; }
-
-  // f(i0, n_rows, j0, n_cols); no two calls running at the same time share rows or columns
-  template <typename F>
-  void each(double ops, const F& f) const {
-    const int64_t n_i = (N + rows - 1) / rows, n_j = (M + cols - 1) / cols;
-    const auto visit = [&](int64_t ti, int64_t tj) {
-      const int64_t i0 = ti * rows, j0 = tj * cols;
-      f(i0, std::min(rows, N - i0), j0, std::min(cols, M - j0));
-    };
-    if (own) {
-      parallel_pairs(n_i, ops, visit);
-    } else {
-      parallel_tiles(n_i, n_j, ops, visit);
-    }
-  }
-};
+using pairs::Block, pairs::Distance, pairs::TileGrid;
 
 // to = from, or to += from. to: columns contiguous
 template <typename T>
@@ -201,20 +172,21 @@ struct Backward {
 template <typename T>
 void forward(const Pair<T>& pair, double gamma, const Plane& out) {
   const Rows<T>&x = pair.x, &y = pair.other();
-  const Tiles tiles(x.x.rows, y.x.rows, pair.own());
+  const auto grid = TileGrid::fitted(x.x.rows, y.x.rows, pair.own());
   const bool direct = out.is_of<T>();
-  const Scratch<T> scratch(direct ? 0 : thread_slots() * tiles.size());
+  const Scratch<T> scratch(direct ? 0 : thread_slots() * grid.tile_size());
   const Forward<T> fill{pair, static_cast<T>(gamma)};
-  const double ops = 2.0 * tiles.size() * (x.x.cols + 8);
-  tiles.each(ops, [&](int64_t i0, int64_t rows, int64_t j0, int64_t cols) {
-    const auto tile =
-        direct ? out.of<T>().block(i0, rows, j0, cols)
-               : Matrix<T>::contiguous(scratch.data() + thread_index() * tiles.size(), rows, cols);
+  const double ops = 2.0 * grid.tile_size() * (x.x.cols + 8);
+  grid.each(ops, [&](const Block& block) {
+    const int64_t i0 = block.i0, rows = block.rows, j0 = block.j0, cols = block.cols;
+    const auto tile = direct ? out.of<T>().block(i0, rows, j0, cols)
+                             : Matrix<T>::contiguous(
+                                   scratch.data() + thread_index() * grid.tile_size(), rows, cols);
     gemm<T>(x.x.row_block(i0, rows), y.x.row_block(j0, cols).t(), tile);
     if (is_distance(pair.metric)) fill.values(tile, i0, j0);
-    if (pair.own() && i0 == j0) mirror(tile);
+    if (block.diagonal) mirror(tile);
     if (!direct) out.write<T>(i0, j0, tile);
-    if (!pair.own() || i0 == j0) return;
+    if (!pair.own() || block.diagonal) return;
     if (direct) {
       pairs::loops<T>().transpose(tile, out.of<T>().block(j0, cols, i0, rows));
     } else {
@@ -227,17 +199,18 @@ template <typename T>
 void backward(const Pair<T>& pair, double gamma, const Plane& dout, const Plane* out,
               const Matrix<T>* dx, const Matrix<T>* dy) {
   const bool own = pair.own(), distance = is_distance(pair.metric);
-  const Tiles tiles(pair.x.x.rows, pair.other().x.rows, own);
+  const auto grid = TileGrid::fitted(pair.x.x.rows, pair.other().x.rows, own);
   Gradient<T> x(pair.x, dx, pair.metric, gamma);
   std::optional<Gradient<T>> others;
   if (!own) others.emplace(pair.other(), dy, pair.metric, gamma);
   Gradient<T>& y = own ? x : *others;
   const Backward<T> carry{pair.metric, gamma, own, x, y};
-  const int64_t memory = 3 * tiles.size();
+  const int64_t memory = 3 * grid.tile_size();
   const Scratch<T> scratch(thread_slots() * memory);
-  const Scratch<double> column_sums(thread_slots() * tiles.cols);
-  const double ops = 4.0 * tiles.size() * (pair.x.x.cols + 8);
-  tiles.each(ops, [&](int64_t i0, int64_t rows, int64_t j0, int64_t cols) {
+  const Scratch<double> column_sums(thread_slots() * grid.cols);
+  const double ops = 4.0 * grid.tile_size() * (pair.x.x.cols + 8);
+  grid.each(ops, [&](const Block& block) {
+    const int64_t i0 = block.i0, rows = block.rows, j0 = block.j0, cols = block.cols;
     T* at = scratch.data() + thread_index() * memory;
     const auto weight = Matrix<T>::contiguous(at, rows, cols);
     const auto fetch = [&](const Plane& from, int64_t row0, int64_t n, int64_t col0, int64_t m,
@@ -247,15 +220,15 @@ void backward(const Pair<T>& pair, double gamma, const Plane& dout, const Plane*
       from.read<T>(row0, col0, copy);
       return copy;
     };
-    T *second = at + tiles.size(), *third = second + tiles.size();
+    T *second = at + grid.tile_size(), *third = second + grid.tile_size();
     move<T>(fetch(dout, i0, rows, j0, cols, second), weight, false);
     if (own) move<T>(fetch(dout, j0, cols, i0, rows, second).t(), weight, true);
     if (distance) {
       carry.weigh(weight, fetch(*out, i0, rows, j0, cols, third), i0, j0,
-                  column_sums.data() + thread_index() * tiles.cols);
+                  column_sums.data() + thread_index() * grid.cols);
     }
     x.add(weight, y.rows, i0, j0);
-    if (!(own && i0 == j0)) y.add(weight.t(), x.rows, j0, i0);
+    if (!block.diagonal) y.add(weight.t(), x.rows, j0, i0);
   });
   x.finish(pair.metric);
   if (others) others->finish(pair.metric);

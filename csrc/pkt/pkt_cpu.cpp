@@ -11,13 +11,13 @@
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "../common/stable.h"
+#include "../pairs/tile_grid.h"
 #include "pkt_simd.h"
 
 namespace kdk::pkt {
 namespace {
 
-constexpr int64_t kTile = 256;  // most rows of a tile: both tiles and a panel fit a 2 MiB L2
-constexpr int64_t kColumns = 64;
+constexpr int64_t kColumns = 64;  // of a task that sums rows
 
 // sum_j weight_j x_j in fp64, all weights 1 if null
 template <typename T>
@@ -99,9 +99,10 @@ struct Sweep {
   Kernel kernel;
   Divergence divergence;
   double eps;
-  int64_t B = student.rows.size(0), tile = std::clamp<int64_t>((B / 8 + 31) / 32 * 32, 64, kTile),
-          n = ceil_div(B, tile);
-  Scratch<T> scratch{thread_slots() * 2 * tile * tile};
+  int64_t B = student.rows.size(0);
+  // both sides' tiles and a panel fit a 2 MiB L2
+  pairs::TileGrid grid = pairs::TileGrid::fitted(B, B, true);
+  Scratch<T> scratch{thread_slots() * 2 * grid.tile_size()};
   const Epilogues<T>& kernels = epilogues<T>();
 
   Sweep(const Tensor& s, const Tensor& t, Kernel kernel_, Divergence divergence_)
@@ -124,24 +125,24 @@ struct Sweep {
   template <typename F>
   void each_tile(double more_ops, const F& f) {
     const auto x = student.view(), y = teacher.view();
-    const double ops = tile * tile * (2.0 * (x.cols + y.cols) + 100 + more_ops);
-    parallel_pairs(n, ops, [&](int64_t ti, int64_t tj) {
-      const int64_t i0 = ti * tile, rows = std::min(tile, B - i0), j0 = tj * tile,
-                    cols = std::min(tile, B - j0);
-      T* memory = scratch.data() + thread_index() * 2 * tile * tile;
-      const Pair pair = {tj * (tj + 1) / 2 + ti,
+    const int64_t size = grid.tile_size();
+    const double ops = size * (2.0 * (x.cols + y.cols) + 100 + more_ops);
+    grid.each(ops, [&](const pairs::Block& block) {
+      const auto [i0, rows, j0, cols, diagonal] = block;
+      T* memory = scratch.data() + thread_index() * 2 * size;
+      const Pair pair = {grid.triangle_index(block),
                          i0,
                          j0,
-                         ti == tj,
+                         diagonal,
                          Matrix<T>::contiguous(memory, rows, cols),
-                         Matrix<T>::contiguous(memory + tile * tile, rows, cols),
+                         Matrix<T>::contiguous(memory + size, rows, cols),
                          x.row_block(i0, rows),
                          x.row_block(j0, cols)};
       gemm<T>(pair.rows_i, pair.rows_j.t(), pair.s);
       gemm<T>(y.row_block(i0, rows), y.row_block(j0, cols).t(), pair.t);
-      kernels.similarities(pair.s, student.own.data() + i0, student.own.data() + j0, ti == tj,
+      kernels.similarities(pair.s, student.own.data() + i0, student.own.data() + j0, diagonal,
                            kernel);
-      kernels.similarities(pair.t, teacher.own.data() + i0, teacher.own.data() + j0, ti == tj,
+      kernels.similarities(pair.t, teacher.own.data() + i0, teacher.own.data() + j0, diagonal,
                            kernel);
       f(pair);
     });
@@ -181,7 +182,7 @@ struct Sweep {
 
   // The loss; r [B] and, for cosine, the products of the gradient if it is not empty.
   double loss(std::vector<double>& r, const Matrix<T>* gradient) {
-    std::vector<double> losses(n * (n + 1) / 2);  // of each tile, added in order
+    std::vector<double> losses(grid.triangle());  // of each tile, added in order
     const double more_ops = gradient ? 4.0 * gradient->cols : 0;
     each_tile(more_ops, [&](const Pair& pair) {
       const auto i = stretch(pair.i0, nullptr), j = stretch(pair.j0, nullptr);

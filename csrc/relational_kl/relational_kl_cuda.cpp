@@ -92,7 +92,7 @@ class Call {
 
   // Rows of the operand that hold so many queries.
   int64_t rows_of_queries(int64_t count) const {
-    return ceil_div(teacher ? ceil_div(count, kGroup) * 2 * kGroup : count, kTile) * kTile;
+    return round_up(teacher ? 2 * round_up(count, kGroup) : count, kTile);
   }
 
   // Of queries first ... first + count, `first` being whole tiles, against all keys.
@@ -144,7 +144,7 @@ class Call {
 };
 
 // Entries per row of weights: whole stores of a thread.
-int64_t padded(int64_t K) { return ceil_div(K, kGroup) * kGroup; }
+int64_t padded(int64_t K) { return round_up(K, kGroup); }
 
 // The product of what a sweep left with keys or rows, in fp32.
 Product product_with(const Device& device, const Source& b, int64_t M, int64_t N, int64_t K,

@@ -18,14 +18,12 @@ namespace {
 // distances has; from this ratio on its triples are taken in fp64, at half the speed.
 constexpr double kMostUneven = 16;
 
-inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
-
 // Fills in all of the distances.
 void measure(Pairs<double>& pairs) {
   pairs.each([&](const Block& block) {
     const auto d = pairs.tile(block, false).distance;
     const auto below = pairs.kept().block(block.j0, block.cols, block.i0, block.rows);
-    if (!block.diagonal()) {
+    if (!block.diagonal) {
       pairs::loops<double>().transpose(d, below);
       return;
     }

@@ -12,12 +12,13 @@
 #include "../common/rows_simd.h"
 #include "../pairs/pair_sweep_simd.h"
 #include "../pairs/sorted_rows.h"
+#include "../pairs/tile_grid.h"
 #include "triplet_math.h"
 #include "triplet_simd.h"
 
 namespace kdk::triplet {
 
-using pairs::kTile, pairs::Labelled, pairs::LabelRanges, pairs::SortedRows;
+using pairs::kMostTile, pairs::Labelled, pairs::LabelRanges, pairs::SortedRows;
 
 // kPaired, of positives only: row i of the references is the positive of anchor i.
 enum class Strategy { kHardest, kSemihard, kEasiest, kPaired };
@@ -92,37 +93,36 @@ struct Miner {
     }
   }
 
-  void tile(const std::vector<Search<T>*>& searches, int64_t i0, int64_t n_i, int64_t j0,
-            int64_t n_j, bool both, T* memory) const {
+  void tile(const std::vector<Search<T>*>& searches, const pairs::Block& block, bool both,
+            T* memory) const {
+    const int64_t i0 = block.i0, n_i = block.rows, j0 = block.j0, n_j = block.cols;
     const auto d = Matrix<T>::contiguous(memory, n_i, n_j);
     gemm<T>(anchors.x.row_block(i0, n_i), references.x.row_block(j0, n_j).t(), d);
     for (int64_t i = 0; i < n_i; ++i)
       kernels.squared_distances(d.row(i), anchors.norm[i0 + i], references.norm.data() + j0, n_j);
-    for (Search<T>* search : searches) look(*search, d, i0, j0, both, memory + kTile * kTile);
+    for (Search<T>* search : searches)
+      look(*search, d, i0, j0, both, memory + kMostTile * kMostTile);
   }
 
   void run(const std::vector<Search<T>*>& searches) const {
     const int64_t B = anchors.size(), M = references.size();
     const bool positives_only =
         std::all_of(searches.begin(), searches.end(), [](const auto* s) { return s->same_label; });
-    const int64_t n_i = (B + kTile - 1) / kTile, n_j = (M + kTile - 1) / kTile,
-                  memory = kTile * (kTile + 1);
+    const auto grid = pairs::TileGrid::square(B, M, ranges.own, kMostTile);
+    const int64_t memory = kMostTile * (kMostTile + 1);
     const Scratch<T> scratch(thread_slots() * memory);
-    const double ops = 2.0 * kTile * kTile * anchors.x.cols;
-    const auto visit = [&](int64_t ti, int64_t tj) {
-      const int64_t i0 = ti * kTile, rows = std::min(kTile, B - i0), j0 = tj * kTile,
-                    cols = std::min(kTile, M - j0);
-      if (positives_only && (ranges.first[i0] >= j0 + cols || ranges.last[i0 + rows - 1] <= j0))
+    const double ops = 2.0 * grid.tile_size() * anchors.x.cols;
+    const auto visit = [&](const pairs::Block& block) {
+      if (positives_only && (ranges.first[block.i0] >= block.j0 + block.cols ||
+                             ranges.last[block.i0 + block.rows - 1] <= block.j0))
         return;  // labels ascend
-      tile(searches, i0, rows, j0, cols, ranges.own && ti != tj,
+      tile(searches, block, ranges.own && !block.diagonal,
            scratch.data() + thread_index() * memory);
     };
     if (ranges.own) {
-      parallel_pairs(n_i, ops, visit);
+      grid.each(ops, visit);
     } else {
-      parallel_each(n_i, ops * n_j, [&](int64_t ti) {
-        for (int64_t tj = 0; tj < n_j; ++tj) visit(ti, tj);
-      });
+      grid.each_by_rows(ops, visit);
     }
   }
 

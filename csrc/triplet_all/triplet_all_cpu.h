@@ -114,7 +114,8 @@ struct Negatives {
   const Positives<T>& positives;
   const LabelRanges& ranges = sweep.rows.ranges;
 
-  bool skips(int64_t i0, int64_t rows, int64_t j0, int64_t cols) const {
+  bool skips(const pairs::Block& block) const {
+    const auto [i0, rows, j0, cols, diagonal] = block;
     if (positives.none(i0, rows) && (!ranges.own || positives.none(j0, cols))) return true;
     const int64_t last = i0 + rows - 1;  // labels ascend, so those between have the label of both
     return ranges.first[i0] == ranges.first[last] && ranges.last[i0] == ranges.last[last] &&

@@ -24,7 +24,7 @@ class Side {
         order_(order),
         place_(device.empty({size()}, ScalarType::Long)),
         // rows of whole 16-byte pieces, whatever D
-        x_(device.empty({size(), ceil_div(columns(), 4) * 4}, ScalarType::Float)),
+        x_(device.empty({size(), round_up(columns(), 4)}, ScalarType::Float)),
         norm_(device.empty({size()}, ScalarType::Float)),
         sums_(device.empty({needed ? size() : 0}, ScalarType::Double)),
         pulled_(device.empty({needed ? size() : 0, columns()}, ScalarType::Float)) {
@@ -132,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
   anchors.prepare(device, candidates, data_of<int64_t>(ranges));
 
   const bool gradient = anchors.needed() || candidates.needed();
-  const int64_t stride = ceil_div(M, 4) * 4;
+  const int64_t stride = round_up(M, 4);
   const int64_t step = rows_in_l2(B, stride * (gradient ? 2 : 1) * sizeof(float));
   const Tensor d = device.empty({step, stride}, ScalarType::Float);
   const Tensor weights = device.empty({gradient ? step : 0, stride}, ScalarType::Float);

@@ -9,7 +9,7 @@
 namespace kdk::triplet_all {
 namespace {
 
-static_assert(pairs::kTile <= kStretch);
+static_assert(pairs::kMostTile <= kStretch);
 
 constexpr int64_t kFew = 48;  // positives up to which comparing with each beats bisection
 

@@ -15,6 +15,8 @@
 
 #include <cstdint>
 
+#include "../integers.h"
+
 namespace kdk::cuda {
 
 // Dynamic shared memory of the block, aligned to 128 bytes. Kernels use no other.
@@ -26,7 +28,5 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return bytes;
 #endif
 }
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace kdk::cuda
