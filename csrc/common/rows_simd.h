@@ -18,6 +18,12 @@ struct Loops {
   double (*add_offsets)(const T* x, const T* origin, double* sums, int64_t n);
   // x -= y
   void (*subtract)(T* x, const T* y, int64_t n);
+  // y = factor x
+  void (*scale)(const T* x, T factor, T* y, int64_t n);
+  // y += x
+  void (*add)(const T* x, T* y, int64_t n);
+  // sums += x
+  void (*add_wide)(const T* x, double* sums, int64_t n);
   // u = x / max(|x|, kEps)
   void (*normalize)(const T* x, T* u, int64_t n);
   // dx = (dx - <dx, u> u) / norm with u = x / norm, where norm = max(|x|, kEps); without the middle

@@ -4,6 +4,9 @@
 // inlines, so that no function compiled for a wide level can be linked into a narrow one.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 namespace kdk {
 
 enum class SimdLevel { kBaseline, kAvx2, kAvx512 };
@@ -11,6 +14,10 @@ enum class SimdLevel { kBaseline, kAvx2, kAvx512 };
 // The widest level that was compiled, that this processor has, and that KDKERNELS_SIMD ("baseline",
 // "avx2", "avx512") allows.
 SimdLevel simd_level();
+
+// An integer as wide as T, so that a loop that counts keeps its number of lanes.
+template <typename T>
+using Count = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
 
 // Calls the function template `name` of the level in use, e.g. KDK_SIMD_CALL(epilogues<float>)().
 #if defined(KDK_SIMD_X86)

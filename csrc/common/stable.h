@@ -20,6 +20,7 @@ namespace kdk {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
 
 // As the C shim takes a dtype.
 inline int32_t shim_dtype(ScalarType dtype) {
@@ -84,10 +85,15 @@ class Scratch {
   std::optional<Tensor> tensor_;
 };
 
-// x in fp32 or fp64: converted only if it is not so already.
+// x in another dtype; itself where it has that one already.
+inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
+  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
+}
+
+// x in fp32 or fp64.
 template <typename T>
 Tensor in_type(const Tensor& x) {
-  return x.scalar_type() == scalar_type_of<T> ? x : torch::stable::to(x, scalar_type_of<T>);
+  return in_dtype(x, scalar_type_of<T>);
 }
 
 // Likewise; also contiguous, without a call through the dispatcher where it is so already.
@@ -97,13 +103,31 @@ Tensor contiguous_in_type(const Tensor& x) {
   return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
 }
 
-// x in fp32 or fp64, in a layout that BLAS takes; where it lies if it is so already.
+// Whether BLAS takes rows of `cols` elements with these strides as they lie.
+inline bool blas_takes(int64_t cols, int64_t row_stride, int64_t col_stride) {
+  return col_stride == 1 && row_stride >= cols;
+}
+
+// A matrix in fp32 or fp64 that BLAS takes, by its rows or by its columns; where it lies if it is
+// so already.
 template <typename T>
-Tensor plain(const Tensor& x) {
+Tensor for_blas(const Tensor& x) {
   const Tensor wide = in_type<T>(x);
   const int64_t row = wide.stride(0), column = wide.stride(1);
-  const bool fits = (column == 1 && row >= wide.size(1)) || (row == 1 && column >= wide.size(0));
+  const bool fits = blas_takes(wide.size(1), row, column) || blas_takes(wide.size(0), column, row);
   return fits ? wide : torch::stable::contiguous(wide);
+}
+
+// The same of groups of matrices, and of their rows alone, which are then contiguous.
+template <typename T>
+Tensor groups_for_blas(const Tensor& x) {
+  const Tensor wide = in_type<T>(x);
+  const bool fits = blas_takes(wide.size(2), wide.stride(1), wide.stride(2));
+  return fits ? wide : torch::stable::contiguous(wide);
+}
+
+inline Optional contiguous(const Optional& x) {
+  return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt;
 }
 
 template <typename T>

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../pairs/distance_names.h"
 #include "../pairs/pair_sweep.h"
 #include "contrastive_simd.h"
 
@@ -95,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
     double margin, std::string distance, bool need_embeddings, bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
   return run(embeddings, labels, references, reference_labels, own, margin,
-             pairs::parse_distance(distance), need_embeddings, need_references);
+             by_name(pairs::kDistances, distance), need_embeddings, need_references);
 }
 
 }  // namespace

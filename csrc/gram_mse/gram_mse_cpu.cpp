@@ -7,6 +7,7 @@
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
 #include "gram_mse_cpu.h"
+#include "gram_mse_names.h"
 #include "gram_mse_simd.h"
 
 namespace kdk::gram_mse {
@@ -14,33 +15,14 @@ namespace {
 
 Options parse(const std::string& normalize, const std::string& kernel, double gamma, int64_t order,
               const std::string& algorithm) {
-  Options options{};
-  options.normalize = normalize == "row_l2"    ? Normalize::kRowL2
-                      : normalize == "row_l1"  ? Normalize::kRowL1
-                      : normalize == "feature" ? Normalize::kFeature
-                                               : Normalize::kNone;
-  options.taylor = kernel == "rbf_taylor";
-  options.gamma = gamma;
-  options.order = static_cast<int>(order);
-  options.algorithm = algorithm == "resident"   ? Algorithm::kResident
-                      : algorithm == "streamed" ? Algorithm::kStreamed
-                                                : Algorithm::kFactored;
-  return options;
+  return {by_name(kNormalizations, normalize), by_name(kTaylorKernels, kernel), gamma,
+          static_cast<int>(order), by_name(kAlgorithms, algorithm)};
 }
 
-// x in fp32 or fp64, each row contiguous and rows of a stride that BLAS takes; where it lies if it
-// is so already.
-template <typename T>
-Tensor plain(const Tensor& x) {
-  const Tensor wide = in_type<T>(x);
-  const bool fits = wide.stride(2) == 1 && wide.stride(1) >= wide.size(2);
-  return fits ? wide : torch::stable::contiguous(wide);
-}
-
-// Features as the algorithms read them: `plain`, and unit rows if the Gram is of those.
+// Features as the algorithms read them: rows that BLAS takes, or unit rows if the Gram is of those.
 template <typename T>
 Tensor prepare(const Tensor& x, Normalize normalize) {
-  const Tensor from = plain<T>(x);
+  const Tensor from = groups_for_blas<T>(x);
   if (normalize != Normalize::kFeature) return from;
   const int64_t B = x.size(1), D = x.size(2);
   const Tensor unit = empty({x.size(0), B, D}, scalar_type_of<T>);
@@ -90,7 +72,7 @@ Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, co
   const T* scale = static_cast<const T*>(dout.const_data_ptr());
   const auto& loops = rows::loops<T>();
   const bool unit = options.normalize == Normalize::kFeature;
-  const Tensor source = unit ? plain<T>(own.source) : own.x;
+  const Tensor source = unit ? groups_for_blas<T>(own.source) : own.x;
   parallel_each(G, 2.0 * B * B * (D + other.x.size(2)), [&](int64_t g) {
     const Matrix<const double> rows = group<double>(coef, g);
     const Matrix<const T> m = group<T>(cross, g);
@@ -110,9 +92,7 @@ Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, co
     const Matrix<const T> x = group<T>(source, g);
     parallel_each(B, 8.0 * D, [&](int64_t i) { loops.normalize_backward(x.row(i), dx.row(i), D); });
   });
-  return own.source.scalar_type() == scalar_type_of<T>
-             ? result
-             : torch::stable::to(result, own.source.scalar_type());
+  return in_dtype(result, own.source.scalar_type());
 }
 
 template <typename T>

@@ -11,8 +11,6 @@
 
 namespace kdk::gram_mse {
 
-enum class Algorithm { kResident, kStreamed, kFactored };
-
 struct Options {
   Normalize normalize;
   bool taylor;

@@ -8,6 +8,7 @@
 
 #include "../common/cuda/glue.h"
 #include "../common/cuda/normalise.h"
+#include "gram_mse_names.h"
 
 namespace kdk::gram_mse {
 namespace {
@@ -23,7 +24,7 @@ struct Operands {
   Problem problem;
 
   Operands(const Device& device, const Tensor& student, const Tensor& teacher, Math math_,
-           const std::string& normalize, const std::string& kernel, double gamma, int64_t order)
+           Normalize normalize, bool taylor, double gamma, int64_t order)
       : x{with_contiguous_rows(in_dtype(student, dtype_of(math_))),
           with_contiguous_rows(in_dtype(teacher, dtype_of(math_)))},
         math(math_),
@@ -33,12 +34,12 @@ struct Operands {
                 G,
                 B,
                 nullptr,
-                kernel == "rbf_taylor"                           ? Form::kTaylor
-                : normalize == "row_l2" || normalize == "row_l1" ? Form::kRow
-                                                                 : Form::kPlain,
-                normalize == "row_l1",
+                taylor                         ? Form::kTaylor
+                : is_row_normalized(normalize) ? Form::kRow
+                                               : Form::kPlain,
+                normalize == Normalize::kRowL1,
                 Taylor<float>(gamma, static_cast<int>(order))} {
-    if (normalize == "feature") {
+    if (normalize == Normalize::kFeature) {
       scale = device.empty({2, G, B}, ScalarType::Float);
       problem.scale = data_of<const float>(*scale);
     }
@@ -121,14 +122,15 @@ Forward gram_mse_fwd(Tensor student, Tensor teacher, std::string normalize, std:
                      double gamma, int64_t order, std::string algorithm, bool exact) {
   const Device device(student);
   const int64_t G = student.size(0), B = student.size(1);
-  const bool resident = algorithm == "resident";
+  const bool resident = by_name(kAlgorithms, algorithm) == Algorithm::kResident;
   if (student.numel() + teacher.numel() == 0) {
     const int64_t n = resident ? B : 0;
     return {device.zeros({G}, ScalarType::Float), device.zeros({G, kCoefs, B}, ScalarType::Double),
             device.zeros({G, n, n}, ScalarType::Float), device.zeros({G, n, n}, ScalarType::Float),
             device.empty({G, 0, 0}, ScalarType::Float)};
   }
-  const Operands operands(device, student, teacher, math_of(student, exact), normalize, kernel,
+  const Operands operands(device, student, teacher, math_of(student, exact),
+                          by_name(kNormalizations, normalize), by_name(kTaylorKernels, kernel),
                           gamma, order);
   return resident ? resident_forward(device, operands) : streamed_forward(device, operands);
 }
@@ -238,6 +240,7 @@ std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teac
   // weights of fp16 features could leave its range
   const Math math = dtype == ScalarType::Half ? Math::kTf32x3 : math_of(student, exact);
   Tensor grads[2] = {device.empty({0}, dtype), device.empty({0}, dtype)};
+  const bool resident = by_name(kAlgorithms, algorithm) == Algorithm::kResident;
   std::optional<Operands> operands;
   const Tensor rows = torch::stable::contiguous(coef);
   const Tensor grams[2] = {torch::stable::contiguous(gram_student),
@@ -250,11 +253,11 @@ std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teac
       continue;
     }
     if (!operands) {
-      operands.emplace(device, student, teacher, math, normalize, kernel, gamma, order);
+      operands.emplace(device, student, teacher, math, by_name(kNormalizations, normalize),
+                       by_name(kTaylorKernels, kernel), gamma, order);
       launch_gram_mse_norms(operands->norms(), math, device.stream());
     }
-    grads[side] =
-        gradient(device, *operands, side, x, dout, rows, algorithm == "resident" ? grams : nullptr);
+    grads[side] = gradient(device, *operands, side, x, dout, rows, resident ? grams : nullptr);
   }
   return {grads[0], grads[1]};
 }

@@ -9,7 +9,6 @@
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
 #include "gram_mse_cpu.h"
-#include "gram_mse_simd.h"
 
 namespace kdk::gram_mse {
 namespace {
@@ -95,7 +94,7 @@ void copy(Matrix<const T> from, Matrix<T> to) {
 template <typename T>
 void scale_rows(Matrix<const T> from, const double* factor, Matrix<T> to) {
   for (int64_t i = 0; i < from.rows; ++i)
-    epilogues<T>().scale(from.row(i), static_cast<T>(factor[i]), to.row(i), from.cols);
+    rows::loops<T>().scale(from.row(i), static_cast<T>(factor[i]), to.row(i), from.cols);
 }
 
 }  // namespace
@@ -163,7 +162,7 @@ void factored_backward(const Backward<T>& call, const Options& options) {
     const auto gradient = call.gradient.row_block(i0, n);
     gemm<T>(panel, stacked, gradient);
     for (int64_t i = 0; uniform && i < n; ++i)
-      epilogues<T>().scale(gradient.row(i), T(2), gradient.row(i), D);
+      rows::loops<T>().scale(gradient.row(i), T(2), gradient.row(i), D);
   });
 }
 

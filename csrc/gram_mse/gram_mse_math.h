@@ -10,6 +10,12 @@
 namespace kdk::gram_mse {
 
 enum class Normalize { kRowL2, kRowL1, kFeature, kNone };
+enum class Algorithm { kResident, kStreamed, kFactored };
+
+// Whether rows of the Gram are divided by their norm.
+KDK_HOST_DEVICE bool is_row_normalized(Normalize normalize) {
+  return normalize == Normalize::kRowL2 || normalize == Normalize::kRowL1;
+}
 
 inline constexpr int kMaxOrder = 8;  // of the Taylor polynomial
 inline constexpr int kSums = 5;      // of a row: A^2, K^2, A K, |A|, |K|

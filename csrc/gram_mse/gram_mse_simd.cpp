@@ -112,18 +112,12 @@ void taylor_weights(Matrix<const T> own, Matrix<const T> other, const Taylor<T>&
   }
 }
 
-template <typename T>
-void scale(const T* x, T factor, T* y, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) y[j] = factor * x[j];
-}
-
 }  // namespace
 
 template <typename T>
 const Epilogues<T>& epilogues() {
   static constexpr Epilogues<T> table = {row_sums<T>, squared_difference<T>, linear_weights<T>,
-                                         taylor_weights<T>, scale<T>};
+                                         taylor_weights<T>};
   return table;
 }
 

@@ -26,8 +26,6 @@ struct Epilogues {
   // weights = factor taylor_weight
   void (*taylor_weights)(Matrix<const T> own, Matrix<const T> other, const Taylor<T>& f, T factor,
                          Matrix<T> weights);
-  // y = factor x
-  void (*scale)(const T* x, T factor, T* y, int64_t n);
 };
 
 KDK_SIMD_DECLARE(template <typename T> const Epilogues<T>& epilogues();)

@@ -18,10 +18,6 @@ constexpr int64_t kTile = 256;
 constexpr int64_t kRowBlock = 64;       // rows of a resident Gram handled at a time
 constexpr int64_t kColumnBlock = 1024;  // columns of the gradient that one task computes
 
-bool row_normalized(const Options& options) {
-  return options.normalize == Normalize::kRowL2 || options.normalize == Normalize::kRowL1;
-}
-
 // Adds up a Gram tile's part of the loss: row (and column) sums, or squared differences.
 template <typename T>
 struct Accumulator {
@@ -32,10 +28,12 @@ struct Accumulator {
   std::vector<double> differences;  // one per task, added in order at the end
 
   Accumulator(const Options& options_, int64_t rows, int64_t tasks)
-      : options(options_), sums(row_normalized(options_) ? rows * kSums : 0), differences(tasks) {}
+      : options(options_),
+        sums(is_row_normalized(options_.normalize) ? rows * kSums : 0),
+        differences(tasks) {}
 
   void finish(const Forward<T>& call) const {
-    if (row_normalized(options)) {
+    if (is_row_normalized(options.normalize)) {
       finish_rows(call, sums.data(), options.normalize == Normalize::kRowL2);
       return;
     }
@@ -56,7 +54,7 @@ void resident_forward(const Forward<T>& call, const Options& options) {
   parallel_each(blocks, 8.0 * kRowBlock * B, [&](int64_t block) {
     const int64_t i0 = block * kRowBlock, n = std::min(kRowBlock, B - i0);
     const auto own = call.gram_student.row_block(i0, n), other = call.gram_teacher.row_block(i0, n);
-    if (row_normalized(options)) {
+    if (is_row_normalized(options.normalize)) {
       const bool l1 = options.normalize == Normalize::kRowL1;
       total.kernels.row_sums(own, other, l1, total.sums.data() + i0 * kSums, nullptr);
     } else {
@@ -82,7 +80,7 @@ void streamed_forward(const Forward<T>& call, const Options& options) {
     const auto other = Matrix<T>::contiguous(memory + tile_size, n_i, n_j);
     gemm<T>(call.student.row_block(i0, n_i), call.student.row_block(j0, n_j).t(), own);
     gemm<T>(call.teacher.row_block(i0, n_i), call.teacher.row_block(j0, n_j).t(), other);
-    if (!row_normalized(options)) {
+    if (!is_row_normalized(options.normalize)) {
       const double sum =
           total.kernels.squared_difference(own, other, options.taylor ? &total.taylor : nullptr);
       total.differences[grid.triangle_index(block)] = diagonal ? sum : 2 * sum;

@@ -15,23 +15,23 @@ using namespace kdk::cuda;
 // Tensors that a projection's view points into, in the dtype that they are multiplied in.
 struct Operands {
   Tensor features, weight;
-  std::optional<Tensor> bias;
+  Optional bias;
   Math math;
 
-  Operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, Math math_)
+  Operands(const Tensor& x, const Tensor& w, const Optional& b, Math math_)
       : features(with_contiguous_rows(in_dtype(x, dtype_of(math_)))),
         weight(with_contiguous_rows(in_dtype(w, dtype_of(math_)))),
         math(math_) {
     if (b) bias = in_dtype(*b, dtype_of(math));
   }
 
-  CudaProjection view(const std::optional<Tensor>& sample_mask = {}) const {
+  CudaProjection view(const Optional& sample_mask = {}) const {
     return {source_of(features, sample_mask), source_of(weight),
             bias ? bias->mutable_data_ptr() : nullptr, bias ? bias->stride(0) : 0};
   }
 };
 
-Tensor lsh_bce_encode(Tensor features, Tensor weight, std::optional<Tensor> bias, bool exact) {
+Tensor lsh_bce_encode(Tensor features, Tensor weight, Optional bias, bool exact) {
   const Device device(features);
   const int64_t B = features.size(0), N = weight.size(0);
   const Tensor codes = device.empty({B, ceil_div(N, 8)}, ScalarType::Byte);
@@ -42,7 +42,7 @@ Tensor lsh_bce_encode(Tensor features, Tensor weight, std::optional<Tensor> bias
 }
 
 ProjectParams project_params(const Operands& operands, const Tensor& codes,
-                             const std::optional<Tensor>& sample_mask) {
+                             const Optional& sample_mask) {
   ProjectParams params{};
   params.projection = operands.view(sample_mask);
   params.codes = data_of<const uint8_t>(codes);
@@ -51,10 +51,8 @@ ProjectParams project_params(const Operands& operands, const Tensor& codes,
   return params;
 }
 
-std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight,
-                                       std::optional<Tensor> bias,
-                                       std::optional<Tensor> sample_mask, bool with_dloss,
-                                       bool exact) {
+std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Optional bias,
+                                       Optional sample_mask, bool with_dloss, bool exact) {
   const Device device(student);
   const int64_t B = student.size(0), D = student.size(1), N = weight.size(0);
   if (B == 0 || N == 0)
@@ -103,7 +101,7 @@ std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weig
 
 // In chunks of directions, of which each row of dweight needs one only.
 void weight_gradients(const Device& device, const Tensor& dout, const Operands& operands,
-                      const Tensor& codes, const std::optional<Tensor>& sample_mask,
+                      const Tensor& codes, const Optional& sample_mask,
                       const Tensor& dweight,  // [N, D], or empty
                       const Tensor& dbias) {  // [N], or empty
   const Math math = operands.math;
@@ -153,10 +151,9 @@ void weight_gradients(const Device& device, const Tensor& dout, const Operands& 
 }
 
 std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes,
-                                               Tensor weight, std::optional<Tensor> bias,
-                                               std::optional<Tensor> sample_mask, Tensor dloss,
-                                               bool need_student, bool need_weight, bool need_bias,
-                                               bool exact) {
+                                               Tensor weight, Optional bias, Optional sample_mask,
+                                               Tensor dloss, bool need_student, bool need_weight,
+                                               bool need_bias, bool exact) {
   const Device device(student);
   const int64_t B = student.size(0), N = weight.size(0), D = weight.size(1);
   const ScalarType dtype = student.scalar_type();

@@ -16,12 +16,6 @@ struct Epilogues {
                           T factor);
   // codes = bits of z + bias > 0, the bits beyond n in the last byte 0
   void (*pack)(const T* z, const T* bias, int64_t n, uint8_t* codes);
-  // y = factor x
-  void (*scale)(const T* x, T factor, T* y, int64_t n);
-  // y += x
-  void (*add)(const T* x, T* y, int64_t n);
-  // sums += x
-  void (*add_wide)(const T* x, double* sums, int64_t n);
 };
 
 KDK_SIMD_DECLARE(template <typename T> const Epilogues<T>& epilogues();)

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cmath>
-#include <string_view>
 #include <type_traits>
 
 #include "../common/host_device.h"
@@ -11,12 +10,6 @@
 namespace kdk::pairs {
 
 enum class Distance { kEuclidean, kSqEuclidean, kCosine };
-
-inline Distance parse_distance(std::string_view name) {
-  return name == "euclidean"     ? Distance::kEuclidean
-         : name == "sqeuclidean" ? Distance::kSqEuclidean
-                                 : Distance::kCosine;
-}
 
 // A distance in terms of the squared Euclidean one; cosine is for unit vectors.
 template <typename T = double>

@@ -266,7 +266,7 @@ struct Sweep {
   void add_product(Matrix<const T> weight, Matrix<const T> other, const Side<T>& side, int64_t i0,
                    T* memory) const {
     gemm<T>(weight, other, Matrix<T>::contiguous(memory, weight.rows, other.cols));
-    kernels.add(memory, side.pull(i0), weight.rows * other.cols);
+    rows::loops<T>().add_wide(memory, side.pull(i0), weight.rows * other.cols);
   }
 
   // The difference of close rows would be lost in (sum_j w_ij) x_i - sum_j w_ij y_j.

@@ -6,6 +6,7 @@
 
 #include "../common/host_device.h"
 #include "../common/rows_math.h"
+#include "../common/transpose.h"
 
 #if !defined(KDK_SIMD_LEVEL)
 #error "compile with -DKDK_SIMD_LEVEL=<namespace>"
@@ -13,10 +14,6 @@
 
 namespace kdk::pairs::KDK_SIMD_LEVEL {
 namespace {
-
-// as wide as T, so that counts stay in as many lanes
-template <typename T>
-using Count = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
 
 KDK_HOST_DEVICE float root(float x) { return __builtin_sqrtf(x); }
 KDK_HOST_DEVICE double root(double x) { return __builtin_sqrt(x); }
@@ -78,12 +75,6 @@ void finish(double factor, const T* x, const double* sum, T* out, int64_t n) {
 }
 
 template <typename T>
-void add(const T* x, double* sum, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) sum[j] += static_cast<double>(x[j]);
-}
-
-template <typename T>
 void pull(double factor, const T* x, const T* y, double* sum, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j)
@@ -112,8 +103,6 @@ T least_above(const T* d, T sign, T floor, const T* column_floors, T* column_key
   return least;
 }
 
-typedef float Float4 __attribute__((vector_size(16), aligned(4)));
-
 template <typename T, bool kAdd>
 void transposed(Matrix<const T> from, Matrix<T> to) {
   const auto entries = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
@@ -127,17 +116,13 @@ void transposed(Matrix<const T> from, Matrix<T> to) {
     int64_t j = 0;
     for (; j + 4 <= from.cols; j += 4) {
       if constexpr (std::is_same_v<T, float>) {
-        Float4 r[4];
-        for (int n = 0; n < 4; ++n) r[n] = *reinterpret_cast<const Float4*>(from.row(i + n) + j);
-        const Float4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-        const Float4 b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-        const Float4 c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-        const Float4 d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-        const Float4 columns[4] = {
-            __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
-            __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+        FloatRow rows[4], columns[4];
+        for (int n = 0; n < 4; ++n)
+          rows[n] = *reinterpret_cast<const FloatRow*>(from.row(i + n) + j);
+        transpose(rows, columns);
         for (int n = 0; n < 4; ++n) {
-          Float4* out = reinterpret_cast<Float4*>(to.row(j + n) + i);  // auto would drop aligned(4)
+          // auto would drop the alignment of 4 bytes
+          FloatRow* out = reinterpret_cast<FloatRow*>(to.row(j + n) + i);
           *out = kAdd ? *out + columns[n] : columns[n];
         }
       } else {
@@ -154,7 +139,7 @@ void transposed(Matrix<const T> from, Matrix<T> to) {
 template <typename T>
 const Loops<T>& loops() {
   static constexpr Loops<T> table = {
-      distances<T>,         slopes<T>,          finish<T>, add<T>, pull<T>, least_above<T>,
+      distances<T>,         slopes<T>,          finish<T>, pull<T>, least_above<T>,
       transposed<T, false>, transposed<T, true>};
   return table;
 }

@@ -18,8 +18,6 @@ struct Loops {
   double (*slopes)(const T* d, T* weight, double* column_sums, int64_t n, Distance distance);
   // out = factor x - sum
   void (*finish)(double factor, const T* x, const double* sum, T* out, int64_t n);
-  // sum += x
-  void (*add)(const T* x, double* sum, int64_t n);
   // sum -= factor (x - y)
   void (*pull)(double factor, const T* x, const T* y, double* sum, int64_t n);
   // The least key above `floor`, where key_j = sign d_j; infinity if there is none. Also

@@ -6,12 +6,10 @@
 
 #include "../common/parallel.h"
 #include "pairwise_cpu.h"
-#include "pairwise_metric.h"
+#include "pairwise_names.h"
 
 namespace kdk::pairwise {
 namespace {
-
-using Optional = std::optional<Tensor>;
 
 // A tensor like x, [N, D] or [G, N, D], but of so many columns.
 Tensor like(const Tensor& x, int64_t columns, ScalarType type) {
@@ -73,20 +71,19 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& x, const Option
     backward<T>(pair, gamma, {dout, g}, values ? &*values : nullptr, need_x ? &of_x : nullptr,
                 need_y ? &of_y : nullptr);
   });
-  if (x.scalar_type() == scalar_type_of<T>) return {dx, dy};
-  return {torch::stable::to(dx, x.scalar_type()), torch::stable::to(dy, x.scalar_type())};
+  return {in_dtype(dx, x.scalar_type()), in_dtype(dy, x.scalar_type())};
 }
 
 Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma) {
   const auto run = x.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(x, y, parse(metric), gamma);
+  return run(x, y, by_name(kMetrics, metric), gamma);
 }
 
 std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optional out,
                                         std::string metric, double gamma, bool need_x,
                                         bool need_y) {
   const auto run = x.scalar_type() == ScalarType::Double ? bwd<double> : bwd<float>;
-  return run(dout, x, y, out, parse(metric), gamma, need_x, need_y);
+  return run(dout, x, y, out, by_name(kMetrics, metric), gamma, need_x, need_y);
 }
 
 }  // namespace

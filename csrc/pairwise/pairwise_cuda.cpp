@@ -7,13 +7,12 @@
 
 #include "../common/cuda/glue.h"
 #include "../common/cuda/normalise.h"
-#include "pairwise_metric.h"
+#include "pairwise_names.h"
 
 namespace kdk::pairwise {
 namespace {
 
 using namespace kdk::cuda;
-using Optional = std::optional<Tensor>;
 
 constexpr int64_t kMostGroups = 0xffff;  // in one launch
 
@@ -93,7 +92,7 @@ Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool
   const Tensor out = like(device, x, count_rows(y ? *y : x), x.scalar_type());
   if (out.numel() == 0) return out;
   const Math math = math_of(x, exact);
-  const Sides sides(device, x, y, math, parse(metric), gamma, false);
+  const Sides sides(device, x, y, math, by_name(kMetrics, metric), gamma, false);
   launch_pairwise_values({source_of(sides.x.multiplied), source_of(sides.other().multiplied),
                           sides.x.number(), sides.other().number(), out.mutable_data_ptr(),
                           groups_of(x), !y, sides.metric, static_cast<float>(gamma)},
@@ -232,7 +231,7 @@ std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optio
                                         std::string metric_name, double gamma, bool need_x,
                                         bool need_y, bool exact) {
   const Device device(x);
-  const Metric metric = parse(metric_name);
+  const Metric metric = by_name(kMetrics, metric_name);
   Tensor dx = device.empty({0}, x.scalar_type()), dy = device.empty({0}, x.scalar_type());
   if (dout.numel() == 0 || x.numel() == 0) {
     if (need_x) dx = nothing(device, x);

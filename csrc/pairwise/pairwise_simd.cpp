@@ -2,8 +2,6 @@
 // Compiled once per instruction set (see ../common/simd.h).
 #include "pairwise_simd.h"
 
-#include <type_traits>
-
 #include "../common/lanes.h"
 
 #if !defined(KDK_SIMD_LEVEL)
@@ -14,10 +12,6 @@ namespace kdk::pairwise::KDK_SIMD_LEVEL {
 namespace {
 
 using namespace kdk::KDK_SIMD_LEVEL;
-
-// as wide as T, so that counts stay in as many lanes
-template <typename T>
-using Count = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
 
 template <typename T, bool kFull>
 void rbf_of(T* d2, T gamma, int64_t count) {

@@ -9,6 +9,7 @@
 
 #include "../common/cut.h"
 #include "../common/gemm.h"
+#include "../common/named.h"
 #include "../common/parallel.h"
 #include "../common/stable.h"
 #include "../pairs/tile_grid.h"
@@ -16,6 +17,11 @@
 
 namespace kdk::pkt {
 namespace {
+
+constexpr Named<Kernel> kKernels[] = {{"cosine", Kernel::kCosine},
+                                      {"student_t", Kernel::kStudentT}};
+constexpr Named<Divergence> kDivergences[] = {{"kl", Divergence::kKl},
+                                              {"jeffreys", Divergence::kJeffreys}};
 
 constexpr int64_t kColumns = 64;  // of a task that sums rows
 
@@ -264,8 +270,8 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& student, const Tensor& teacher, Ker
 std::tuple<Tensor, Tensor> pkt_fwd(Tensor student, Tensor teacher, std::string kernel,
                                    std::string divergence, bool need_student) {
   const auto run = student.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(student, teacher, kernel == "cosine" ? Kernel::kCosine : Kernel::kStudentT,
-             divergence == "kl" ? Divergence::kKl : Divergence::kJeffreys, need_student);
+  return run(student, teacher, by_name(kKernels, kernel), by_name(kDivergences, divergence),
+             need_student);
 }
 
 }  // namespace

@@ -2,13 +2,9 @@
 // What the operators of relational_kl take on every device.
 #pragma once
 
-#include <optional>
-
 #include "../common/stable.h"
 
 namespace kdk::relational_kl {
-
-using Optional = std::optional<Tensor>;
 
 // Arguments that the forward and the backward share.
 struct Arguments {

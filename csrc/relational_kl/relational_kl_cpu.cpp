@@ -5,11 +5,9 @@
 #include <tuple>
 
 #include "../common/cut.h"
-#include "../common/parallel.h"
-#include "../common/stable.h"
+#include "../common/scaled_rows.h"
 #include "relational_kl_arguments.h"
 #include "relational_kl_cpu.h"
-#include "relational_kl_simd.h"
 
 namespace kdk::relational_kl {
 namespace {
@@ -26,16 +24,17 @@ int64_t counting_keys(const Arguments& given) {
 template <typename T>
 struct Operands {
   Operands(const Arguments& given, const Optional& own_student_, const Optional& own_teacher_)
-      : student(plain<T>(given.student)),
-        keys(plain<T>(given.keys)),
-        teacher(given.teacher ? Optional(plain<T>(*given.teacher)) : std::nullopt),
-        teacher_keys(given.teacher_keys ? Optional(plain<T>(*given.teacher_keys)) : std::nullopt),
-        key_scale(flat(given.key_scale)),
-        teacher_key_scale(flat(given.teacher_key_scale)),
-        positives(flat(given.positives)),
-        exclude(flat(given.exclude)),
-        own_student(flat(own_student_)),
-        own_teacher(flat(own_teacher_)),
+      : student(for_blas<T>(given.student)),
+        keys(for_blas<T>(given.keys)),
+        teacher(given.teacher ? Optional(for_blas<T>(*given.teacher)) : std::nullopt),
+        teacher_keys(given.teacher_keys ? Optional(for_blas<T>(*given.teacher_keys))
+                                        : std::nullopt),
+        key_scale(contiguous(given.key_scale)),
+        teacher_key_scale(contiguous(given.teacher_key_scale)),
+        positives(contiguous(given.positives)),
+        exclude(contiguous(given.exclude)),
+        own_student(contiguous(own_student_)),
+        own_teacher(contiguous(own_teacher_)),
         counting(counting_keys(given)),
         subtract_entropy(given.subtract_entropy) {}
 
@@ -62,10 +61,6 @@ struct Operands {
   }
 
  private:
-  static Optional flat(const Optional& x) {
-    return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt;
-  }
-
   template <typename Element>
   static const Element* data(const Optional& x) {
     return x ? static_cast<const Element*>(x->const_data_ptr()) : nullptr;
@@ -108,19 +103,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Argumen
   const auto result = [](const Tensor& like, bool needed) {
     return needed ? empty({like.size(0), like.size(1)}, type) : empty({0}, type);
   };
-  const Tensor dx = result(given.student, need_student);
+  const Tensor dx = need_student ? scaled_rows<T>(dloss, dout) : empty({0}, type);
   const Tensor dy = need_teacher ? result(*given.teacher, true) : empty({0}, type);
   const Tensor dq = result(given.keys, need_keys);
   const Tensor dr = need_teacher_keys ? result(*given.teacher_keys, true) : empty({0}, type);
   const auto* factors = static_cast<const T*>(dout.const_data_ptr());
-  if (need_student) {
-    const Tensor rows = torch::stable::contiguous(dloss);
-    const auto from = matrix<const T>(rows);
-    const auto to = matrix<T>(dx);
-    parallel_each(from.rows, from.cols, [&](int64_t i) {
-      epilogues<T>().scale(from.row(i), factors[i * dout.stride(0)], to.row(i), from.cols);
-    });
-  }
   if (need_teacher || need_keys || need_teacher_keys) {
     const Operands<T> operands(given, {}, {});
     const Tensor losses = torch::stable::contiguous(loss),

@@ -20,10 +20,6 @@ Math math_of_keys(const Tensor& keys, bool exact) {
   return keys.scalar_type() == ScalarType::Half ? Math::kTf32x3 : math_of(keys, exact);
 }
 
-Optional contiguous(const Optional& x) {
-  return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt;
-}
-
 template <typename T>
 const T* data_or_null(const Optional& x) {
   return x ? data_of<const T>(*x) : nullptr;

@@ -37,8 +37,6 @@ struct Epilogues {
   void (*derivatives)(T* a, T* b, int64_t n, const Row<T>& row);
   // x *= factors
   void (*multiply)(T* x, const T* factors, int64_t n);
-  // y = factor x
-  void (*scale)(const T* x, T factor, T* y, int64_t n);
   // y += factor x
   void (*add_scaled)(const T* x, T factor, T* y, int64_t n);
 };

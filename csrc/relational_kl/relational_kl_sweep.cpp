@@ -11,6 +11,7 @@
 #include "../common/cut.h"
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_simd.h"
 #include "../common/stable.h"
 #include "relational_kl_cpu.h"
 #include "relational_kl_math.h"
@@ -102,7 +103,7 @@ class Sweep {
  private:
   void shrink_row(const Matrix<T>& sums, int64_t i, double factor) const {
     if (factor == 1) return;
-    epilogues<T>().scale(sums.row(i), static_cast<T>(factor), sums.row(i), sums.cols);
+    rows::loops<T>().scale(sums.row(i), static_cast<T>(factor), sums.row(i), sums.cols);
   }
 
   // Row i of the tiles a and b, or a alone, becomes weights; `row` takes them in.

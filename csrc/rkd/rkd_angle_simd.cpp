@@ -6,6 +6,8 @@
 // and with g the derivative of its huber, m = g a_j r_ik and p = g psi, the sum's derivatives are
 //   by q_jk: -m,   by q_ij: sum over k of m - p r_ij^2 / 2,   by q_ik: sum over j of m - p r_ik^2 /
 //   2
+//
+// fp-contract: fast, since both sides of a difference of products are sums.
 #include "rkd_angle_simd.h"
 
 #include "../common/lanes.h"

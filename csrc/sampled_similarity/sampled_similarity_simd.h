@@ -16,8 +16,6 @@ struct Loops {
   // out = sum over k of weights[k] row k, added in the order of k
   void (*weighted_sum)(const T* weights, const T* bank, const int64_t* index, int64_t n, int64_t D,
                        T* out);
-  // y += x
-  void (*add)(const T* x, T* y, int64_t n);
   // whether no number is infinite or NaN
   bool (*all_finite)(const T* x, int64_t n);
 };

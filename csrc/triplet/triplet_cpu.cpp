@@ -5,20 +5,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../pairs/distance_math.h"
+#include "../pairs/distance_names.h"
 #include "triplet_mine.h"
 
 namespace kdk::triplet {
 namespace {
 
-using pairs::Distance, pairs::from_squared, pairs::parse_distance, pairs::slope;
-
-Strategy parse_strategy(const std::string& name) {
-  return name == "hardest"    ? Strategy::kHardest
-         : name == "semihard" ? Strategy::kSemihard
-         : name == "easiest"  ? Strategy::kEasiest
-                              : Strategy::kPaired;
-}
+using pairs::Distance, pairs::from_squared, pairs::slope;
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const Tensor& labels,
@@ -116,9 +109,7 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dd_ap, const Tensor& dd_an, const T
                                   D);
       }
     });
-    return embeddings.scalar_type() == scalar_type_of<T>
-               ? dx
-               : torch::stable::to(dx, embeddings.scalar_type());
+    return in_dtype(dx, embeddings.scalar_type());
   };
   return {
       need_embeddings ? gradient(B, true, own) : empty({0}, embeddings.scalar_type()),
@@ -131,8 +122,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(Tensor embeddings, Tensor
                                                        std::string negatives,
                                                        std::string distance) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(embeddings, labels, references, reference_labels, own, parse_strategy(positives),
-             parse_strategy(negatives), parse_distance(distance));
+  return run(embeddings, labels, references, reference_labels, own, by_name(kStrategies, positives),
+             by_name(kStrategies, negatives), by_name(pairs::kDistances, distance));
 }
 
 std::tuple<Tensor, Tensor> triplet_bwd(Tensor dd_ap, Tensor dd_an, Tensor embeddings,
@@ -141,7 +132,7 @@ std::tuple<Tensor, Tensor> triplet_bwd(Tensor dd_ap, Tensor dd_an, Tensor embedd
                                        bool need_references, std::string distance) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? bwd<double> : bwd<float>;
   return run(dd_ap, dd_an, embeddings, references, positive, negative, d_ap, d_an, own,
-             need_embeddings, need_references, parse_distance(distance));
+             need_embeddings, need_references, by_name(pairs::kDistances, distance));
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 #include <tuple>
 
 #include "../common/cuda/glue.h"
+#include "../pairs/distance_names.h"
+#include "triplet_names.h"
 
 namespace kdk::triplet {
 namespace {
@@ -40,26 +42,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
       own ? anchors
           : SortedRows{source_of(r), data_of<const int64_t>(reference_labels),
                        data_of<const int64_t>(reference_order), data_of<float>(norms) + B};
-  const bool paired = positives == "paired";
+  const Strategy p = by_name(kStrategies, positives), n = by_name(kStrategies, negatives);
+  const bool paired = p == Strategy::kPaired, bounded = n == Strategy::kSemihard;
   PrepareParams prepare{anchors, {winner[0], winner[1]}, {}};
   if (paired) prepare.paired = source_of(unsorted);
   launch_triplet_prepare(prepare, math, device.stream());
   if (!own) launch_triplet_prepare({candidates, {nullptr, nullptr}, {}}, math, device.stream());
 
   // a semi-hard positive is the farthest within its bound, a semi-hard negative the nearest beyond
-  const int sign[2] = {paired || positives != "easiest" ? -1 : 1, negatives == "easiest" ? -1 : 1};
-  const auto mine = [&](int p, int n, int bound) {
-    MineParams params{anchors, candidates, own, {p, n}, {winner[0], winner[1]}, bound, 0};
+  const int sign[2] = {p == Strategy::kEasiest ? 1 : -1, n == Strategy::kEasiest ? -1 : 1};
+  const auto mine = [&](int positive_sign, int negative_sign, int bound) {
+    MineParams params{
+        anchors, candidates, own, {positive_sign, negative_sign}, {winner[0], winner[1]}, bound, 0};
     if (bound >= 0) params.bound_sign = sign[bound];
     launch_triplet_mine(params, math, device.stream());
   };
-  const bool bounded = negatives == "semihard";
   if (paired) {
     mine(0, sign[1], bounded ? 0 : -1);
   } else if (bounded) {
     mine(sign[0], 0, -1);
     mine(0, sign[1], 0);
-  } else if (positives == "semihard") {
+  } else if (p == Strategy::kSemihard) {
     mine(0, sign[1], -1);
     mine(sign[0], 0, 1);
   } else {
@@ -68,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
   launch_triplet_distances({anchors,
                             source_of(unsorted),
                             {winner[0], winner[1]},
-                            pairs::parse_distance(distance),
+                            by_name(pairs::kDistances, distance),
                             data_of<int64_t>(positive),
                             data_of<int64_t>(negative),
                             data_of<float>(d_ap),
@@ -94,7 +97,7 @@ Tensor triplet_bwd(Tensor dd,          // [2 B] fp32
   launch_triplet_bwd(
       {source_of(x), source_of(r), data_of<const int64_t>(chosen), data_of<const float>(d),
        data_of<const float>(dd), data_of<const int64_t>(order), data_of<const int64_t>(begin),
-       out.mutable_data_ptr(), N, anchor, pulled, pairs::parse_distance(distance)},
+       out.mutable_data_ptr(), N, anchor, pulled, by_name(pairs::kDistances, distance)},
       math_of(embeddings, true), device.stream());
   return out;
 }

@@ -14,14 +14,12 @@
 #include "../pairs/sorted_rows.h"
 #include "../pairs/tile_grid.h"
 #include "triplet_math.h"
+#include "triplet_names.h"
 #include "triplet_simd.h"
 
 namespace kdk::triplet {
 
 using pairs::kMostTile, pairs::Labelled, pairs::LabelRanges, pairs::SortedRows;
-
-// kPaired, of positives only: row i of the references is the positive of anchor i.
-enum class Strategy { kHardest, kSemihard, kEasiest, kPaired };
 
 // Candidates of one kind (positives or negatives) that each anchor looks through, and the winners
 // so far.

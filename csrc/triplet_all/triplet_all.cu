@@ -121,7 +121,7 @@ __device__ Piece rank(const Anchor& anchor, int64_t first, Shared& shared) {
 
 // How many of n descending thresholds are above x, or not below it.
 template <bool kAbove>
-__device__ __forceinline__ int position(const float* thresholds, int n, float x) {
+__device__ __forceinline__ int count_thresholds(const float* thresholds, int n, float x) {
   int at = 0;
   while (n > 0) {
     const int half = (n + 1) / 2;
@@ -157,7 +157,7 @@ __device__ void weigh_hinge(const WeighParams& p, const Anchor& anchor, const Pi
   __syncthreads();
   anchor.each_negative(piece.first == 0, [&](int64_t, float d) {
     const float e = d - p.margin;
-    const int above = position<true>(shared.sorted, n, e);
+    const int above = count_thresholds<true>(shared.sorted, n, e);
     if (d != d) found.total = d;
     if (above > 0) {
       atomicAdd(&shared.below[above - 1], 1u);
@@ -233,7 +233,7 @@ __device__ void weigh_semihard(const WeighParams& p, const Anchor& anchor, const
     if (d != d) found.total = d;  // it is beyond every positive, and would be taken
     const Winner far = pack(-d, row[j]);
     farthest = far < farthest ? far : farthest;
-    const int before = position<false>(shared.sorted, n, d);
+    const int before = count_thresholds<false>(shared.sorted, n, d);
     if (before < n) atomicMin(&shared.chosen.nearest[before], pack(d, row[j]));
     return 0.0f;
   });

@@ -4,6 +4,7 @@
 #include <string>
 #include <tuple>
 
+#include "../pairs/distance_names.h"
 #include "triplet_all_cpu.h"
 
 namespace kdk::triplet_all {
@@ -39,7 +40,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
     bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
   return run(embeddings, labels, references, reference_labels, own, negatives == "semihard",
-             {margin, soft}, pairs::parse_distance(distance), need_embeddings, need_references);
+             {margin, soft}, by_name(pairs::kDistances, distance), need_embeddings,
+             need_references);
 }
 
 }  // namespace

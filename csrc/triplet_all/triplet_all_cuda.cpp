@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "../common/cuda/glue.h"
+#include "../pairs/distance_names.h"
 
 namespace kdk::triplet_all {
 namespace {
@@ -156,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
                     candidates.rows,
                     own,
                     first,
-                    pairs::parse_distance(distance),
+                    by_name(pairs::kDistances, distance),
                     data_of<float>(d),
                     stride,
                     data_of<int>(close)};

@@ -15,8 +15,8 @@ using namespace kdk::cuda;
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 // How many of n ascending labels are below `label`, or not above it.
-__device__ __forceinline__ int64_t position(const int64_t* labels, int64_t n, int64_t label,
-                                            bool past) {
+__device__ __forceinline__ int64_t count_labels(const int64_t* labels, int64_t n, int64_t label,
+                                                bool past) {
   int64_t low = 0;
   while (n > 0) {
     const int64_t half = n / 2, other = labels[low + half];
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads)
     if (p.rows.sums != nullptr) p.rows.sums[i] = 0;
   }
   if (p.begin != nullptr && lane < 2)
-    (lane == 0 ? p.begin : p.end)[i] = position(p.reference_label, p.M, p.label[i], lane == 1);
+    (lane == 0 ? p.begin : p.end)[i] = count_labels(p.reference_label, p.M, p.label[i], lane == 1);
 }
 
 // Whether any thread of the block says so. `shared` may be used again afterwards.

@@ -13,9 +13,6 @@
 namespace kdk::triplet_all::KDK_SIMD_LEVEL {
 namespace {
 
-// as wide as T, so that a loop keeps its number of lanes
-template <typename T>
-using Count = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
 template <typename T>
 using Bits = std::make_unsigned_t<Count<T>>;
 

@@ -92,10 +92,6 @@ inline Dtype stored_as(ScalarType dtype) {
                                        : Dtype::kFloat;
 }
 
-inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
-  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-}
-
 // x, the last axis of unit stride; copied only if it is not so already.
 inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
