@@ -34,7 +34,7 @@ struct Loss {
 
   // In batch each pair counts once, with the anchor before the reference.
   int64_t begin(int64_t i, int64_t j0, int64_t n) const {
-    return ranges.own ? std::clamp<int64_t>(i + 1 - j0, 0, n) : 0;
+    return ranges.in_batch ? std::clamp<int64_t>(i + 1 - j0, 0, n) : 0;
   }
 
   template <typename F>
@@ -67,12 +67,13 @@ struct Loss {
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const Tensor& labels,
                                                const Tensor& references,
-                                               const Tensor& reference_labels, bool own,
+                                               const Tensor& reference_labels, bool in_batch,
                                                double margin, pairs::Distance distance,
                                                bool need_embeddings, bool need_references) {
   const Tensor x = contiguous_in_type<T>(embeddings),
-               r = own ? x : contiguous_in_type<T>(references);
-  Sweep<T> sweep(x, labels, r, reference_labels, own, distance, need_embeddings, need_references);
+               r = in_batch ? x : contiguous_in_type<T>(references);
+  Sweep<T> sweep(x, labels, r, reference_labels, in_batch, distance, need_embeddings,
+                 need_references);
   Loss<T> loss(sweep.rows.ranges, margin);
   sweep.run(loss);
   const Tensor total = empty({}, scalar_type_of<T>), nonzero = empty({}, ScalarType::Long);
@@ -88,14 +89,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
     return std::isnan(sum) ? pairs::nan_gradient(side) : side.gradient(0, [](int64_t, double*) {});
   };
   return {total, nonzero, gradient(sweep.anchors),
-          own ? empty({0}, scalar_type_of<T>) : gradient(sweep.references)};
+          in_batch ? empty({0}, scalar_type_of<T>) : gradient(sweep.references)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
-    Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool own,
+    Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch,
     double margin, std::string distance, bool need_embeddings, bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(embeddings, labels, references, reference_labels, own, margin,
+  return run(embeddings, labels, references, reference_labels, in_batch, margin,
              by_name(pairs::kDistances, distance), need_embeddings, need_references);
 }
 
@@ -105,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def(
       "contrastive_fwd(Tensor embeddings, Tensor labels, Tensor references, Tensor "
-      "reference_labels, bool own, float margin, str distance, bool need_embeddings, bool "
+      "reference_labels, bool in_batch, float margin, str distance, bool need_embeddings, bool "
       "need_references) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

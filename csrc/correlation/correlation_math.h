@@ -15,7 +15,7 @@ struct Moments {
 
 struct Coefficients {
   double rho;
-  double own, other;  // d rho / d a = other b - own a
+  double side, other;  // d rho / d a = other b - side a
 };
 
 KDK_HOST_DEVICE Coefficients coefficients(const Moments& m, double eps) {

@@ -117,9 +117,9 @@ void gradient(const T* z_a, const T* z_b, int64_t n, T temperature, const RowFac
     const auto at = [&](const T* p) { return load<kFull>(p + j, count); };
     const Vector<T> a = exp_of_negative<T>(at(z_a) / temperature - row.a.max) * row.a.inverse;
     const Vector<T> b = exp_of_negative<T>(at(z_b) / temperature - row.b.max) * row.b.inverse;
-    const Vector<T> by_row = (a - row.centre) * row.own - (b - row.centre) * row.other;
+    const Vector<T> by_row = (a - row.centre) * row.side - (b - row.centre) * row.other;
     const Vector<T> by_column =
-        (a - at(columns.mean_a)) * at(columns.own) - (b - at(columns.mean_b)) * at(columns.other);
+        (a - at(columns.mean_a)) * at(columns.side) - (b - at(columns.mean_b)) * at(columns.other);
     const Vector<T> dy = by_row + by_column;
     inner += within<kFull, T>(dy * a, count, 0);
     store<kFull, T>(y + j, a, count);

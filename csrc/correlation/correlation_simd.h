@@ -25,13 +25,13 @@ struct Columns {
 // What the gradient takes of each column, arrays of C.
 template <typename T>
 struct ColumnFactors {
-  const T *mean_a, *mean_b, *own, *other;
+  const T *mean_a, *mean_b, *side, *other;
 };
 
 template <typename T>
 struct RowFactors {
   Softmax<T> a, b;
-  T centre, own, other;
+  T centre, side, other;
 };
 
 template <typename T>

@@ -27,16 +27,16 @@ struct Forward {
   Matrix<T> gram_student, gram_teacher, cross;
 };
 
-// The gradient of one side. `own` is the side that it is for, so the teacher's has the two sides
+// The gradient of one side. `side` is the side that it is for, so the teacher's has the two sides
 // swapped and `cross` transposed.
 template <typename T>
 struct Backward {
-  Matrix<const T> own, other;            // [B, D_own], [B, D_other]; unit rows for kFeature
-  Matrix<const T> gram_own, gram_other;  // empty for kStreamed
-  Matrix<const T> cross;                 // kFactored: [D_other, D_own]
-  const double *a, *b, *c;               // [B] each, times dout
+  Matrix<const T> side, other;            // [B, D_side], [B, D_other]; unit rows for kFeature
+  Matrix<const T> gram_side, gram_other;  // empty for kStreamed
+  Matrix<const T> cross;                  // kFactored: [D_other, D_side]
+  const double *a, *b, *c;                // [B] each, times dout
   T dout;
-  Matrix<T> gradient;  // [B, D_own], with respect to `own`
+  Matrix<T> gradient;  // [B, D_side], with respect to `side`
 };
 
 template <typename T>

@@ -34,7 +34,7 @@ struct ResidentParams {
   int splits;
   int64_t split_length[2];
   NormsParams norms;
-  unsigned* tickets;  // [G]
+  unsigned* semaphores;  // [G]
 };
 
 // Adds up the splits, and reduces rows to coefficients and loss.
@@ -42,25 +42,25 @@ struct FinishParams {
   Problem problem;
   const float* parts[2];  // [splits, G, B, B]; may be the Grams if there is one split
   int splits;
-  float* gram[2];      // [G, B, B]
-  double* coef;        // [G, kCoefs, B]
-  double* row_losses;  // [G, B]
-  float* loss;         // [G]
-  unsigned* tickets;   // [G]
+  float* gram[2];        // [G, B, B]
+  double* coef;          // [G, kCoefs, B]
+  double* row_losses;    // [G, B]
+  float* loss;           // [G]
+  unsigned* semaphores;  // [G]
 };
 
 // W of dX = W X, symmetric: what a gradient makes of two Grams. Of normalised features it is scaled
 // on both sides, so that it multiplies them as they are.
 struct WeightsParams {
-  Problem problem;           // its x is not read
-  const float *own, *other;  // [G, B, B]
-  const double* coef;        // [G, kCoefs, B]
-  int side;                  // whose gradient: 0 the student's
-  const float* dout;         // [G], dout_stride apart
+  Problem problem;                      // its x is not read
+  const float *side_gram, *other_gram;  // [G, B, B]
+  const double* coef;                   // [G, kCoefs, B]
+  int side;                             // whose gradient: 0 the student's
+  const float* dout;                    // [G], dout_stride apart
   int64_t dout_stride;
-  void* weights;      // [G, B, B], of `math`'s dtype
-  unsigned* tickets;  // [ticket_count], zeros for the product that follows
-  int64_t ticket_count;
+  void* weights;         // [G, B, B], of `math`'s dtype
+  unsigned* semaphores;  // [semaphore_count], zeros for the product that follows
+  int64_t semaphore_count;
 };
 
 // Streamed: sums over the tiles of `tiles` rows of tiles, and what later rows have of those by
@@ -86,8 +86,8 @@ struct PairWeightsParams {
   WeightsParams weights;  // its Grams are not read; weights is [rows, B - first]
   int64_t group, first;
   int64_t rows;
-  unsigned* more_tickets;  // [more_ticket_count], zeros for a second product
-  int64_t more_ticket_count;
+  unsigned* more_semaphores;  // [more_semaphore_count], zeros for a second product
+  int64_t more_semaphore_count;
 };
 
 struct LossParams {

@@ -66,13 +66,13 @@ __device__ __forceinline__ RowCoefs<Wide> row_coefs(const WeightsParams& p, int6
 
 // W_ij; `factor` is what all of W is multiplied by, and the scales of both rows.
 template <typename Wide>
-__device__ __forceinline__ float weight(const WeightsParams& p, float own, float other,
+__device__ __forceinline__ float weight(const WeightsParams& p, float side, float other,
                                         const RowCoefs<Wide>& i, const RowCoefs<Wide>& j,
                                         float factor) {
   const float w =
       p.problem.form == Form::kTaylor
-          ? taylor_weight(own, other, p.problem.taylor)
-          : static_cast<float>(linear_weight<Wide>(own, other, i.a, j.a, i.b, j.b, i.c, j.c));
+          ? taylor_weight(side, other, p.problem.taylor)
+          : static_cast<float>(linear_weight<Wide>(side, other, i.a, j.a, i.b, j.b, i.c, j.c));
   return w * factor;
 }
 

@@ -117,12 +117,12 @@ void factored_forward(const Forward<T>& call, const Options& options) {
   uniform_coef(call.coef);
 }
 
-// dX = [b X, X, a Y, Y] [F; X^T (b X); M; Y^T (a X)] with X the own side, Y the other, F = X^T X
-// and M = Y^T X: one product a panel. With uniform coefficients b X F repeats itself, and dX = [2 b
-// X, 2 a Y] [F; M].
+// dX = [b X, X, a Y, Y] [F; X^T (b X); M; Y^T (a X)] with X the side that the gradient is for, Y
+// the other, F = X^T X and M = Y^T X: one product a panel. With uniform coefficients b X F repeats
+// itself, and dX = [2 b X, 2 a Y] [F; M].
 template <typename T>
 void factored_backward(const Backward<T>& call, const Options& options) {
-  const auto &x = call.own, &y = call.other;
+  const auto &x = call.side, &y = call.other;
   const int64_t B = x.rows, D = x.cols, D_y = y.cols;
   const bool uniform = options.normalize != Normalize::kRowL2;
   const int64_t depth = (uniform ? 1 : 2) * (D + D_y);
@@ -133,7 +133,7 @@ void factored_backward(const Backward<T>& call, const Options& options) {
     row += rows;
     return stacked.row_block(row - rows, rows);
   };
-  copy<T>(call.gram_own, next(D));
+  copy<T>(call.gram_side, next(D));
   copy<T>(call.cross, next(D_y));
   if (!uniform) {
     const Scratch<T> scaled(2 * B * D);
@@ -144,8 +144,8 @@ void factored_backward(const Backward<T>& call, const Options& options) {
       scale_rows<T>(x.row_block(i0, n), call.b + i0, bx.row_block(i0, n));
       scale_rows<T>(x.row_block(i0, n), call.a + i0, ax.row_block(i0, n));
     });
-    const auto own = next(D), other = next(D_y);
-    grams<T>({{x.t(), bx.t(), own, true}, {y.t(), ax.t(), other, false}});
+    const auto side = next(D), other = next(D_y);
+    grams<T>({{x.t(), bx.t(), side, true}, {y.t(), ax.t(), other, false}});
   }
   const Scratch<T> panels(thread_slots() * kPanel * depth);
   parallel_each(ceil_div(B, kPanel), 2.0 * kPanel * depth * D, [&](int64_t p) {

@@ -30,13 +30,14 @@ struct RowResult {
 KDK_HOST_DEVICE RowResult normalized_row(const double sums[kSums], bool l2) {
   const double norm_s = l2 ? sqrt(sums[0]) : sums[3], norm_t = l2 ? sqrt(sums[1]) : sums[4];
   const double r = clamp_min(norm_s, kEps), q = clamp_min(norm_t, kEps);
-  const double own_s = sums[0] / (r * r), own_t = sums[1] / (q * q), cross = sums[2] / (r * q);
+  const double square_s = sums[0] / (r * r), square_t = sums[1] / (q * q),
+               cross = sums[2] / (r * q);
   // <dG_i, G_i> / 2, which the normalisation takes back from the gradient; nothing where the clamp
   // holds the norm
-  const double back_s = norm_s >= kEps ? own_s - cross : 0,
-               back_t = norm_t >= kEps ? own_t - cross : 0;
+  const double back_s = norm_s >= kEps ? square_s - cross : 0,
+               back_t = norm_t >= kEps ? square_t - cross : 0;
   RowResult row;
-  row.loss = clamp_min(own_s + own_t - 2 * cross, 0);
+  row.loss = clamp_min(square_s + square_t - 2 * cross, 0);
   row.coef[0] = -2 / (r * q);
   row.coef[1] = 2 * (l2 ? 1 - back_s : 1) / (r * r);
   row.coef[2] = 2 * (l2 ? 1 - back_t : 1) / (q * q);
@@ -83,16 +84,16 @@ KDK_HOST_DEVICE T sign(T x) {
   return x > T(0) ? T(1) : x < T(0) ? T(-1) : x;  // NaN stays NaN
 }
 
-// dloss/dA_ij + dloss/dA_ji, the weight of features j in the gradient of features i. `own` is the
+// dloss/dA_ij + dloss/dA_ji, the weight of features j in the gradient of features i. `side` is the
 // Gram entry of the side that the gradient is for, and b, c are its coefficients.
 template <typename T>
-KDK_HOST_DEVICE T linear_weight(T own, T other, T a_i, T a_j, T b_i, T b_j, T c_i, T c_j) {
-  return (b_i + b_j) * own + (a_i + a_j) * other + (c_i + c_j) * sign(own);
+KDK_HOST_DEVICE T linear_weight(T side, T other, T a_i, T a_j, T b_i, T b_j, T c_i, T c_j) {
+  return (b_i + b_j) * side + (a_i + a_j) * other + (c_i + c_j) * sign(side);
 }
 
 template <typename T>
-KDK_HOST_DEVICE T taylor_weight(T own, T other, const Taylor<T>& f) {
-  return T(4) * (f.value(own) - f.value(other)) * f.slope(own);
+KDK_HOST_DEVICE T taylor_weight(T side, T other, const Taylor<T>& f) {
+  return T(4) * (f.value(side) - f.value(other)) * f.slope(side);
 }
 
 }  // namespace kdk::gram_mse

@@ -14,17 +14,18 @@ template <typename T>
 struct Epilogues {
   // Adds a tile's row sums (kSums per row) to rows[i * kSums], and its column sums to cols[s * n +
   // j] unless null.
-  void (*row_sums)(Matrix<const T> own, Matrix<const T> other, bool l1, double* rows, double* cols);
+  void (*row_sums)(Matrix<const T> side, Matrix<const T> other, bool l1, double* rows,
+                   double* cols);
   // sum over the tile of (A - K)^2, or of (f(A) - f(K))^2 if f is given.
-  double (*squared_difference)(Matrix<const T> own, Matrix<const T> other, const Taylor<T>* f);
+  double (*squared_difference)(Matrix<const T> side, Matrix<const T> other, const Taylor<T>* f);
   // weights = linear_weight of each entry, in fp64: a rounding of a coefficient would be common to
   // a whole row and add up in the product. a_i, b_i, c_i are per row of the tile, a_j, b_j, c_j per
   // column. weights may be one of the two tiles.
-  void (*linear_weights)(Matrix<const T> own, Matrix<const T> other, const double* a_i,
+  void (*linear_weights)(Matrix<const T> side, Matrix<const T> other, const double* a_i,
                          const double* b_i, const double* c_i, const double* a_j, const double* b_j,
                          const double* c_j, Matrix<T> weights);
   // weights = factor taylor_weight
-  void (*taylor_weights)(Matrix<const T> own, Matrix<const T> other, const Taylor<T>& f, T factor,
+  void (*taylor_weights)(Matrix<const T> side, Matrix<const T> other, const Taylor<T>& f, T factor,
                          Matrix<T> weights);
 };
 

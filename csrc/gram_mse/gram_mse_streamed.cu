@@ -6,7 +6,7 @@
 
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
-#include "../common/cuda/tickets.h"
+#include "../common/cuda/semaphores.h"
 #include "gram_mse_device.h"
 
 namespace kdk::gram_mse {
@@ -107,14 +107,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Wide = std::conditional_t<kMath == Math::kBFloat16, float, double>;
   const WeightsParams& weights = p.weights;
   const Problem& problem = weights.problem;
-  clear_tickets(weights.tickets, weights.ticket_count);
-  clear_tickets(p.more_tickets, p.more_ticket_count);
+  clear_semaphores(weights.semaphores, weights.semaphore_count);
+  clear_semaphores(p.more_semaphores, p.more_semaphore_count);
   if (blockIdx.y > blockIdx.x) return;
   const int64_t width = problem.B - p.first, g = p.group;
   const int64_t row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;
   const int64_t i0 = p.first + row0, j0 = p.first + column0;
   const Pair pair = pair_of<kMath>(problem, g, i0, j0);
-  const int own_side = weights.side;
+  const int side = weights.side;
   const float dout = weights.dout[g * weights.dout_stride];
   auto* out = static_cast<T*>(weights.weights);
   const bool together = width % 8 == 0;
@@ -122,13 +122,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   {
     const int column = threadIdx.x % kTile;
     const RowCoefs<Wide> across = row_coefs<Wide>(weights, g, j0 + column);
-    const float scale = dout * row_scale(problem, own_side, g, j0 + column);
+    const float scale = dout * row_scale(problem, side, g, j0 + column);
     for (int row = threadIdx.x / kTile; row < kTile; row += kThreads / kTile) {
       const float a = entry(problem, pair.a, 0, g, i0, j0, row, column);
       const float k = entry(problem, pair.k, 1, g, i0, j0, row, column);
-      *staged(pair.a, row, column) = weight(weights, own_side == 0 ? a : k, own_side == 0 ? k : a,
+      *staged(pair.a, row, column) = weight(weights, side == 0 ? a : k, side == 0 ? k : a,
                                             row_coefs<Wide>(weights, g, i0 + row), across,
-                                            scale * row_scale(problem, own_side, g, i0 + row));
+                                            scale * row_scale(problem, side, g, i0 + row));
     }
   }
   __syncthreads();

@@ -54,11 +54,12 @@ Tensor encode(const Tensor& features, const Tensor& weight, const Optional& bias
 
 template <typename T>
 std::tuple<Tensor, Tensor> fwd(const Tensor& student, const Tensor& codes, const Tensor& weight,
-                               const Optional& bias, const Optional& sample_mask, bool with_dloss) {
+                               const Optional& bias, const Optional& sample_mask,
+                               bool need_student) {
   const int64_t B = student.size(0), D = student.size(1);
   constexpr ScalarType type = scalar_type_of<T>;
   const Tensor loss = empty({B}, type);
-  const Tensor dloss = with_dloss ? empty({B, D}, type) : empty({0}, type);
+  const Tensor dloss = need_student ? empty({B, D}, type) : empty({0}, type);
   const Operands<T> operands(student, weight, bias);
   const Tensor bits = torch::stable::contiguous(codes);
   const auto rows = selected(sample_mask);
@@ -68,9 +69,9 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& student, const Tensor& codes, const
     std::fill_n(static_cast<T*>(dloss.mutable_data_ptr()), dloss.numel(), T(0));
   }
   const Matrix<T> gradient =
-      Matrix<T>::contiguous(static_cast<T*>(dloss.mutable_data_ptr()), with_dloss ? B : 0, D);
+      Matrix<T>::contiguous(static_cast<T*>(dloss.mutable_data_ptr()), need_student ? B : 0, D);
   forward<T>({operands.view(), matrix<const uint8_t>(bits), rows ? &*rows : nullptr}, losses,
-             with_dloss ? &gradient : nullptr);
+             need_student ? &gradient : nullptr);
   return {loss, dloss};
 }
 
@@ -106,9 +107,9 @@ Tensor lsh_bce_encode(Tensor features, Tensor weight, Optional bias) {
 }
 
 std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Optional bias,
-                                       Optional sample_mask, bool with_dloss) {
+                                       Optional sample_mask, bool need_student) {
   const auto run = student.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(student, codes, weight, bias, sample_mask, with_dloss);
+  return run(student, codes, weight, bias, sample_mask, need_student);
 }
 
 std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes,
@@ -127,7 +128,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def("lsh_bce_encode(Tensor features, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? sample_mask, "
-      "bool with_dloss) -> (Tensor, Tensor)");
+      "bool need_student) -> (Tensor, Tensor)");
   m.def(
       "lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? "
       "sample_mask, Tensor dloss, bool need_student, bool need_weight, bool need_bias) -> "

@@ -30,21 +30,11 @@ struct ProjectParams {
   int64_t loss_stride;
   void* dz;      // [B, N] contiguous: factor times the derivatives, in the dtype of the features
   float* dbias;  // [tiles of B, N]: sums of those over the rows of a tile
-  unsigned* tickets;  // [ticket_count], set to 0 for the launch that follows
-  int64_t ticket_count;
+  unsigned* semaphores;  // [semaphore_count], set to 0 for the launch that follows
+  int64_t semaphore_count;
 };
 
 void launch_lsh_bce_encode(const EncodeParams& params, cuda::Math math, cudaStream_t stream);
 void launch_lsh_bce_project(const ProjectParams& params, cuda::Math math, cudaStream_t stream);
-
-struct ScaleParams {
-  const float* dout;  // [B], dout_stride apart
-  int64_t dout_stride;
-  const float* dloss;  // [B, D] contiguous
-  void* ds;            // [B, D] contiguous, of `math`'s dtype
-  int64_t B, D;
-};
-
-void launch_lsh_bce_bwd_scale(const ScaleParams& params, cuda::Math math, cudaStream_t stream);
 
 }  // namespace kdk::lsh_bce

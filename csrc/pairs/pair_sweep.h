@@ -28,24 +28,25 @@ struct Side {
   const T* original;  // [n, D], rows in the caller's order, not centred
   bool needed;
   // Kept in fp64: with large classes, thousands of terms that largely cancel.
-  std::optional<Scratch<double>> pulls;  // [n, D] sorted: sum of the weights times the other rows
-  std::vector<double> weight;            // [n] sorted: sum of the weights
+  std::optional<Scratch<double>>
+      weighted;                // [n, D] sorted: sum of the weights times the other rows
+  std::vector<double> weight;  // [n] sorted: sum of the weights
 
   Side(const SortedRows<T>& rows, const Tensor& x, bool needed_)
       : sorted(rows), original(static_cast<const T*>(x.const_data_ptr())), needed(needed_) {
     if (!needed) return;
-    pulls.emplace(rows.size() * rows.x.cols);
+    weighted.emplace(rows.size() * rows.x.cols);
     weight.assign(rows.size(), 0.0);
     parallel_each(rows.size(), rows.x.cols,
-                  [&](int64_t i) { std::fill_n(pull(i), sorted.x.cols, 0.0); });
+                  [&](int64_t i) { std::fill_n(weighted_row(i), sorted.x.cols, 0.0); });
   }
 
-  double* pull(int64_t i) const { return pulls->data() + i * sorted.x.cols; }
+  double* weighted_row(int64_t i) const { return weighted->data() + i * sorted.x.cols; }
 
   const T* row(int64_t i) const { return original + sorted.row[i] * sorted.x.cols; }
 
-  // [n, D] in the caller's order, or [0] where not needed. `more`(i, pull) may take from the pull
-  // on sorted row i, with about `ops` operations.
+  // [n, D] in the caller's order, or [0] where not needed. `more`(i, sum) may subtract from
+  // sum `weighted_row(i)` of sorted row i, with about `ops` operations.
   template <typename More>
   Tensor gradient(double ops, const More& more) const {
     if (!needed) return empty({0}, scalar_type_of<T>);
@@ -53,8 +54,8 @@ struct Side {
     const Tensor dx = empty({n, D}, scalar_type_of<T>);
     auto* out = static_cast<T*>(dx.mutable_data_ptr());
     parallel_each(n, 4.0 * D + ops, [&](int64_t i) {
-      more(i, pull(i));
-      loops<T>().finish(weight[i], sorted.x.row(i), pull(i), out + sorted.row[i] * D, D);
+      more(i, weighted_row(i));
+      loops<T>().finish(weight[i], sorted.x.row(i), weighted_row(i), out + sorted.row[i] * D, D);
     });
     return dx;
   }
@@ -91,16 +92,16 @@ struct Sweep {
   T tolerance = std::numeric_limits<T>::epsilon() * static_cast<T>(8 + anchors.sorted.x.cols / 8);
   const Loops<T>& kernels = loops<T>();
 
-  // x: [B, D], r: [M, D], both contiguous and in T; where own, r is x
+  // x: [B, D], r: [M, D], both contiguous and in T; in batch, r is x
   Sweep(const Tensor& x, const Tensor& labels, const Tensor& r, const Tensor& reference_labels,
-        bool own, Distance distance_, bool need_x, bool need_r)
-      : rows(x, labels, r, reference_labels, own),
+        bool in_batch, Distance distance_, bool need_x, bool need_r)
+      : rows(x, labels, r, reference_labels, in_batch),
         anchors(rows.anchors, x, need_x),
-        others(own ? std::nullopt
-                   : std::optional<Side<T>>(std::in_place, rows.references, r, need_r)),
-        references(own ? anchors : *others),
+        others(in_batch ? std::nullopt
+                        : std::optional<Side<T>>(std::in_place, rows.references, r, need_r)),
+        references(in_batch ? anchors : *others),
         distance(distance_),
-        grid(TileGrid::fitted(anchors.sorted.size(), references.sorted.size(), own)) {
+        grid(TileGrid::fitted(anchors.sorted.size(), references.sorted.size(), in_batch)) {
     // So that 0 times such a row is 0; a sum that takes a distance to one is NaN all the same.
     blank(rows.anchors);
     if (rows.others) blank(*rows.others);
@@ -108,7 +109,7 @@ struct Sweep {
   Sweep(const Sweep&) = delete;
   Sweep& operator=(const Sweep&) = delete;
 
-  bool own() const { return rows.ranges.own; }
+  bool in_batch() const { return rows.ranges.in_batch; }
   bool needs_gradient() const { return anchors.needed || references.needed; }
 
   // From the difference of the rows as they were given.
@@ -117,7 +118,7 @@ struct Sweep {
                                                           anchors.sorted.x.cols);
     return from_squared(d2, distance);
   }
-  T exact(int64_t i, int64_t j) const { return static_cast<T>(measure(i, j)); }
+  T from_difference(int64_t i, int64_t j) const { return static_cast<T>(measure(i, j)); }
 
   // How far the distance d > 0 of a pair may be from the exact one by the rounding of its products.
   T slack(int64_t i, int64_t j, T d) const {
@@ -146,7 +147,8 @@ struct Sweep {
       };
       workspace.close.clear();
       measure(tile, stretches, workspace.close);
-      if (loss.weigh(tile) && needs_gradient()) pull(tile, stretches, workspace.close, workspace);
+      if (loss.weigh(tile) && needs_gradient())
+        add_gradient(tile, stretches, workspace.close, workspace);
     });
   }
 
@@ -165,7 +167,7 @@ struct Sweep {
     Tile<T> tile(const Sweep& sweep, const Block& block) {
       return {block.i0,
               block.j0,
-              sweep.own() && !block.diagonal,
+              sweep.in_batch() && !block.diagonal,
               Matrix<T>::contiguous(memory, block.rows, block.cols),
               Matrix<T>::contiguous(memory + size, block.rows, block.cols),
               Matrix<T>::contiguous(memory + 2 * size, block.cols, block.rows)};
@@ -223,20 +225,20 @@ struct Sweep {
           return;
         for (int64_t j = begin; j < end; ++j) {
           if (!(row[j] < 0)) continue;
-          row[j] = exact(tile.i0 + i, tile.j0 + j);
+          row[j] = from_difference(tile.i0 + i, tile.j0 + j);
           close.push_back({i, j});
         }
       });
     }
   }
 
-  // Adds to the gradients of both sides what the weights of a measured tile pull, and overwrites
-  // them.
+  // Adds to the gradients of both sides what the weights of a measured tile contribute. Overwrites
+  // the weights.
   template <typename Stretches>
-  void pull(const Tile<T>& tile, const Stretches& stretches, const std::vector<Pair>& close,
-            Workspace& workspace) {
+  void add_gradient(const Tile<T>& tile, const Stretches& stretches, const std::vector<Pair>& close,
+                    Workspace& workspace) {
     const auto& d = tile.distance;
-    for (const Pair& pair : close) pull_close(tile, pair);
+    for (const Pair& pair : close) add_close(tile, pair);
     double* column_sums = workspace.column_sums.data();
     std::fill_n(column_sums, d.cols, 0.0);
     for (int64_t i = 0; i < d.rows; ++i) {
@@ -266,19 +268,22 @@ struct Sweep {
   void add_product(Matrix<const T> weight, Matrix<const T> other, const Side<T>& side, int64_t i0,
                    T* memory) const {
     gemm<T>(weight, other, Matrix<T>::contiguous(memory, weight.rows, other.cols));
-    rows::loops<T>().add_wide(memory, side.pull(i0), weight.rows * other.cols);
+    rows::loops<T>().add_wide(memory, side.weighted_row(i0), weight.rows * other.cols);
   }
 
   // The difference of close rows would be lost in (sum_j w_ij) x_i - sum_j w_ij y_j.
-  void pull_close(const Tile<T>& tile, const Pair& pair) {
+  void add_close(const Tile<T>& tile, const Pair& pair) {
     T& weight = tile.weight.row(pair.i)[pair.j];
     if (weight == 0) return;
     const int64_t i = tile.i0 + pair.i, j = tile.j0 + pair.j, D = anchors.sorted.x.cols;
     const double factor = weight * slope(tile.distance.row(pair.i)[pair.j], distance);
     weight = 0;
-    if (anchors.needed) kernels.pull(factor, anchors.row(i), references.row(j), anchors.pull(i), D);
+    if (anchors.needed)
+      kernels.subtract_difference(factor, anchors.row(i), references.row(j),
+                                  anchors.weighted_row(i), D);
     if (references.needed)
-      kernels.pull(factor, references.row(j), anchors.row(i), references.pull(j), D);
+      kernels.subtract_difference(factor, references.row(j), anchors.row(i),
+                                  references.weighted_row(j), D);
   }
 };
 

@@ -75,7 +75,7 @@ void finish(double factor, const T* x, const double* sum, T* out, int64_t n) {
 }
 
 template <typename T>
-void pull(double factor, const T* x, const T* y, double* sum, int64_t n) {
+void subtract_difference(double factor, const T* x, const T* y, double* sum, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j)
     sum[j] -= factor * (static_cast<double>(x[j]) - static_cast<double>(y[j]));
@@ -138,9 +138,9 @@ void transposed(Matrix<const T> from, Matrix<T> to) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {
-      distances<T>,         slopes<T>,          finish<T>, pull<T>, least_above<T>,
-      transposed<T, false>, transposed<T, true>};
+  static constexpr Loops<T> table = {distances<T>,           slopes<T>,      finish<T>,
+                                     subtract_difference<T>, least_above<T>, transposed<T, false>,
+                                     transposed<T, true>};
   return table;
 }
 

@@ -19,7 +19,7 @@ struct Loops {
   // out = factor x - sum
   void (*finish)(double factor, const T* x, const double* sum, T* out, int64_t n);
   // sum -= factor (x - y)
-  void (*pull)(double factor, const T* x, const T* y, double* sum, int64_t n);
+  void (*subtract_difference)(double factor, const T* x, const T* y, double* sum, int64_t n);
   // The least key above `floor`, where key_j = sign d_j; infinity if there is none. Also
   // column_keys_j becomes the lesser of itself and key_j where key_j is above column_floors_j;
   // column_keys may be null.

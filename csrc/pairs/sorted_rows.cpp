@@ -39,8 +39,8 @@ void SortedRows<T>::subtract(const std::vector<T>& point) {
 }
 
 LabelRanges::LabelRanges(const std::vector<int64_t>& anchors,
-                         const std::vector<int64_t>& references, bool own_)
-    : own(own_), first(anchors.size()), last(anchors.size()) {
+                         const std::vector<int64_t>& references, bool in_batch_)
+    : in_batch(in_batch_), first(anchors.size()), last(anchors.size()) {
   const int64_t n = static_cast<int64_t>(references.size());
   int64_t begin = 0, end = 0;
   for (size_t i = 0; i < anchors.size(); ++i) {
@@ -54,13 +54,13 @@ LabelRanges::LabelRanges(const std::vector<int64_t>& anchors,
 
 template <typename T>
 Labelled<T>::Labelled(const Tensor& x, const Tensor& labels, const Tensor& r,
-                      const Tensor& reference_labels, bool own)
+                      const Tensor& reference_labels, bool in_batch)
     : anchors(x, torch::stable::contiguous(labels)),
-      others(own ? std::nullopt
-                 : std::optional<SortedRows<T>>(std::in_place, r,
-                                                torch::stable::contiguous(reference_labels))),
-      references(own ? anchors : *others),
-      ranges(anchors.label, references.label, own) {
+      others(in_batch ? std::nullopt
+                      : std::optional<SortedRows<T>>(std::in_place, r,
+                                                     torch::stable::contiguous(reference_labels))),
+      references(in_batch ? anchors : *others),
+      ranges(anchors.label, references.label, in_batch) {
   const std::vector<T> centre = centre_of<T>(references.x, references.norm, anchors.norm);
   if (centre.empty()) return;
   anchors.subtract(centre);

@@ -34,11 +34,11 @@ struct SortedRows {
 
 // Which references have the label of an anchor; both in sorted order.
 struct LabelRanges {
-  bool own;                          // an anchor is not its own positive
+  bool in_batch;                     // the references are the anchors: none is its own positive
   std::vector<int64_t> first, last;  // of each anchor: references [first, last)
 
   LabelRanges(const std::vector<int64_t>& anchors, const std::vector<int64_t>& references,
-              bool own);
+              bool in_batch);
 
   // Whether reference j has the label of anchor i; also true of the anchor itself.
   bool same(int64_t i, int64_t j) const { return j >= first[i] && j < last[i]; }
@@ -54,7 +54,7 @@ struct LabelRanges {
       if (end < n) f(end, n);
       return;
     }
-    const int64_t self = own ? i - j0 : -1;
+    const int64_t self = in_batch ? i - j0 : -1;
     if (self < begin || self >= end) {
       if (begin < end) f(begin, end);
       return;
@@ -64,7 +64,7 @@ struct LabelRanges {
   }
 };
 
-// Anchors and references of one call; where `own`, they are the same rows.
+// Anchors and references of one call; in batch they are the same rows.
 template <typename T>
 struct Labelled {
   SortedRows<T> anchors;
@@ -74,7 +74,7 @@ struct Labelled {
 
   // x: [B, D], r: [M, D], both contiguous and in T; labels: [B] and [M], any stride
   Labelled(const Tensor& x, const Tensor& labels, const Tensor& r, const Tensor& reference_labels,
-           bool own);
+           bool in_batch);
   Labelled(const Labelled&) = delete;
   Labelled& operator=(const Labelled&) = delete;
 };

@@ -69,7 +69,7 @@ __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesPa
     const float d2 = (x[k] - value) + (y[c] - value);
     value = d2 < (x[k] + y[c]) * kClose<float> ? kMarked : d2;
   });
-  if (p.own && i0 == j0) {  // itself; NaN stays
+  if (p.in_batch && i0 == j0) {  // itself; NaN stays
     for_each_value(acc, [&](float& value, int k, int c) {
       value = row(k) == column(c) && value == value ? 0.0f : value;
     });
@@ -117,9 +117,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     pairwise_product_kernel(const __grid_constant__ ValuesParams p) {
   using T = Element<kMath>;
   const int64_t N = p.x.rows, M = p.y.rows, down = ceil_div(N, kTile);
-  const int64_t tiles = p.own ? triangle_tiles(down) : down * ceil_div(M, kTile);
+  const int64_t tiles = p.in_batch ? triangle_tiles(down) : down * ceil_div(M, kTile);
   const int64_t g = blockIdx.x / tiles, t = blockIdx.x % tiles;
-  const TriangleTile at = p.own ? triangle_tile(t, down) : TriangleTile{t % down, t / down};
+  const TriangleTile at = p.in_batch ? triangle_tile(t, down) : TriangleTile{t % down, t / down};
   const int64_t i0 = at.i * kTile, j0 = at.j * kTile;
   auto* tile = reinterpret_cast<float*>(shared_memory());
   bool close;
@@ -136,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
 
   // on the diagonal what is below comes from above
   T* out = static_cast<T*>(p.out) + g * N * M;
-  const bool together = M % 8 == 0, diagonal = p.own && i0 == j0, twice = p.own && !diagonal;
+  const bool together = M % 8 == 0, diagonal = p.in_batch && i0 == j0,
+             twice = p.in_batch && !diagonal;
   for_each_eight(tile, N - i0, M - j0, [&](float (&x)[8], int row, int column) {
     if (diagonal && column < row) {
       KDK_UNROLL
@@ -174,7 +175,7 @@ void launch_pairwise_row_numbers(const RowNumbersParams& params, Math math, cuda
 
 void launch_pairwise_values(const ValuesParams& params, Math math, cudaStream_t stream) {
   const int64_t down = ceil_div(params.x.rows, kTile), across = ceil_div(params.y.rows, kTile);
-  const dim3 grid = grid_of(params.G * (params.own ? triangle_tiles(down) : down * across));
+  const dim3 grid = grid_of(params.G * (params.in_batch ? triangle_tiles(down) : down * across));
   for_math(math, [&]<Math kMath>() {
     launch(pairwise_product_kernel<kMath>, grid, kThreads, kSharedBytes, stream, params);
   });

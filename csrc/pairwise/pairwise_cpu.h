@@ -58,7 +58,7 @@ struct Pair {
   Metric metric;
 
   Pair(Matrix<const T> x_given, std::optional<Matrix<const T>> y_given, Metric metric);
-  bool own() const { return !y; }
+  bool in_batch() const { return !y; }
   const Rows<T>& other() const { return y ? *y : x; }
 };
 

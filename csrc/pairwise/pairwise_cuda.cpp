@@ -43,13 +43,13 @@ Strided strided_of(const Tensor& x) {
 // One side as it is given and as products take it, with a number of each row.
 struct Side {
   Tensor given, multiplied;  // contiguous rows
-  Math own_math, math;       // of either
+  Math given_math, math;     // of either
   Optional numbers;          // [G, N] fp32, of any metric but kDot
 
   Side(const Device& device, const Tensor& x, Math math_, Metric metric)
       : given(with_contiguous_rows(x)),
         multiplied(in_dtype(given, dtype_of(math_))),
-        own_math(math_of(x, true)),
+        given_math(math_of(x, true)),
         math(math_) {
     if (metric != Metric::kDot) numbers = device.empty({groups_of(x), rows()}, ScalarType::Float);
   }
@@ -81,17 +81,17 @@ struct Sides {
                                             : RowNumber::kSquared;
     params.metric = metric;
     params.gamma = gamma;
-    launch_pairwise_row_numbers(params, x.own_math, device.stream());
+    launch_pairwise_row_numbers(params, x.given_math, device.stream());
   }
 
   const Side& other() const { return y ? *y : x; }
 };
 
-Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool exact) {
+Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool ieee) {
   const Device device(x);
   const Tensor out = like(device, x, count_rows(y ? *y : x), x.scalar_type());
   if (out.numel() == 0) return out;
-  const Math math = math_of(x, exact);
+  const Math math = math_of(x, ieee);
   const Sides sides(device, x, y, math, by_name(kMetrics, metric), gamma, false);
   launch_pairwise_values({source_of(sides.x.multiplied), source_of(sides.other().multiplied),
                           sides.x.number(), sides.other().number(), out.mutable_data_ptr(),
@@ -115,7 +115,7 @@ Tensor product_gradient(const Device& device, const Tensor& dout, Along along, c
   product.params.a = source_of(dout);
   product.params.b = source_of(other);
   product.params.out = dx.mutable_data_ptr();
-  product.clear_tickets();
+  product.clear_semaphores();
   product.launch(along, device);
   return dx;
 }
@@ -160,7 +160,7 @@ class Gradient {
     if (metric == Metric::kCosine)
       launch_normalise({source_of(of_.given), data_of<const float>(step.product),
                         dx.mutable_data_ptr(), G_, N_, false},
-                       of_.own_math, device_.stream());
+                       of_.given_math, device_.stream());
     return dx;
   }
 
@@ -187,13 +187,13 @@ class Gradient {
     pairs.rows = rows;
     pairs.all_rows = N_;
     pairs.cols = M_;
-    pairs.own = !sides_.y;
+    pairs.in_batch = !sides_.y;
     pairs.metric = sides_.metric;
     pairs.gamma = static_cast<float>(sides_.gamma);
     pairs.sums = data_of<float>(step.sums);
     pairs.close = data_of<uint8_t>(step.close);
 
-    const bool pulls = is_distance(sides_.metric);
+    const bool distance = is_distance(sides_.metric);
     Product product(device_, groups, rows, D_, M_, of_.math);
     product.params.a = source_of(step.weights);
     product.params.a.rows = rows;
@@ -201,17 +201,17 @@ class Gradient {
         from_group(source_of(other_.multiplied), g, other_.multiplied.element_size());
     product.params.out_dtype = stored_as(step.product.scalar_type());
     product.params.out = data_of<char>(step.product) +
-                         (pulls ? 0 : (g * N_ + first) * D_ * step.product.element_size());
-    launch_pairwise_bwd_weights(
-        {pairs, step.weights.mutable_data_ptr(), product.params.tickets, product.ticket_count()},
-        of_.own_math, device_.stream());
+                         (distance ? 0 : (g * N_ + first) * D_ * step.product.element_size());
+    launch_pairwise_bwd_weights({pairs, step.weights.mutable_data_ptr(), product.params.semaphores,
+                                 product.semaphore_count()},
+                                of_.given_math, device_.stream());
     product.launch(Along::kContraction, device_);
-    if (pulls)
-      launch_pairwise_bwd_pull(
+    if (distance)
+      launch_pairwise_bwd_gradient(
           {pairs, from_group(source_of(of_.given), g, given),
            from_group(source_of(other_.given), g, given), data_of<const float>(step.product),
            data_of<char>(dx) + g * N_ * D_ * given},
-          of_.own_math, device_.stream());
+          of_.given_math, device_.stream());
   }
 
   const Device& device_;
@@ -229,7 +229,7 @@ Tensor nothing(const Device& device, const Tensor& of) {
 
 std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optional out,
                                         std::string metric_name, double gamma, bool need_x,
-                                        bool need_y, bool exact) {
+                                        bool need_y, bool ieee) {
   const Device device(x);
   const Metric metric = by_name(kMetrics, metric_name);
   Tensor dx = device.empty({0}, x.scalar_type()), dy = device.empty({0}, x.scalar_type());
@@ -240,14 +240,14 @@ std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optio
   }
   if (metric == Metric::kDot && y && dout.stride(dout.dim() - 1) == 1 &&
       groups_of(x) <= kMostGroups) {
-    const Math math = math_of(x, exact);
+    const Math math = math_of(x, ieee);
     const Tensor a = with_contiguous_rows(x), b = with_contiguous_rows(*y);
     if (need_x) dx = product_gradient(device, dout, Along::kContraction, b, a, math);
     if (need_y) dy = product_gradient(device, dout, Along::kOutput, a, b, math);
     return {dx, dy};
   }
   // fp16 could not hold what a slope makes of an incoming gradient
-  const Math math = x.scalar_type() == ScalarType::Half ? Math::kTf32x3 : math_of(x, exact);
+  const Math math = x.scalar_type() == ScalarType::Half ? Math::kTf32x3 : math_of(x, ieee);
   const Sides sides(device, x, y, math, metric, gamma, true);
   const Strided gradient = strided_of(dout),
                 values = is_distance(metric) ? strided_of(*out) : Strided{};
@@ -262,10 +262,10 @@ std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optio
 }  // namespace kdk::pairwise
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
-  m.def("pairwise_fwd(Tensor x, Tensor? y, str metric, float gamma, bool exact) -> Tensor");
+  m.def("pairwise_fwd(Tensor x, Tensor? y, str metric, float gamma, bool ieee) -> Tensor");
   m.def(
       "pairwise_bwd(Tensor dout, Tensor x, Tensor? y, Tensor? out, str metric, float gamma, "
-      "bool need_x, bool need_y, bool exact) -> (Tensor, Tensor)");
+      "bool need_x, bool need_y, bool ieee) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, KDK_CUDA_DISPATCH_KEY, m) {

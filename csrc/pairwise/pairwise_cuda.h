@@ -29,7 +29,7 @@ struct ValuesParams {
   const float* y_number;  // [G, M]
   void* out;              // [G, N, M] contiguous, of the dtype of x
   int64_t G;
-  bool own;  // y is x
+  bool in_batch;  // y is x
   Metric metric;
   float gamma;
 };
@@ -52,7 +52,7 @@ struct PairsParams {
   const float* number;        // [groups, all_rows], RowNumber of x; null for kDot
   const float* other_number;  // [groups, cols], of y
   int64_t groups, first, rows, all_rows, cols;
-  bool own;  // the sides are one
+  bool in_batch;  // the sides are one
   Metric metric;
   float gamma;
   // Of distances, for each row and kPiece columns: the sum of the weights, and whether a pair is
@@ -64,13 +64,13 @@ struct PairsParams {
 // W of dx = W y, or of dx = (sum W) x - W y (distances), without those of close pairs.
 struct WeightsParams {
   PairsParams pairs;
-  void* weights;      // [groups, rows, cols]
-  unsigned* tickets;  // [ticket_count], zeros for the product that follows
-  int64_t ticket_count;
+  void* weights;         // [groups, rows, cols]
+  unsigned* semaphores;  // [semaphore_count], zeros for the product that follows
+  int64_t semaphore_count;
 };
 
 // dx of distances: (sum W) x - W y, and the close pairs by differences.
-struct PullParams {
+struct GradientParams {
   PairsParams pairs;
   cuda::Source x, y;     // [groups, all_rows, D], [groups, cols, D]
   const float* product;  // [groups, rows, D]: W y
@@ -82,6 +82,7 @@ void launch_pairwise_row_numbers(const RowNumbersParams& params, cuda::Math math
                                  cudaStream_t stream);
 void launch_pairwise_values(const ValuesParams& params, cuda::Math math, cudaStream_t stream);
 void launch_pairwise_bwd_weights(const WeightsParams& params, cuda::Math math, cudaStream_t stream);
-void launch_pairwise_bwd_pull(const PullParams& params, cuda::Math math, cudaStream_t stream);
+void launch_pairwise_bwd_gradient(const GradientParams& params, cuda::Math math,
+                                  cudaStream_t stream);
 
 }  // namespace kdk::pairwise

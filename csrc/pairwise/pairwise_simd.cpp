@@ -72,7 +72,7 @@ void finish(double factor, const T* x, T* sum, int64_t n) {
 }
 
 template <typename T>
-void pull(double factor, const T* x, const T* y, T* sum, int64_t n) {
+void subtract_difference(double factor, const T* x, const T* y, T* sum, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j)
     sum[j] -= static_cast<T>(factor * (static_cast<double>(x[j]) - static_cast<double>(y[j])));
@@ -82,7 +82,8 @@ void pull(double factor, const T* x, const T* y, T* sum, int64_t n) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {rbf<T>, close<T>, slopes<T>, finish<T>, pull<T>};
+  static constexpr Loops<T> table = {rbf<T>, close<T>, slopes<T>, finish<T>,
+                                     subtract_difference<T>};
   return table;
 }
 

@@ -21,7 +21,7 @@ struct Loops {
   // sum = factor x - sum
   void (*finish)(double factor, const T* x, T* sum, int64_t n);
   // sum -= factor (x - y)
-  void (*pull)(double factor, const T* x, const T* y, T* sum, int64_t n);
+  void (*subtract_difference)(double factor, const T* x, const T* y, T* sum, int64_t n);
 };
 
 KDK_SIMD_DECLARE(template <typename T> const Loops<T>& loops();)

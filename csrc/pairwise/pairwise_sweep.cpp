@@ -57,21 +57,21 @@ struct Forward {
   void values(Matrix<T> tile, int64_t i0, int64_t j0) const {
     const Rows<T>&x = pair.x, &y = pair.other();
     for (int64_t i = 0; i < tile.rows; ++i) {
-      const int64_t begin = pair.own() && i0 == j0 ? i : 0, n = tile.cols - begin;
+      const int64_t begin = pair.in_batch() && i0 == j0 ? i : 0, n = tile.cols - begin;
       T* row = tile.row(i) + begin;
       const int64_t close =
           pairs::loops<T>().distances(row, x.norm[i0 + i], y.norm.data() + j0 + begin, n, distance);
       for (int64_t j = 0; close > 0 && j < n; ++j) {
-        if (row[j] < 0) row[j] = exact(i0 + i, j0 + begin + j);
+        if (row[j] < 0) row[j] = from_difference(i0 + i, j0 + begin + j);
       }
       if (pair.metric == Metric::kRbf) loops<T>().rbf(row, gamma, n);
     }
   }
 
   // From the difference of the rows as they were given.
-  T exact(int64_t i, int64_t j) const {
+  T from_difference(int64_t i, int64_t j) const {
     const Matrix<const T>&x = pair.x.given, &y = pair.other().given;
-    if (pair.own() && i == j) return T(0);
+    if (pair.in_batch() && i == j) return T(0);
     const double d2 = rows::loops<T>().squared_difference(x.row(i), y.row(j), x.cols);
     return static_cast<T>(pairs::from_squared(d2, distance));
   }
@@ -111,8 +111,9 @@ struct Gradient {
   }
 
   // The difference of close rows would be lost between the two terms of a gradient.
-  void pull(double factor, int64_t i, const T* other) const {
-    if (sum != nullptr) loops<T>().pull(factor, rows.given.row(i), other, sum->row(i), sum->cols);
+  void add_close(double factor, int64_t i, const T* other) const {
+    if (sum != nullptr)
+      loops<T>().subtract_difference(factor, rows.given.row(i), other, sum->row(i), sum->cols);
   }
 
   void finish(Metric metric) const {
@@ -131,15 +132,15 @@ template <typename T>
 struct Backward {
   Metric metric;
   double gamma;
-  bool own;
-  Gradient<T>&x, &y;  // one and the same where own
+  bool in_batch;
+  Gradient<T>&x, &y;  // one and the same in batch
 
   // Incoming gradients of a tile become weights; those of close pairs are carried at once.
   void weigh(Matrix<T> weight, Matrix<const T> value, int64_t i0, int64_t j0,
              double* column_sums) const {
     const T factor = static_cast<T>(-2 * gamma);
     std::fill_n(column_sums, weight.cols, 0.0);
-    const bool diagonal = own && i0 == j0;
+    const bool diagonal = in_batch && i0 == j0;
     for (int64_t i = 0; i < weight.rows; ++i) {
       if (diagonal) weight.row(i)[i] = 0;
       const int64_t close =
@@ -160,9 +161,9 @@ struct Backward {
       if (w == 0 || !is_close(metric, values[j], x.bound[i0 + i], bounds[j])) continue;
       const double factor = w * slope<double>(metric, values[j], -2 * gamma);
       w = 0;
-      x.pull(factor, i0 + i, y.rows.given.row(j0 + j));
+      x.add_close(factor, i0 + i, y.rows.given.row(j0 + j));
       // on the diagonal tile the pair comes again, as (j, i)
-      if (!(own && i0 == j0)) y.pull(factor, j0 + j, x.rows.given.row(i0 + i));
+      if (!(in_batch && i0 == j0)) y.add_close(factor, j0 + j, x.rows.given.row(i0 + i));
     }
   }
 };
@@ -172,7 +173,7 @@ struct Backward {
 template <typename T>
 void forward(const Pair<T>& pair, double gamma, const Plane& out) {
   const Rows<T>&x = pair.x, &y = pair.other();
-  const auto grid = TileGrid::fitted(x.x.rows, y.x.rows, pair.own());
+  const auto grid = TileGrid::fitted(x.x.rows, y.x.rows, pair.in_batch());
   const bool direct = out.is_of<T>();
   const Scratch<T> scratch(direct ? 0 : thread_slots() * grid.tile_size());
   const Forward<T> fill{pair, static_cast<T>(gamma)};
@@ -186,7 +187,7 @@ void forward(const Pair<T>& pair, double gamma, const Plane& out) {
     if (is_distance(pair.metric)) fill.values(tile, i0, j0);
     if (block.diagonal) mirror(tile);
     if (!direct) out.write<T>(i0, j0, tile);
-    if (!pair.own() || block.diagonal) return;
+    if (!pair.in_batch() || block.diagonal) return;
     if (direct) {
       pairs::loops<T>().transpose(tile, out.of<T>().block(j0, cols, i0, rows));
     } else {
@@ -198,13 +199,13 @@ void forward(const Pair<T>& pair, double gamma, const Plane& out) {
 template <typename T>
 void backward(const Pair<T>& pair, double gamma, const Plane& dout, const Plane* out,
               const Matrix<T>* dx, const Matrix<T>* dy) {
-  const bool own = pair.own(), distance = is_distance(pair.metric);
-  const auto grid = TileGrid::fitted(pair.x.x.rows, pair.other().x.rows, own);
+  const bool in_batch = pair.in_batch(), distance = is_distance(pair.metric);
+  const auto grid = TileGrid::fitted(pair.x.x.rows, pair.other().x.rows, in_batch);
   Gradient<T> x(pair.x, dx, pair.metric, gamma);
   std::optional<Gradient<T>> others;
-  if (!own) others.emplace(pair.other(), dy, pair.metric, gamma);
-  Gradient<T>& y = own ? x : *others;
-  const Backward<T> carry{pair.metric, gamma, own, x, y};
+  if (!in_batch) others.emplace(pair.other(), dy, pair.metric, gamma);
+  Gradient<T>& y = in_batch ? x : *others;
+  const Backward<T> carry{pair.metric, gamma, in_batch, x, y};
   const int64_t memory = 3 * grid.tile_size();
   const Scratch<T> scratch(thread_slots() * memory);
   const Scratch<double> column_sums(thread_slots() * grid.cols);
@@ -222,7 +223,7 @@ void backward(const Pair<T>& pair, double gamma, const Plane& dout, const Plane*
     };
     T *second = at + grid.tile_size(), *third = second + grid.tile_size();
     move<T>(fetch(dout, i0, rows, j0, cols, second), weight, false);
-    if (own) move<T>(fetch(dout, j0, cols, i0, rows, second).t(), weight, true);
+    if (in_batch) move<T>(fetch(dout, j0, cols, i0, rows, second).t(), weight, true);
     if (distance) {
       carry.weigh(weight, fetch(*out, i0, rows, j0, cols, third), i0, j0,
                   column_sums.data() + thread_index() * grid.cols);

@@ -56,14 +56,14 @@ struct Side {
   Tensor rows;                // u (cosine), or x less its mean (student_t), [B, D]
   std::vector<double> norm;   // [B] |x|, cosine
   std::vector<double> total;  // [D] sum of u, cosine
-  std::vector<T> own;         // [B] 1 - |u|, or squared norms
+  std::vector<T> self;        // [B] 1 - |u|, or squared norms
   std::vector<double> z;      // [B] sums of K
   std::vector<T> inverse;     // [B] of z
 
   Side(const Tensor& x, Kernel kernel, double eps)
       : source(torch::stable::contiguous(in_type<T>(x))),
         rows(empty({x.size(0), x.size(1)}, scalar_type_of<T>)),
-        own(x.size(0)),
+        self(x.size(0)),
         z(x.size(0)),
         inverse(x.size(0)) {
     const auto from = matrix<const T>(source);
@@ -74,14 +74,14 @@ struct Side {
       for (double& m : mean) m /= static_cast<double>(B);
       parallel_each(B, 4.0 * D, [&](int64_t i) {
         for (int64_t d = 0; d < D; ++d) to.row(i)[d] = static_cast<T>(from.row(i)[d] - mean[d]);
-        own[i] = static_cast<T>(dot(to.row(i), to.row(i), D));
+        self[i] = static_cast<T>(dot(to.row(i), to.row(i), D));
       });
       return;
     }
     norm.resize(B);
     parallel_each(B, 4.0 * D, [&](int64_t i) {
       norm[i] = std::sqrt(dot(from.row(i), from.row(i), D));
-      own[i] = static_cast<T>(eps / (norm[i] + eps));
+      self[i] = static_cast<T>(eps / (norm[i] + eps));
       const T scale = static_cast<T>(1 / (norm[i] + eps));
       for (int64_t d = 0; d < D; ++d) to.row(i)[d] = scale * from.row(i)[d];
     });
@@ -146,16 +146,16 @@ struct Sweep {
                          x.row_block(j0, cols)};
       gemm<T>(pair.rows_i, pair.rows_j.t(), pair.s);
       gemm<T>(y.row_block(i0, rows), y.row_block(j0, cols).t(), pair.t);
-      kernels.similarities(pair.s, student.own.data() + i0, student.own.data() + j0, diagonal,
+      kernels.similarities(pair.s, student.self.data() + i0, student.self.data() + j0, diagonal,
                            kernel);
-      kernels.similarities(pair.t, teacher.own.data() + i0, teacher.own.data() + j0, diagonal,
+      kernels.similarities(pair.t, teacher.self.data() + i0, teacher.self.data() + j0, diagonal,
                            kernel);
       f(pair);
     });
   }
 
   Stretch<T> stretch(int64_t first, const T* r) const {
-    return {{student.own.data() + first, teacher.own.data() + first},
+    return {{student.self.data() + first, teacher.self.data() + first},
             {student.inverse.data() + first, teacher.inverse.data() + first},
             r ? r + first : nullptr};
   }

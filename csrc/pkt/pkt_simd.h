@@ -13,7 +13,7 @@ namespace kdk::pkt {
 // What a stretch of rows brings to a tile: of rows i or of columns j.
 template <typename T>
 struct Stretch {
-  const T* own[2];  // of student and teacher: a = 1 - |u| (cosine), or squared norms (student_t)
+  const T* self[2];  // of student and teacher: a = 1 - |u| (cosine), or squared norms (student_t)
   const T* inverse[2];  // of student and teacher: 1 / Z
   const T* r;           // student_t: what a row's slopes lose; null for 0
 };
@@ -21,7 +21,7 @@ struct Stretch {
 template <typename T>
 struct Epilogues {
   // x becomes K from inner products. `diagonal`: rows are the columns.
-  void (*similarities)(Matrix<T> x, const T* own_i, const T* own_j, bool diagonal, Kernel kernel);
+  void (*similarities)(Matrix<T> x, const T* self_i, const T* self_j, bool diagonal, Kernel kernel);
   // Adds the sums of rows, and unless null of columns.
   void (*sums)(Matrix<const T> k, double* rows, T* cols);
   // Sum of the terms of all (i, j) and, if cols is given, all (j, i). Adds sum_j p slope to rows,

@@ -3,7 +3,7 @@
 // sums; and derivatives by logits. Products read weights and derivatives from the L2 cache.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/reduce.h"
-#include "../common/cuda/tickets.h"
+#include "../common/cuda/semaphores.h"
 #include "relational_kl_device.h"
 
 namespace kdk::relational_kl {
@@ -261,7 +261,7 @@ template <Math kMath>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     relational_kl_bwd_derivatives_product_kernel(const __grid_constant__ DerivativesParams p) {
   const SweepParams& of = p.sweep;
-  clear_tickets(p.tickets, p.ticket_count);
+  clear_semaphores(p.semaphores, p.semaphore_count);
   auto& rows = *reinterpret_cast<RowsShared*>(shared_memory() + kStages * kStageBytes<kMath>);
   const Place place(of);
   rows.fill(p, place);

@@ -89,10 +89,10 @@ struct DerivativesParams {
   const float* dout;                              // [B], dout_stride apart
   int64_t dout_stride;
   bool only_teacher;
-  void* out;          // [rows or B, stride], of the operand's dtype
-  int64_t stride;     // a multiple of kGroup
-  unsigned* tickets;  // [ticket_count], set to 0 for the product that follows
-  int64_t ticket_count;
+  void* out;             // [rows or B, stride], of the operand's dtype
+  int64_t stride;        // a multiple of kGroup
+  unsigned* semaphores;  // [semaphore_count], set to 0 for the product that follows
+  int64_t semaphore_count;
 };
 
 void launch_relational_kl_prepare(const PrepareParams& params, cuda::Math math,

@@ -161,7 +161,7 @@ Result angle(const Tensor& student, const Tensor& teacher, bool need) {
                               derivative.row(block.j0 + j)[block.i0 + i]);
       }
     }
-    s.pull(block, tile);
+    s.add_gradient(block, tile);
   });
   return {loss, s.gradient()};
 }

@@ -74,7 +74,7 @@ Result distance(const Tensor& student, const Tensor& teacher, bool need) {
       kernels.weigh(compared(tile_s, tile_t, block, i), shared, factor,
                     tile_s.weight.row(i) + begin);
     });
-    s.pull(block, tile_s);
+    s.add_gradient(block, tile_s);
   });
   return {loss, s.gradient()};
 }

@@ -53,8 +53,8 @@ class Pairs {
   }
 
   // Weights are derivatives by the distances of pairs of rows, each pair once.
-  void pull(const Block& block, const Tile& tile) {
-    sweep_.pull(tile, stretches(block), close_pairs(block), workspaces_.mine());
+  void add_gradient(const Block& block, const Tile& tile) {
+    sweep_.add_gradient(tile, stretches(block), close_pairs(block), workspaces_.mine());
   }
 
   Tensor gradient() const {

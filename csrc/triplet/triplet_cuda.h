@@ -27,8 +27,8 @@ struct PrepareParams {
 };
 
 struct MineParams {
-  SortedRows anchors, references;  // the same if own
-  bool own;
+  SortedRows anchors, references;  // the same in batch
+  bool in_batch;
   int sign[2];         // per side: 1 looks for the nearest, -1 for the farthest, 0 not at all
   Winner* winners[2];  // [B], of sorted anchors
   // Only what lies beyond the winner of side `bound`, found with `bound_sign`, counts; -1:
@@ -38,14 +38,14 @@ struct MineParams {
 
 struct DistancesParams {
   SortedRows anchors;
-  cuda::Source references;  // in their own order
+  cuda::Source references;  // in the caller's order
   const Winner* winners[2];
   Distance distance;
-  int64_t *positive, *negative;  // [B], in the anchors' own order, as are the distances
+  int64_t *positive, *negative;  // [B], in the caller's order, as are the distances
   float *d_ap, *d_an;            // [B]
 };
 
-struct PullParams {
+struct GradientParams {
   cuda::Source x;         // [B, D] anchors
   cuda::Source r;         // [M, D]
   const int64_t* chosen;  // [2, B], rows of r, or -1
@@ -55,13 +55,13 @@ struct PullParams {
   const int64_t* begin;   // [M + 1]: where those of each row begin
   void* out;              // [N, D]: gradient of x, or of r, in their dtype
   int64_t N;
-  bool anchor, pulled;  // whether row i of out is anchor i, and whether it is row i of r
+  bool as_anchor, as_chosen;  // whether row i of out is anchor i, and whether it is row i of r
   Distance distance;
 };
 
 void launch_triplet_prepare(const PrepareParams& params, cuda::Math math, cudaStream_t stream);
 void launch_triplet_mine(const MineParams& params, cuda::Math math, cudaStream_t stream);
 void launch_triplet_distances(const DistancesParams& params, cuda::Math math, cudaStream_t stream);
-void launch_triplet_bwd(const PullParams& params, cuda::Math math, cudaStream_t stream);
+void launch_triplet_gradient(const GradientParams& params, cuda::Math math, cudaStream_t stream);
 
 }  // namespace kdk::triplet

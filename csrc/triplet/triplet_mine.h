@@ -106,7 +106,7 @@ struct Miner {
     const int64_t B = anchors.size(), M = references.size();
     const bool positives_only =
         std::all_of(searches.begin(), searches.end(), [](const auto* s) { return s->same_label; });
-    const auto grid = pairs::TileGrid::square(B, M, ranges.own, kMostTile);
+    const auto grid = pairs::TileGrid::square(B, M, ranges.in_batch, kMostTile);
     const int64_t memory = kMostTile * (kMostTile + 1);
     const Scratch<T> scratch(thread_slots() * memory);
     const double ops = 2.0 * grid.tile_size() * anchors.x.cols;
@@ -114,10 +114,10 @@ struct Miner {
       if (positives_only && (ranges.first[block.i0] >= block.j0 + block.cols ||
                              ranges.last[block.i0 + block.rows - 1] <= block.j0))
         return;  // labels ascend
-      tile(searches, block, ranges.own && !block.diagonal,
+      tile(searches, block, ranges.in_batch && !block.diagonal,
            scratch.data() + thread_index() * memory);
     };
-    if (ranges.own) {
+    if (ranges.in_batch) {
       grid.each(ops, visit);
     } else {
       grid.each_by_rows(ops, visit);
@@ -148,7 +148,7 @@ struct Miner {
       if (!references.finite(j)) bad.push_back(j);
     }
     const auto choose = [&](int64_t i, int64_t j) {
-      if (ranges.same(i, j) != search.same_label || (ranges.own && i == j)) return;
+      if (ranges.same(i, j) != search.same_label || (ranges.in_batch && i == j)) return;
       Best<T>& best = search.best[i];
       const int64_t row = references.row[j];
       if (better(kNanKey<T>, row, best)) best = {kNanKey<T>, row};

@@ -4,7 +4,7 @@
 // among them, by bisection. Counts and the winners of a search are merged as integers, so in any
 // order.
 #include "../common/cuda/launch.h"
-#include "../common/cuda/tickets.h"
+#include "../common/cuda/semaphores.h"
 #include "../common/cuda/tile.h"
 #include "../common/cuda/winner_device.h"
 #include "triplet_all_cuda.h"
@@ -297,13 +297,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   const DistancesParams& chunk = p.chunk;
   const int64_t i = blockIdx.x, t = threadIdx.x, row = chunk.first + i;
   KDK_UNROLL
-  for (int side = 0; side < 2; ++side) clear_tickets(p.tickets[side], p.ticket_count[side]);
+  for (int side = 0; side < 2; ++side)
+    clear_semaphores(p.semaphores[side], p.semaphore_count[side]);
   const Anchor anchor{chunk.d + i * chunk.stride,
                       p.weights == nullptr ? nullptr : p.weights + i * chunk.stride,
                       p.begin[row],
                       p.end[row],
                       chunk.references.x.rows,
-                      chunk.own ? row : -1};
+                      chunk.in_batch ? row : -1};
   const int64_t P = anchor.positives(), N = anchor.negatives();
   const bool any = P > 0 && N > 0;
   Found found;

@@ -27,8 +27,9 @@ struct Sum {
 };
 
 // The positives of all anchors. Those of an anchor that takes part in the sweep have slots
-// offset[i]... in the order of the references from ranges.first[i] on, one of them its own where
-// the references are the anchors; the first count[i] of the same slots hold the lists by distance.
+// offset[i]... in the order of the references from ranges.first[i] on, one of them the anchor
+// itself where the references are the anchors; the first count[i] of the same slots hold the lists
+// by distance.
 template <typename T>
 struct Positives {
   std::vector<int64_t> offset;    // [B + 1]
@@ -47,7 +48,8 @@ struct Positives {
     std::vector<int64_t> broken(M + 1);  // references before j that are not finite
     for (int64_t j = 0; j < M; ++j) broken[j + 1] = broken[j] + !references.finite(j);
     for (int64_t i = 0; i < B; ++i) {
-      const int64_t size = ranges.last[i] - ranges.first[i], P = size - ranges.own, N = M - size;
+      const int64_t size = ranges.last[i] - ranges.first[i], P = size - ranges.in_batch,
+                    N = M - size;
       offset[i + 1] = offset[i];
       if (P < 1 || N < 1) continue;
       triplets += chosen ? P : P * N;
@@ -78,12 +80,12 @@ struct Positives {
       const int64_t first = ranges.first[i];
       for (int64_t j = first; j < ranges.last[i]; ++j) {
         T& d = distance[offset[i] + j - first];
-        if (!sweep.rows.references.finite(j) || (ranges.own && i == j)) {
+        if (!sweep.rows.references.finite(j) || (ranges.in_batch && i == j)) {
           d = kNone;
-        } else if (!ranges.own) {
-          d = sweep.exact(i, j);
+        } else if (!ranges.in_batch) {
+          d = sweep.from_difference(i, j);
         } else if (i < j) {  // a finite row of a label whose rows take part does so too
-          d = distance[offset[j] + i - first] = sweep.exact(i, j);
+          d = distance[offset[j] + i - first] = sweep.from_difference(i, j);
         }
       }
     });
@@ -116,7 +118,7 @@ struct Negatives {
 
   bool skips(const pairs::Block& block) const {
     const auto [i0, rows, j0, cols, diagonal] = block;
-    if (positives.none(i0, rows) && (!ranges.own || positives.none(j0, cols))) return true;
+    if (positives.none(i0, rows) && (!ranges.in_batch || positives.none(j0, cols))) return true;
     const int64_t last = i0 + rows - 1;  // labels ascend, so those between have the label of both
     return ranges.first[i0] == ranges.first[last] && ranges.last[i0] == ranges.last[last] &&
            ranges.first[i0] <= j0 && ranges.last[i0] >= j0 + cols;
@@ -124,14 +126,14 @@ struct Negatives {
 
   template <typename F>
   void stretches(int64_t i, int64_t j0, int64_t n, const F& f) const {
-    if (ranges.own || positives.takes_part(i)) ranges.stretches(false, i, j0, n, f);
+    if (ranges.in_batch || positives.takes_part(i)) ranges.stretches(false, i, j0, n, f);
   }
 };
 
 // Carries weights of the distances to positives to the rows. `weight` has the slots of `Positives`,
 // in the order of the references, and holds derivatives times slopes.
 template <typename T>
-struct PositivePulls {
+struct PositiveContributions {
   const Sweep<T>& sweep;
   const Positives<T>& positives;
   const std::vector<double>& weight;
@@ -142,7 +144,8 @@ struct PositivePulls {
     const int64_t first = ranges.first[i];
     for (int64_t j = first; j < ranges.last[i]; ++j) {
       double factor = positives.takes_part(i) ? weight[positives.offset[i] + j - first] : 0;
-      if (ranges.own && positives.takes_part(j)) factor += weight[positives.offset[j] + i - first];
+      if (ranges.in_batch && positives.takes_part(j))
+        factor += weight[positives.offset[j] + i - first];
       add(factor, sweep.anchors.row(i), sweep.references.row(j), sum);
     }
   }
@@ -158,25 +161,26 @@ struct PositivePulls {
 
  private:
   void add(double factor, const T* x, const T* y, double* sum) const {
-    if (factor != 0) sweep.kernels.pull(factor, x, y, sum, sweep.rows.anchors.x.cols);
+    if (factor != 0)
+      sweep.kernels.subtract_difference(factor, x, y, sum, sweep.rows.anchors.x.cols);
   }
 };
 
-// Both gradients: what the sweep has carried to the rows, the pulls of the positives, and what
-// `on_anchor`(i, pull) and `on_reference`(j, pull) take from those.
+// Both gradients: what the sweep has added up, less what the distances to positives contribute, and
+// what `on_anchor`(i, sum) and `on_reference`(j, sum) subtract from the sum of a row.
 template <typename T, typename OnAnchor, typename OnReference>
-std::pair<Tensor, Tensor> gradients(const PositivePulls<T>& pulls, const OnAnchor& on_anchor,
-                                    const OnReference& on_reference) {
-  const Sweep<T>& sweep = pulls.sweep;
-  const double ops = pulls.positives.ops(8.0 * sweep.rows.anchors.x.cols);
+std::pair<Tensor, Tensor> gradients(const PositiveContributions<T>& contributions,
+                                    const OnAnchor& on_anchor, const OnReference& on_reference) {
+  const Sweep<T>& sweep = contributions.sweep;
+  const double ops = contributions.positives.ops(8.0 * sweep.rows.anchors.x.cols);
   const Tensor dx = sweep.anchors.gradient(ops, [&](int64_t i, double* sum) {
-    pulls.on_anchor(i, sum);
+    contributions.on_anchor(i, sum);
     on_anchor(i, sum);
   });
-  if (sweep.own() || !sweep.references.needed) return {dx, empty({0}, scalar_type_of<T>)};
+  if (sweep.in_batch() || !sweep.references.needed) return {dx, empty({0}, scalar_type_of<T>)};
   const LabelRanges back(sweep.rows.references.label, sweep.rows.anchors.label, false);
   return {dx, sweep.references.gradient(ops, [&](int64_t j, double* sum) {
-            pulls.on_reference(j, back.first[j], back.last[j], sum);
+            contributions.on_reference(j, back.first[j], back.last[j], sum);
             on_reference(j, sum);
           })};
 }

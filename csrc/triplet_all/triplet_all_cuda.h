@@ -4,8 +4,9 @@
 //
 // Rows are fp32 and in the order of their labels, so that the positives of an anchor are one
 // stretch of its distances. Anchors are taken in chunks: their distances, then losses and weights
-// from each row of distances, then how the weights pull the rows. With W_ij the derivative of the
-// sum by d_ij times the slope of d_ij, the gradient of x_i is (sum_j W_ij) x_i - sum_j W_ij r_j.
+// from each row of distances, then what the weights contribute to the gradients. With W_ij the
+// derivative of the sum by d_ij times the slope of d_ij, the gradient of x_i is (sum_j W_ij) x_i -
+// sum_j W_ij r_j.
 #pragma once
 
 #include "../common/cuda/product.h"
@@ -21,7 +22,7 @@ struct Rows {
   float* norm;           // [N], squared; NaN where the row is not finite
   const int64_t* order;  // [N], which rows these were
   double* sums;          // [N], of the weights on a row; null where no gradient is needed
-  float* pulled;         // [N, D], of the weights times the other rows; likewise
+  float* weighted;       // [N, D], of the weights times the other rows; likewise
 };
 
 // Copies rows into the order of their labels.
@@ -39,7 +40,7 @@ struct PrepareParams {
 // cancel are made from differences, and flagged.
 struct DistancesParams {
   Rows anchors, references;  // those of the chunk, and all
-  bool own;
+  bool in_batch;
   int64_t first;  // the chunk's first anchor
   Distance distance;
   float* d;        // [anchors, stride]
@@ -61,19 +62,19 @@ struct WeighParams {
   int64_t* nonzero;   // [B]
   int64_t* triplets;  // [B]
   // zeros for the products that follow
-  unsigned* tickets[2];
-  int64_t ticket_count[2];
+  unsigned* semaphores[2];
+  int64_t semaphore_count[2];
 };
 
-// Adds how the weights of flagged tiles pull anchors or references, from differences: to `pulled`
-// the negative of what they add to the gradient. For references also sums of the weights elsewhere.
+// Takes off `weighted` of anchors or references what the weights of flagged tiles contribute to
+// their gradient, from differences of rows. For references, also adds the other weights to `sums`.
 struct CloseParams {
   DistancesParams chunk;
   const float* weights;
-  bool references;  // who is pulled
+  bool references;  // whose gradient: of the references, or of the anchors
 };
 
-// dx = sums x - pulled, in the caller's order.
+// dx = sums x - weighted, in the caller's order.
 struct GradientParams {
   Rows rows;
   float* dx;  // [N, D]

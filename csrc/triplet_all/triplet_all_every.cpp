@@ -75,7 +75,7 @@ struct Every : Negatives<T> {
         const T slack = sweep.slack(i, j0 + j, d[j]);
         if ((k < P && d[j] - thresholds[k] <= slack) ||
             (k > 0 && thresholds[k - 1] - d[j] <= slack))
-          d[j] = sweep.exact(i, j0 + j);
+          d[j] = sweep.from_difference(i, j0 + j);
       }
     });
   }
@@ -116,7 +116,8 @@ std::tuple<Sum, Tensor, Tensor> with_all(Sweep<T>& sweep, const Positives<T>& po
     sum.nonzero += each.nonzero;
   }
   const auto nothing = [](int64_t, double*) {};
-  auto [dx, dr] = gradients(PositivePulls<T>{sweep, positives, loss.slots}, nothing, nothing);
+  auto [dx, dr] =
+      gradients(PositiveContributions<T>{sweep, positives, loss.slots}, nothing, nothing);
   return {sum, dx, dr};
 }
 

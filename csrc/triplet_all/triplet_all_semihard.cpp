@@ -19,8 +19,8 @@ struct Candidate {
   int64_t j;  // reference in sorted order; -1: none
 };
 
-// A step of anchor i away from, and of reference j towards, the other one.
-struct Pull {
+// What the distance of anchor i to reference j contributes to both gradients.
+struct Contribution {
   int64_t i, j;
   double factor;
 };
@@ -95,7 +95,7 @@ struct Semihard : Negatives<T> {
       if (key == std::numeric_limits<T>::infinity()) return;
       for (int64_t j = 0; j < n; ++j) {
         if (d[j] != key || !doubtful(i, j0 + j, key, threshold)) continue;
-        d[j] = sweep.exact(i, j0 + j);
+        d[j] = sweep.from_difference(i, j0 + j);
         settled = settled && d[j] == key;
       }
       for (int64_t j = 0; settled && j < n; ++j) {
@@ -113,7 +113,7 @@ struct Semihard : Negatives<T> {
       int64_t k = at[j];
       if (k == P || (best[k].j >= 0 && d[j] > best[k].key)) continue;
       if (doubtful(i, j0 + j, d[j], thresholds[k])) {
-        d[j] = sweep.exact(i, j0 + j);
+        d[j] = sweep.from_difference(i, j0 + j);
         for (k = 0; k < P && thresholds[k] >= d[j];) ++k;
       }
       if (k < P) offer(best[k], {d[j], j0 + j});
@@ -126,8 +126,9 @@ struct Finish {
   const Semihard<T>& search;
   const Options& options;
   const Positives<T>& positives = search.positives;
-  std::vector<double> weight;  // of the positives, as PositivePulls takes it
-  std::vector<Pull> pulls;     // of the negatives; those of anchor i from positives.offset[i] on
+  std::vector<double> weight;  // of the positives, as PositiveContributions takes it
+  std::vector<Contribution>
+      contributions;           // of the negatives; those of anchor i from positives.offset[i] on
   std::vector<int64_t> count;  // so many of them
   std::vector<Sum> sums;       // of each anchor
 
@@ -135,7 +136,7 @@ struct Finish {
       : search(search_),
         options(options_),
         weight(positives.offset.back()),
-        pulls(positives.offset.back()),
+        contributions(positives.offset.back()),
         count(positives.count.size()),
         sums(positives.count.size()) {}
 
@@ -151,7 +152,7 @@ struct Finish {
       const int64_t j = best.j >= 0 ? best.j : search.farthest[i].j;
       if (j != negative) {
         d_an = sweep.measure(i, j);
-        pulls[first + count[i]++] = {i, j, 0.0};
+        contributions[first + count[i]++] = {i, j, 0.0};
         negative = j;
       }
       const int64_t position = positives.position[first + k];
@@ -161,7 +162,7 @@ struct Finish {
       sum.total += loss;
       sum.nonzero += static_cast<T>(loss) > 0;
       weight[first + position] = slope * pairs::slope(d_ap, sweep.distance);
-      pulls[first + count[i] - 1].factor -= slope * pairs::slope(d_an, sweep.distance);
+      contributions[first + count[i] - 1].factor -= slope * pairs::slope(d_an, sweep.distance);
     }
     sums[i] = sum;
   }
@@ -180,39 +181,42 @@ std::tuple<Sum, Tensor, Tensor> with_semihard(Sweep<T>& sweep, const Positives<T
   parallel_each(B, positives.ops(4.0 * D + 100), [&](int64_t i) { finish.anchor(i); });
   Sum sum;
   std::vector<int64_t> begin(M + 1);
-  const auto each_pull = [&](const auto& f) {  // in the order of the anchors
+  const auto each_contribution = [&](const auto& f) {  // in the order of the anchors
     for (int64_t i = 0; i < B; ++i) {
-      for (int64_t k = 0; k < finish.count[i]; ++k) f(finish.pulls[positives.offset[i] + k]);
+      for (int64_t k = 0; k < finish.count[i]; ++k)
+        f(finish.contributions[positives.offset[i] + k]);
     }
   };
   for (const Sum& each : finish.sums) {
     sum.total += each.total;
     sum.nonzero += each.nonzero;
   }
-  each_pull([&](const Pull& pull) { ++begin[pull.j + 1]; });
+  each_contribution([&](const Contribution& contribution) { ++begin[contribution.j + 1]; });
   std::partial_sum(begin.begin(), begin.end(), begin.begin());
-  std::vector<const Pull*> of_reference(begin[M]);
+  std::vector<const Contribution*> of_reference(begin[M]);
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-  each_pull([&](const Pull& pull) { of_reference[next[pull.j]++] = &pull; });
+  each_contribution([&](const Contribution& contribution) {
+    of_reference[next[contribution.j]++] = &contribution;
+  });
 
   const auto add = [&](double factor, const T* x, const T* y, double* sum) {
-    sweep.kernels.pull(factor, x, y, sum, D);
+    sweep.kernels.subtract_difference(factor, x, y, sum, D);
   };
   const auto on_reference = [&](int64_t j, double* sum) {
     for (int64_t k = begin[j]; k < begin[j + 1]; ++k) {
-      const Pull& pull = *of_reference[k];
-      add(pull.factor, sweep.references.row(j), sweep.anchors.row(pull.i), sum);
+      const Contribution& contribution = *of_reference[k];
+      add(contribution.factor, sweep.references.row(j), sweep.anchors.row(contribution.i), sum);
     }
   };
   const auto on_anchor = [&](int64_t i, double* sum) {
     for (int64_t k = 0; k < finish.count[i]; ++k) {
-      const Pull& pull = finish.pulls[positives.offset[i] + k];
-      add(pull.factor, sweep.anchors.row(i), sweep.references.row(pull.j), sum);
+      const Contribution& contribution = finish.contributions[positives.offset[i] + k];
+      add(contribution.factor, sweep.anchors.row(i), sweep.references.row(contribution.j), sum);
     }
-    if (sweep.own()) on_reference(i, sum);
+    if (sweep.in_batch()) on_reference(i, sum);
   };
   auto [dx, dr] =
-      gradients(PositivePulls<T>{sweep, positives, finish.weight}, on_anchor, on_reference);
+      gradients(PositiveContributions<T>{sweep, positives, finish.weight}, on_anchor, on_reference);
   return {sum, dx, dr};
 }
 

@@ -107,7 +107,7 @@ void for_math(Math math, const F& f) {
     case Math::kBFloat16: return f.template operator()<Math::kBFloat16>();
     case Math::kFloat16: return f.template operator()<Math::kFloat16>();
     case Math::kTf32x3: return f.template operator()<Math::kTf32x3>();
-    case Math::kExact: return f.template operator()<Math::kExact>();
+    case Math::kIeee: return f.template operator()<Math::kIeee>();
   }
 }
 
@@ -117,7 +117,7 @@ void for_wide_math(Math math, const F& f) {
   switch (math) {
     case Math::kBFloat16: return f.template operator()<Math::kBFloat16>();
     case Math::kTf32x3: return f.template operator()<Math::kTf32x3>();
-    default: return f.template operator()<Math::kExact>();
+    default: return f.template operator()<Math::kIeee>();
   }
 }
 

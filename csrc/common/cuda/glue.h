@@ -11,6 +11,7 @@
 #include "../stable.h"
 #include "product.h"
 #include "properties.h"
+#include "scaled_rows.h"
 
 #if defined(KDK_CUDA_HOST)
 #define KDK_CUDA_DISPATCH_KEY CPU
@@ -71,12 +72,12 @@ T* data_of(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// With `exact`, fp32 features are multiplied as they are.
-inline Math math_of(const Tensor& x, bool exact) {
+// With `ieee`, fp32 features are multiplied as they are.
+inline Math math_of(const Tensor& x, bool ieee) {
   switch (x.scalar_type()) {
     case ScalarType::BFloat16: return Math::kBFloat16;
     case ScalarType::Half: return Math::kFloat16;
-    default: return exact ? Math::kExact : Math::kTf32x3;
+    default: return ieee ? Math::kIeee : Math::kTf32x3;
   }
 }
 
@@ -116,6 +117,19 @@ inline Source source_of(const Tensor& x, const std::optional<Tensor>& sample_mas
   return source;
 }
 
+// Row i of x [B, D] times factor i of `factors` [B], both fp32, in another dtype.
+inline Tensor scaled_rows(const Device& device, const Tensor& x, const Tensor& factors,
+                          ScalarType dtype) {
+  const Tensor rows = torch::stable::contiguous(x);
+  const int64_t B = rows.size(0), D = rows.size(1);
+  const Tensor out = device.empty({B, D}, dtype);
+  if (out.numel() > 0)
+    launch_scaled_rows({data_of<const float>(rows), data_of<const float>(factors),
+                        factors.stride(0), out.mutable_data_ptr(), B, D},
+                       math_of(out, true), device.stream());
+  return out;
+}
+
 // Rows first ... first + count of a source.
 inline Source rows_of(Source source, int64_t first, int64_t count, Math math) {
   source.data = static_cast<const char*>(source.data) +
@@ -134,7 +148,7 @@ inline int64_t rows_in_l2(int64_t count, int64_t row_bytes) {
 
 // A product and the memory that its splits need; its result has the dtype of its operands unless
 // params.out_dtype says otherwise. The launch before it, on the same stream, sets its
-// tickets to 0.
+// semaphores to 0.
 class Product {
  public:
   Product(const Device& device, int64_t groups, int64_t M, int64_t N, int64_t K, Math math)
@@ -150,17 +164,17 @@ class Product {
     params.split_length = splits.length;
     if (splits.count > 1) {
       partials_ = device.empty({splits.count * groups * tiles * kTile * kTile}, ScalarType::Float);
-      tickets_ = device.empty({ticket_count()}, ScalarType::Int);
+      semaphores_ = device.empty({semaphore_count()}, ScalarType::Int);
       params.partials = data_of<float>(*partials_);
-      params.tickets = data_of<unsigned>(*tickets_);
+      params.semaphores = data_of<unsigned>(*semaphores_);
     }
   }
 
-  int64_t ticket_count() const { return params.splits > 1 ? groups_ * params.tiles : 0; }
+  int64_t semaphore_count() const { return params.splits > 1 ? groups_ * params.tiles : 0; }
 
   // Where no launch before it does.
-  void clear_tickets() {
-    if (tickets_) torch::stable::zero_(*tickets_);
+  void clear_semaphores() {
+    if (semaphores_) torch::stable::zero_(*semaphores_);
   }
 
   void launch(Along a_along, const Device& device) const {
@@ -172,7 +186,7 @@ class Product {
  private:
   int64_t groups_;
   Math math_;
-  std::optional<Tensor> partials_, tickets_;
+  std::optional<Tensor> partials_, semaphores_;
 };
 
 }  // namespace kdk::cuda

@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_step(Accumulators& acc, const unsigned 
   using B = OperandTile<kMath, kB>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int m = warp / kWarpsAcross * kWarpRows, n = warp % kWarpsAcross * kWarpColumns;
-  if constexpr (kMath == Math::kExact) {
+  if constexpr (kMath == Math::kIeee) {
     for (int k = 0; k < A::kStep; k += 4) {
       Float4 a[8];
       KDK_UNROLL

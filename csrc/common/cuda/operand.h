@@ -11,7 +11,7 @@ enum class Math {
   kBFloat16,
   kFloat16,
   kTf32x3,  // fp32 in two tf32 pieces, three products of them: about 2^-21 instead of 2^-11
-  kExact,   // fp32 as it is, without tensor cores
+  kIeee,    // fp32 as it is, without tensor cores
 };
 
 // Of a result in memory.

@@ -36,11 +36,11 @@ __device__ bool merge_splits(Accumulators& acc, const ProductParams& p, int64_t 
   });
   __threadfence();
   __syncthreads();
-  auto* ticket = reinterpret_cast<unsigned*>(shared);
-  if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + tile, 1u);
+  auto* arrival = reinterpret_cast<unsigned*>(shared);
+  if (threadIdx.x == 0) *arrival = atomicAdd(p.semaphores + tile, 1u);
   __syncthreads();
-  const bool last = *ticket + 1 == static_cast<unsigned>(p.splits);
-  __syncthreads();  // the tile is staged where the ticket is
+  const bool last = *arrival + 1 == static_cast<unsigned>(p.splits);
+  __syncthreads();  // the tile is staged where the arrival is
   if (!last) return false;
   __threadfence();
   fill(acc, 0);

@@ -16,12 +16,12 @@ struct PartSums {
 };
 
 struct ProductParams {
-  Source a;           // [M, K], or [K, M] if a_along is kOutput
-  Source b;           // [K, N]
-  void* out;          // [G, M, N] contiguous
-  const float* add;   // likewise; null for 0. May be `out`
-  float* partials;    // [splits, G, tiles, kTile^2] if splits > 1
-  unsigned* tickets;  // [G, tiles], zeros, if splits > 1
+  Source a;              // [M, K], or [K, M] if a_along is kOutput
+  Source b;              // [K, N]
+  void* out;             // [G, M, N] contiguous
+  const float* add;      // likewise; null for 0. May be `out`
+  float* partials;       // [splits, G, tiles, kTile^2] if splits > 1
+  unsigned* semaphores;  // [G, tiles], zeros, if splits > 1
   int64_t M, N, K;
   const int64_t* counting;  // on the device: how much of the contraction counts; null for all of it
   int64_t split_length;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tickets say which block of a split product comes last. The launch before the product clears them.
+// Semaphores say which block of a split product comes last. The launch before the product clears
+// them.
 #pragma once
 
 #include "device.h"
@@ -7,12 +8,12 @@
 namespace kdk::cuda {
 
 // By the blocks along the x axis of the grid together.
-__device__ __forceinline__ void clear_tickets(unsigned* tickets, int64_t count) {
+__device__ __forceinline__ void clear_semaphores(unsigned* semaphores, int64_t count) {
   if (blockIdx.y != 0 || blockIdx.z != 0) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; t < count;
        t += step)
-    tickets[t] = 0;
+    semaphores[t] = 0;
 }
 
 }  // namespace kdk::cuda
