@@ -29,8 +29,8 @@ template <typename T>
 struct Semihard : Negatives<T> {
   using Negatives<T>::sweep, Negatives<T>::positives, Negatives<T>::ranges;
   const std::vector<int64_t>& row = sweep.rows.references.row;
-  // By positive in descending order of distance; of one whose tile had many positives only after
-  // the best of those before it has been taken over.
+  // One for each positive, in descending order of distance. Where bisection was used, the nearest
+  // of a positive is right only after the best of the positives before it has been taken over.
   std::vector<Candidate<T>> nearest;
   std::vector<Candidate<T>> farthest;  // of each anchor
 
