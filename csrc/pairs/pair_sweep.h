@@ -22,16 +22,16 @@
 
 namespace kdk::pairs {
 
-// Anchors or references, and what the sweep adds to their gradient.
+// The anchors or the references, and what the sweep adds up for their gradient.
 template <typename T>
 struct Side {
   const SortedRows<T>& sorted;
   const T* original;  // [n, D], rows in the caller's order, not centred
   bool needed;
-  // Sums are kept in fp64: with large classes, thousands of terms largely cancel.
-  std::optional<Scratch<double>>
-      weighted;                // [n, D] sorted: sum of the weights times the other rows
-  std::vector<double> weight;  // [n] sorted: sum of the weights
+  // [n, D] sorted: the sums of the weights times the other rows. They are kept in fp64: with large
+  // classes, thousands of terms largely cancel.
+  std::optional<Scratch<double>> weighted;
+  std::vector<double> weight;  // [n] sorted: sums of the weights
 
   Side(const SortedRows<T>& rows, const Tensor& x, bool needed_)
       : sorted(rows), original(static_cast<const T*>(x.const_data_ptr())), needed(needed_) {

@@ -127,10 +127,10 @@ struct Finish {
   const Options& options;
   const Positives<T>& positives = search.positives;
   std::vector<double> weight;  // of the positives, as PositiveContributions takes it
-  std::vector<Contribution>
-      contributions;           // of the negatives; those of anchor i from positives.offset[i] on
-  std::vector<int64_t> count;  // so many of them
-  std::vector<Sum> sums;       // of each anchor
+  // Contributions of the negatives: of anchor i, the first count[i] from positives.offset[i] on.
+  std::vector<Contribution> contributions;
+  std::vector<int64_t> count;
+  std::vector<Sum> sums;  // of each anchor
 
   Finish(const Semihard<T>& search_, const Options& options_)
       : search(search_),
