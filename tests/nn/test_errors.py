@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_nn import congruence
+from modules import congruence
 from torch import nn
 
 import kdkernels as kd
@@ -86,6 +86,52 @@ SP, IUSP, CC = (
         ),
         (CC, {"gamma": -1.0}, ValueError, "gamma must be a positive finite number, got -1.0"),
         (CC, {"order": 9}, ValueError, "order must be from 1 to 8, got 9"),
+        (
+            kd.nn.PKTLoss,
+            {"preset": "paper"},
+            ValueError,
+            "preset must be one of 'repdistiller', 'infor",
+        ),
+        (kd.nn.PKTLoss, {"weight": -1}, ValueError, "weight must be a finite number"),
+        (kd.nn.PKTLoss, {"backend": "gpu"}, ValueError, "backend must be one of"),
+        (
+            kd.nn.DISTLoss,
+            {"preset": "coco"},
+            ValueError,
+            "preset must be one of 'imagenet', 'cifar'",
+        ),
+        (kd.nn.DISTLoss, {"beta": -1.0}, ValueError, "beta must be a finite number"),
+        (kd.nn.DISTLoss, {"temperature": 0.0}, ValueError, "temperature must be a positive finite"),
+        (
+            kd.nn.CorrelationDistanceLoss,
+            {"preset": "dist"},
+            ValueError,
+            "preset must be one of 'r2kd', 'cmkd'",
+        ),
+        (
+            kd.nn.CorrelationDistanceLoss,
+            {"rank": "exact"},
+            ValueError,
+            "rank must be one of 'none', 'hard', 'soft'",
+        ),
+        (
+            kd.nn.CorrelationDistanceLoss,
+            {"rank_weight": "1"},
+            TypeError,
+            "rank_weight must be a number, got str",
+        ),
+        (
+            kd.nn.CorrelationDistanceLoss,
+            {"regularization_strength": 0},
+            ValueError,
+            "regularization_strength must",
+        ),
+        (
+            kd.nn.ComparativeLoss,
+            {"weight": None},
+            TypeError,
+            "weight must be a number, got NoneType",
+        ),
     ],
 )
 def test_bad_options(

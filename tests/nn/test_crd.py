@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from modules import unit
 from torch import Tensor
 
 import kdkernels as kd
@@ -45,10 +46,6 @@ def loss_by_hand(
         total = total + torch.log(of[0] / (of[0] + noise + 1e-7))
         total = total + sum(torch.log(noise / (one + noise + 1e-7)) for one in of[1:])
     return -total / len(x), Z
-
-
-def unit(x: Tensor) -> Tensor:
-    return x / x.pow(2).sum(1, keepdim=True).sqrt()
 
 
 def test_several_steps_are_those_of_the_formula() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from modules import unit
 from torch import Tensor
 
 import kdkernels as kd
@@ -36,10 +37,6 @@ def make(preset: str, **options: Any) -> kd.nn.SimilarityDistillationLoss:
 
 def teacher_rows(preset: str, B: int = 8) -> Tensor:
     return rows(B, 6 if preset in ("compress", "sskd") else 4)
-
-
-def unit(x: Tensor) -> Tensor:
-    return x / x.pow(2).sum(1, keepdim=True).sqrt()
 
 
 def seed(s: Tensor, t: Tensor, queue: Tensor, _: Any) -> Tensor:
@@ -121,8 +118,8 @@ def test_views_are_compared_with_the_plain_images(share: float) -> None:
     student, teacher = rows(20), teacher_rows("sskd", 20)
     plain = torch.arange(20) % 4 == 0
     s, t = unit(student), unit(teacher).detach()
-    own = [i // 3 for i in range(15)]
-    counting = ranked_by_hand(teacher[~plain].detach(), teacher[plain].detach(), own, share)
+    positives = [i // 3 for i in range(15)]
+    counting = ranked_by_hand(teacher[~plain].detach(), teacher[plain].detach(), positives, share)
     assert 0 < len(counting) < 15
     log_q = F.log_softmax(s[~plain] @ s[plain].T / 0.5, 1)[counting]
     p = F.softmax(t[~plain] @ t[plain].T / 0.5, 1)[counting]
