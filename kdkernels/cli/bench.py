@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from kdkernels import _dispatch
+from kdkernels._progress import Progress
 from kdkernels.cli import UsageError
-from kdkernels.cli.progress import Progress
 from kdkernels.cli.table import Table, write_json
 from kdkernels.testing import bench, record
 from kdkernels.testing.opinfo import BenchShape, OpInfo, opinfos

@@ -34,9 +34,9 @@ from typing import Any
 import torch
 
 import kdkernels as kd
+from kdkernels._progress import Progress
 from kdkernels.cli import UsageError
 from kdkernels.cli.check import parse_device
-from kdkernels.cli.progress import Progress
 from kdkernels.cli.table import Table, report_stream, write_json
 from kdkernels.demo import measure, training
 from kdkernels.demo.data import SOURCES, Data, missing_package

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from kdkernels.cli.progress import Progress
+from kdkernels._progress import Progress
 from kdkernels.nn._raw import raw_bytes
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._checks import accumulation_dtype
-from kdkernels.reference.relational_kl import similarities
+from kdkernels._similarity import similarities
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference._rows import EPS, normalize_backward
+from kdkernels._similarity import NORM_EPS
+from kdkernels.reference._rows import normalize_backward
 
 
 def gram_mse(
@@ -135,7 +136,7 @@ def gram_mse_bwd(
 def _prepare(x: Tensor, normalize: str) -> Tensor:
     """Features in the accumulation dtype, normalised if the Gram is that of unit vectors."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return F.normalize(x, dim=-1, eps=EPS) if normalize == "feature" else x
+    return F.normalize(x, dim=-1, eps=NORM_EPS) if normalize == "feature" else x
 
 
 def _polynomial(g: Tensor, coefficients: list[float]) -> Tensor:
@@ -160,12 +161,12 @@ def _row_normalised(
     """
     l2 = normalize == "row_l2"
     norm_s, norm_t = (r2.sqrt(), q2.sqrt()) if l2 else (l1_s, l1_t)
-    r, q = norm_s.clamp_min(EPS), norm_t.clamp_min(EPS)
+    r, q = norm_s.clamp_min(NORM_EPS), norm_t.clamp_min(NORM_EPS)
     own_s, own_t, cross = r2 / r**2, q2 / q**2, x / (r * q)
     # <dG_i, G_i> / 2, which the normalisation takes back from the gradient; nothing where the clamp
     # holds the norm
-    back_s = torch.where(norm_s >= EPS, own_s - cross, 0.0)
-    back_t = torch.where(norm_t >= EPS, own_t - cross, 0.0)
+    back_s = torch.where(norm_s >= NORM_EPS, own_s - cross, 0.0)
+    back_t = torch.where(norm_t >= NORM_EPS, own_t - cross, 0.0)
     a = -2 / (r * q)
     if l2:
         zero = torch.zeros_like(a)

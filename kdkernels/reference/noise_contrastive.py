@@ -6,9 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels._similarity import NOISE_EPS
 from kdkernels.reference.sampled_similarity import sampled_similarity
-
-EPS = 1e-7
 
 
 def noise_contrastive(
@@ -24,6 +23,6 @@ def noise_contrastive(
     o = torch.exp(sampled_similarity(x, bank, indices) / temperature)
     o = o / (o.detach().mean() * N if partition is None else partition)
     c = m / N
-    own = torch.log(o[:, 0] / (o[:, 0] + c + EPS))
-    others = torch.log(c / (o[:, 1:] + c + EPS))
+    own = torch.log(o[:, 0] / (o[:, 0] + c + NOISE_EPS))
+    others = torch.log(c / (o[:, 1:] + c + NOISE_EPS))
     return -(own.sum() + others.sum()) / len(x)

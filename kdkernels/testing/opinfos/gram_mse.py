@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels._similarity import NORM_EPS
 from kdkernels.ops.gram_mse import choose_algorithm, gram_mse
 from kdkernels.reference import gram_mse as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn
@@ -92,7 +93,7 @@ def magnitude(sample: Sample) -> tuple[float, tuple[float, ...]]:
     B = max(s.shape[-2], 1)
     own, other = (reference.gram_mse(x, zero(x), **options).sum().item() for x in (s, t))
     gram_s, gram_t = s @ s.mT, t @ t.mT
-    r, q = (g.norm(dim=-1, keepdim=True).clamp_min(reference.EPS) for g in (gram_s, gram_t))
+    r, q = (g.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS) for g in (gram_s, gram_t))
     sizes = (gram_s / r).abs() + (gram_t / q).abs()
 
     def gradient(x: Tensor, norm: Tensor) -> float:
