@@ -29,14 +29,15 @@ from torch import Tensor
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 
-# What `auto` tries, best first. Changing an order is a performance claim: bring the benchmark.
+# What `auto` tries, best first. The order on the CPU is measured (benchmarks/results). The order on
+# a GPU is chosen, not measured yet. Whoever changes one brings the benchmark.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "cuda", "reference"),
 }
 _OTHER_DEVICES = ("reference",)
-# What operators take besides tensors. Looked up for every argument of every call: a set of exact
-# types is faster than isinstance.
+# Types of what operators take besides tensors. Every argument of every call is looked up here,
+# which takes less time than isinstance.
 _OPTIONS = frozenset((str, int, float, bool, type(None)))
 
 
@@ -74,9 +75,9 @@ _check_name(_default, "KDKERNELS_BACKEND")
 def use_backend(backend: Backend) -> Iterator[None]:
     """Make `backend` the choice of every call in this thread that does not name one itself.
 
-    Precedence: the call's own `backend=` argument, then the innermost `use_backend`, then the
-    environment variable `KDKERNELS_BACKEND` (read when the package is imported), then the measured
-    order of the device.
+    Precedence: the `backend=` argument of the call, then the innermost `use_backend`, then the
+    environment variable `KDKERNELS_BACKEND` (read when the package is imported), then the
+    order chosen for the device (`ORDER`).
 
     Raises:
         ValueError: unknown name. Whether the backend can run a given call is decided at that call.

@@ -12,7 +12,7 @@ import kdkernels
 from kdkernels import _native
 
 assert kdkernels  # defines the operators
-OPERATORS = tuple(torch.ops.kdkernels)
+OPERATORS = sorted(torch.ops.kdkernels)
 NATIVE = {
     "cpu": ("kdkernels_C", lambda: _native.load_error("kdkernels_cpu")),
     "cuda": ("kdkernels_cuda", _native.cuda_load_error),

@@ -45,18 +45,18 @@ def _loss_and_gradient(
     logits = logits.div_(temperature)
     log_z = log_partition.to(logits.dtype)
     if B > 0:
-        first = logits.logsumexp((0, 1)) + math.log(N / logits.numel())
-        log_z = torch.where(log_z.isnan(), first, log_z)
+        of_scores = logits.logsumexp((0, 1)) + math.log(N / logits.numel())
+        log_z = torch.where(log_z.isnan(), of_scores, log_z)
     logits -= log_z
     noise = math.log(m / N + NOISE_EPS)
-    self_logits, others = logits[:, 0], logits[:, 1:]
-    loss = _softplus(noise - self_logits).sum()
+    first, others = logits[:, 0], logits[:, 1:]
+    loss = _softplus(noise - first).sum()
     loss = loss + (_softplus(others - noise) + (noise - math.log(m / N))).sum()
     scale = 1 / max(B, 1)
     dx = None
     if need_x:
         derivative = torch.sigmoid(logits - noise)
-        derivative[:, 0] = -torch.sigmoid(noise - self_logits)
+        derivative[:, 0] = -torch.sigmoid(noise - first)
         derivative *= scale / temperature
         dx = sampled_similarity.sampled_similarity_bwd(derivative, x, bank, indices, backend)
     log_z = log_z.to(log_partition.dtype)
@@ -73,7 +73,7 @@ def noise_contrastive(
     temperature: float = 0.07,
     backend: Backend = "auto",
 ) -> NoiseContrastive:
-    r"""Each row shall tell its own place in a bank from m others, drawn as noise.
+    r"""Each row shall tell its place in a bank from m others, drawn as noise.
 
     With o_ik = exp(<x_i, bank[indices_ik]> / temperature) / Z and c = m / N,
 
@@ -86,7 +86,7 @@ def noise_contrastive(
     Args:
         x: [B, D], and
         bank: [N, D], as for `kdkernels.sampled_similarity`.
-        indices: Integer [B, 1 + m] with m of at least 1, the row's own place first.
+        indices: Integer [B, 1 + m] with m of at least 1, the place of the row itself first.
         log_partition: log Z without dimensions; NaN where it is yet to be set, to
             log(N mean(exp(. / temperature))) of these scores. On its device that needs no look.
         temperature: Positive.

@@ -262,8 +262,8 @@ def _operator_args(
         num_keys=_key_bank.form_of_index(num_keys if isinstance(num_keys, Tensor) else None),
         subtract_entropy=options["divergence"] == "kl",
     )
-    own = None if own_keys is None else form(student, dtype=acc, shape=student.shape[:1])
-    return *call, own, own, _key_bank.divided_wants_gradient(student, by)
+    own_logit = None if own_keys is None else form(student, dtype=acc, shape=student.shape[:1])
+    return *call, own_logit, own_logit, _key_bank.divided_wants_gradient(student, by)
 
 
 def gradient_choice(rows: Tensor, by: float | Tensor) -> dict[str, str]:

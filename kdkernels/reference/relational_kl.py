@@ -68,7 +68,7 @@ def first(keys: Tensor | None, num_keys: int | Tensor | None) -> Tensor | None:
 
 
 def own_similarities(x: Tensor, own_keys: Tensor, normalize: bool) -> Tensor:  # [B, 1]
-    """Of each row and its own key."""
+    """Of each row and its key in `own_keys`."""
     return similarities(x[:, None], own_keys[:, None].to(x.dtype), normalize)[:, 0]
 
 
@@ -160,9 +160,9 @@ def _softmax(logits: Tensor, lse: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return log.masked_fill(out, 0.0), log.exp().masked_fill(out, 0.0)
 
 
-def _log_sum_exp(logits: Tensor, own: Tensor | None) -> Tensor:  # [B]
+def _log_sum_exp(logits: Tensor, own_logit: Tensor | None) -> Tensor:  # [B]
     among_keys = logits.logsumexp(-1)
-    return among_keys if own is None else torch.logaddexp(among_keys, own)
+    return among_keys if own_logit is None else torch.logaddexp(among_keys, own_logit)
 
 
 def _side(
