@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kdkernels.triton._common import Arch, assume_arch
+from kdkernels.triton.common.launch import Arch, assume_arch
 
 # What a call is made with: the dtype of its features, and torch's setting for fp32 matmuls.
 _PRECISIONS = {

@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
-from kdkernels.triton.lsh_bce import supports
+from kdkernels.triton.common.launch import Arch, arch_of, cdiv, on_device, supports
 
 __all__ = ["sampled_similarity_bwd", "sampled_similarity_fwd", "supports"]
 
