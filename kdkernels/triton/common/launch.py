@@ -33,16 +33,8 @@ class Arch:
         return {"sm_": "cuda", "gfx": "hip"}.get(self.name[:3], self.name)
 
 
-# What the tests compile for ahead of time, with processors and cache of a typical product.
-TARGETS = {
-    "sm_80": Arch("sm_80", 108, 40 << 20),
-    "sm_90": Arch("sm_90", 132, 50 << 20),
-    "sm_100": Arch("sm_100", 148, 126 << 20),
-    "gfx942": Arch("gfx942", 304, 256 << 20),
-}
-INTERPRETER = Arch(
-    "interpreter", 2, 1 << 14
-)  # two "processors" and a tiny cache: splits and chunks at small sizes
+# With two "processors" and a tiny cache, so that small samples are split and chunked.
+INTERPRETER = Arch("interpreter", 2, 1 << 14)
 
 
 @cache

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.triton._ahead import Calls
-from kdkernels.triton._triplet_ahead import labelled
+from kdkernels.testing.aot.recorder import Calls, labelled_rows
 from kdkernels.triton.contrastive import contrastive_fwd
 
 # label -> B, M or None for the batch itself, D, distance
@@ -19,6 +18,6 @@ EXTRA: Calls = {"fp32": _OWN | _ODD, "bf16": _BANK, "fp16": _OWN, "tf32": _BANK}
 
 
 def call(dtype: torch.dtype, B: int, M: int | None, D: int, distance: str) -> None:
-    x, y = labelled(B, D, dtype)
-    r, r_y = (x, y) if M is None else labelled(M, D, dtype)
+    x, y = labelled_rows(B, D, dtype)
+    r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
     contrastive_fwd(x, y, r, r_y, M is None, 1.0, distance, True, True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.triton._ahead import Calls
+from kdkernels.testing.aot.recorder import Calls
 from kdkernels.triton.lsh_bce import lsh_bce_bwd, lsh_bce_encode, lsh_bce_fwd
 
 # label -> B, D, N, whether there are a bias and a mask, gradients of student, weight and bias.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kdkernels.triton._ahead import Calls
+from kdkernels.testing.aot.recorder import Calls
 from kdkernels.triton.gram_mse import gram_mse_bwd, gram_mse_fwd
 
 # label -> B, D, options of the operator, gradients needed. `_CORE` launches every kernel.

@@ -2,7 +2,7 @@
 """What launchers would compile, found by recording their launches on meta tensors.
 
 So the ahead-of-time tests compile the specialisations and configurations of real calls, not a copy
-of them. A module `_<op>_ahead.py` lists the calls of an op:
+of them. A module beside this one, named after an op, lists the calls of the op:
 
     call(dtype, *arguments)     one call on meta tensors, forward and backward
     EVERYWHERE, EXTRA           its arguments; those in EXTRA are compiled for one target only, to
@@ -24,6 +24,14 @@ import triton
 from torch import Tensor
 
 from kdkernels.triton.common.launch import Arch, assume_arch
+
+# What kernels are compiled for, with the processors and the cache of a typical product.
+TARGETS = {
+    "sm_80": Arch("sm_80", 108, 40 << 20),
+    "sm_90": Arch("sm_90", 132, 50 << 20),
+    "sm_100": Arch("sm_100", 148, 126 << 20),
+    "gfx942": Arch("gfx942", 304, 256 << 20),
+}
 
 # What a call is made with: the dtype of its features, and torch's setting for fp32 matmuls.
 _PRECISIONS = {
@@ -147,3 +155,11 @@ def _facets(variant: AotVariant, launched: list[AotVariant]) -> list[str]:
 
     others = [facets(other) for other in launched if other.kernel is variant.kernel]
     return sorted(facets(variant) - set.intersection(*others))
+
+
+def labelled_rows(n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[n, D] rows and [n] labels on the meta device."""
+    return (
+        torch.empty((n, D), dtype=dtype, device="meta"),
+        torch.empty(n, dtype=torch.int64, device="meta"),
+    )

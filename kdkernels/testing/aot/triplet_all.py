@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.triton._ahead import Calls
-from kdkernels.triton._triplet_ahead import labelled
+from kdkernels.testing.aot.recorder import Calls, labelled_rows
 from kdkernels.triton.triplet_all import triplet_all_fwd
 
 # label -> B, M or None for the batch itself, D, negatives, soft, distance
@@ -31,6 +30,6 @@ def call(
     soft: bool,
     distance: str,
 ) -> None:
-    x, y = labelled(B, D, dtype)
-    r, r_y = (x, y) if M is None else labelled(M, D, dtype)
+    x, y = labelled_rows(B, D, dtype)
+    r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
     triplet_all_fwd(x, y, r, r_y, M is None, negatives, 0.2, soft, distance, True, True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.triton._ahead import Calls
+from kdkernels.testing.aot.recorder import Calls
 from kdkernels.triton.pairwise import pairwise_bwd, pairwise_fwd
 
 # label -> N, M or None for the rows themselves, D, metric, whether y needs a gradient

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.triton._ahead import Calls
+from kdkernels.testing.aot.recorder import Calls
 from kdkernels.triton.relational_kl import relational_kl_bwd, relational_kl_fwd
 
 # label -> B, D, E (None: shared keys; 0: info_nce), K, whether norms are factors and some keys do

@@ -4,9 +4,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from kdkernels.triton._ahead import Calls
+from kdkernels.testing.aot.recorder import Calls, labelled_rows
 from kdkernels.triton.triplet import triplet_bwd, triplet_fwd
 
 # label -> B, M or None for the batch itself, D, positives, negatives, distance
@@ -32,15 +31,8 @@ def call(
     distance: str,
 ) -> None:
     own = M is None
-    x, y = labelled(B, D, dtype)
-    r, r_y = (x, y) if M is None else labelled(M, D, dtype)
+    x, y = labelled_rows(B, D, dtype)
+    r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
     results = triplet_fwd(x, y, r, r_y, own, positives, negatives, distance)
     dd = torch.empty(B, device="meta")
     triplet_bwd(dd, dd, x, r, *results, own, True, True, distance)
-
-
-def labelled(n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty((n, D), dtype=dtype, device="meta"),
-        torch.empty(n, dtype=torch.int64, device="meta"),
-    )

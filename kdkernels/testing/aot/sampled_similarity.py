@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from kdkernels.triton._ahead import Calls
+from kdkernels.testing.aot.recorder import Calls
 from kdkernels.triton.sampled_similarity import sampled_similarity_bwd, sampled_similarity_fwd
 
 # label -> B, K, D, N
