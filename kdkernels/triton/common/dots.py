@@ -22,7 +22,7 @@ class Precision:
 
 
 def pick_precision(dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> Precision:
-    """Precision of products with features of a dtype, given `torch.get_float32_matmul_precision()`.
+    """Precision of products with features of a dtype, given `kdkernels._gpu.fp32_matmul()`.
 
     fp16 features fit tf32 exactly, but factors and weights do not fit the range of fp16: tf32.
     """

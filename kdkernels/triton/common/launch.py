@@ -89,6 +89,28 @@ def cdiv(a: int, b: int) -> int:
 ROWS, COLUMNS = 4, 128
 
 
+# Partial results of a split loop are written and added up, so there are never more than these.
+MOST_SPLITS = 64
+
+
+def fill_device(arch: Arch, programs: int, most: int, *, times: int = 2) -> int:
+    """Into how many parts, from 1 to `most`, a loop is split that `programs` programs would go
+    through alone: as many as give each processor `times` programs."""
+    return max(1, min(cdiv(times * arch.processors, max(programs, 1)), most))
+
+
+def split_length(length: int, splits: int, step: int) -> int:
+    """Length of one of so many splits of a loop, in whole steps."""
+    return max(1, cdiv(cdiv(length, splits), step)) * step
+
+
+def rows_in_l2(arch: Arch, row_bytes: int, tile_rows: int) -> int:
+    """How many rows a kernel writes at a time for another that reads them from the L2 cache: those
+    that fill half of it, in whole tiles, and at least one tile of them."""
+    fitting = arch.l2_bytes // 2 // max(row_bytes, 1) // tile_rows * tile_rows
+    return max(tile_rows, fitting)
+
+
 @dataclass(frozen=True)
 class Tile:
     """Output tile m x n of a product, its contraction step, and how the program is compiled."""
@@ -100,12 +122,28 @@ class Tile:
     num_stages: int
 
     def launch(self) -> dict[str, int]:
-        """As arguments of a kernel."""
+        """The arguments of a kernel that takes this tile."""
         return {
             "BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k,
             "num_warps": self.num_warps, "num_stages": self.num_stages,
         }  # fmt: skip
 
+    def launch_square(self) -> dict[str, int]:
+        """The arguments of a kernel that takes square tiles only, of m x m."""
+        return {
+            "BLOCK": self.m, "BLOCK_K": self.k,
+            "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
 
-def compiled_as(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    def count(self, m: int, n: int) -> int:
+        """How many tiles cover an m x n output."""
+        return cdiv(m, self.m) * cdiv(n, self.n)
+
+    def split(self, k: int, programs: int, arch: Arch, unit: int | None = None) -> tuple[int, int]:
+        """(length of a split, number of splits) of a contraction over k, which `programs` programs
+        would do alone. The splits fill the device, while each still takes several steps. Their
+        length is a multiple of `unit`, by default of a step.
+        """
+        splits = fill_device(arch, programs, min(k // (4 * self.k), MOST_SPLITS))
+        length = split_length(k, splits, unit or self.k)
+        return length, max(1, cdiv(k, length))

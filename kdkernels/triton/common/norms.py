@@ -13,8 +13,9 @@ from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
 EPS = tl.constexpr(1e-12)  # the clamp of F.normalize, on the norm
 
 
-def squared_norms(x: Tensor) -> Tensor:  # [N] fp32, rounded once
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square().float()
+def squared_norms(x: Tensor) -> Tensor:
+    """Squared norms of the rows [..., D] in fp32, each rounded once."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square().float()
 
 
 def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from kdkernels._gpu import fp32_matmul
 from kdkernels.triton.common import pairs_kernels as kernels
 from kdkernels.triton.common.distances import DISTANCES
-from kdkernels.triton.common.launch import arch_of, cdiv
+from kdkernels.triton.common.launch import arch_of, cdiv, split_length
 from kdkernels.triton.common.norms import squared_norms
 from kdkernels.triton.common.pairs_config import pick_config
 
@@ -34,7 +35,7 @@ class Pairs:
         (self.B, self.D), self.M = x.shape, len(self.r)
         self.config = pick_config(
             self.B, self.M, dtype=x.dtype, arch=arch_of(x),
-            fp32_matmul=torch.get_float32_matmul_precision(), sides=sides,
+            fp32_matmul=fp32_matmul(), sides=sides,
         )  # fmt: skip
         self.x_norm = squared_norms(self.x)
         self.r_norm = self.x_norm if r is None else squared_norms(self.r)
@@ -53,8 +54,7 @@ class Pairs:
         return {
             "x_ptr": self.x, "r_ptr": self.r, "x_norm_ptr": self.x_norm, "r_norm_ptr": self.r_norm,
             "B": self.B, "M": self.M, "D": self.D, "OWN": self.own, "DISTANCE": self.distance,
-            "PRECISION": self.config.distance_precision, "BLOCK_M": tile.m, "BLOCK_N": tile.n,
-            "BLOCK_K": tile.k, "num_warps": tile.num_warps, "num_stages": tile.num_stages,
+            "PRECISION": self.config.distance_precision, **tile.launch(),
         }  # fmt: skip
 
     def tiles(self, rows: int) -> tuple[int, int]:
@@ -71,14 +71,13 @@ class Pairs:
         N, K = len(x), len(r)
         if self.D == 0:
             return self.new(N, 0)
-        length = cdiv(K, self.config.splits(N, self.D, K) * close_k) * close_k
+        length = split_length(K, self.config.splits(N, self.D, K), close_k)
         splits = cdiv(K, length)
         out = self.new(splits, N, self.D)
-        kernels._labelled_pull_kernel[(cdiv(N, tile.m) * cdiv(self.D, tile.n), splits)](
+        kernels._labelled_pull_kernel[(tile.count(N, self.D), splits)](
             w_ptr=w, x_ptr=x, r_ptr=r, close_ptr=close, out_ptr=out, N=N, K=K, D=self.D,
             split_length=length, TRANSPOSED=references, PRECISION=self.config.pull_precision,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, CLOSE_N=close_n, CLOSE_K=close_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            CLOSE_N=close_n, CLOSE_K=close_k, **tile.launch(),
         )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
 

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from kdkernels.triton.common.dots import Precision, pick_precision
-from kdkernels.triton.common.launch import Arch, Tile, cdiv
+from kdkernels.triton.common.launch import MOST_SPLITS, Arch, Tile, cdiv, fill_device
 
 # Numbers of a buffer of distances or of weights, of which a call holds three at most.
 BUFFER = 1 << 24
-MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
@@ -25,13 +24,12 @@ class LabelledConfig:
     negatives: int  # so many negatives of it
     distance_precision: str
     pull_precision: str
-    processors: int
+    arch: Arch
 
     def splits(self, rows: int, columns: int, contraction: int) -> int:
-        """Of the contraction of a pull: enough to fill the device twice, of two steps or more."""
-        tiles = cdiv(rows, self.pull.m) * cdiv(columns, self.pull.n)
+        """Of the contraction of a pull, each of two steps or more."""
         most = min(contraction // (2 * self.pull.k), MOST_SPLITS)
-        return max(1, min(cdiv(2 * self.processors, tiles), most))
+        return fill_device(self.arch, self.pull.count(rows, columns), most)
 
 
 def pick_config(
@@ -40,7 +38,7 @@ def pick_config(
     """The configuration of B anchors and M references.
 
     `sides` is how many tiles of distances a program holds at once, which narrows them.
-    `fp32_matmul` is `torch.get_float32_matmul_precision()`. Distances and pulls are differences of
+    `fp32_matmul` is `kdkernels._gpu.fp32_matmul()`. Distances and pulls are differences of
     products: single tf32 operands would lose those of near rows, so fp32 features never get less
     than tf32x3.
     """
@@ -59,7 +57,7 @@ def pick_config(
         negatives=64 if interpreted else 256,
         distance_precision=precision,
         pull_precision=precisions.factors,
-        processors=arch.processors,
+        arch=arch,
     )
 
 

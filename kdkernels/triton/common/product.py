@@ -10,14 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot
-from kdkernels.triton.common.launch import Tile, cdiv
-
-MOST_SPLITS = 64
+from kdkernels.triton.common.launch import Arch, Tile
 
 
 def multiply(
     tile: Tile,
-    processors: int,
+    arch: Arch,
     precision: str,
     a: Tensor,  # [M, K]
     x: Tensor,  # [K, N]
@@ -28,11 +26,10 @@ def multiply(
     (M, K), N = a.shape, x.shape[1]
     if out.numel() == 0:
         return
-    splits = _splits(tile, processors, M, N, K)
-    length = cdiv(cdiv(K, tile.k), splits) * tile.k
-    splits = cdiv(K, length)
+    tiles = tile.count(M, N)
+    length, splits = tile.split(K, tiles, arch)
     target = out if splits == 1 else out.new_empty((splits, M, N), dtype=torch.float32)
-    _product_kernel[(cdiv(M, tile.m) * cdiv(N, tile.n), splits)](
+    _product_kernel[(tiles, splits)](
         a_ptr=a, x_ptr=x, keep_ptr=a if keep is None else keep, out_ptr=target,
         M=M, N=N, K=K, split_k=length,
         stride_am=a.stride(0), stride_ak=a.stride(1),
@@ -42,14 +39,6 @@ def multiply(
     )  # fmt: skip
     if splits > 1:
         torch.sum(target, 0, out=out) if out.dtype == torch.float32 else out.copy_(target.sum(0))
-
-
-def _splits(tile: Tile, processors: int, m: int, n: int, k: int) -> int:
-    """Of the contraction of an m x n product over k: enough to fill the device twice, while a
-    split still takes several steps."""
-    tiles = cdiv(m, tile.m) * cdiv(n, tile.n)
-    wanted = min(cdiv(2 * processors, max(tiles, 1)), k // (4 * tile.k))
-    return max(1, min(wanted, MOST_SPLITS))
 
 
 @triton.jit

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 import triton
 
-from kdkernels.triton.common.launch import Arch, cdiv
+from kdkernels.triton.common.launch import MOST_SPLITS, Arch, cdiv, fill_device, split_length
 
-MOST_SPLITS = 64
 NUM_WARPS = 4
 
 
@@ -28,5 +27,5 @@ def pick_config(B: int, C: int, *, arch: Arch) -> CorrelationConfig:
     rows = min(triton.next_power_of_2(B), max(1, elements // across))
     down = elements // columns
     tiles = cdiv(C, columns)
-    splits = min(cdiv(2 * arch.processors, tiles), cdiv(B, down), MOST_SPLITS)
-    return CorrelationConfig((rows, across), (down, columns), cdiv(cdiv(B, down), splits) * down)
+    splits = fill_device(arch, tiles, min(cdiv(B, down), MOST_SPLITS))
+    return CorrelationConfig((rows, across), (down, columns), split_length(B, splits, down))

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.triton.common.launch import COLUMNS, ROWS, arch_of, cdiv, compiled_as
+from kdkernels._gpu import fp32_matmul
+from kdkernels.triton.common.launch import COLUMNS, ROWS, arch_of, cdiv, split_length
 from kdkernels.triton.gram_mse import product as kernels
 from kdkernels.triton.gram_mse.config import ELEMENTS, GramMseConfig, pick_config
 from kdkernels.triton.gram_mse.tile import PLAIN, ROW, TAYLOR
@@ -38,7 +39,7 @@ class Call:
         G, B, D_s, D_t = self.sizes
         return pick_config(
             G, B, D_s, D_t, algorithm=self.algorithm, dtype=self.student.dtype,
-            arch=arch_of(self.student), fp32_matmul=torch.get_float32_matmul_precision(),
+            arch=arch_of(self.student), fp32_matmul=fp32_matmul(),
         )  # fmt: skip
 
     @property
@@ -90,11 +91,6 @@ class Call:
         return scale
 
 
-def split_length(contraction: int, splits: int, step: int) -> int:
-    """Length of a split, in whole steps."""
-    return max(1, cdiv(cdiv(contraction, splits), step)) * step
-
-
 def products(
     call: Call,
     s: Tensor,  # [G, M_s, K_s], any strides
@@ -121,8 +117,7 @@ def products(
         split_t=split_length(K_t, splits, tile.k), stride_sg=s.stride(0), stride_sm=s.stride(1),
         stride_sk=s.stride(2), stride_tg=t.stride(0), stride_tm=t.stride(1), stride_tk=t.stride(2),
         stride_wg=next(iter(w.values())).stride(0) if w else 0, SS="ss" in some, TT="tt" in some,
-        TS="ts" in some, WEIGHTED=bool(w), PRECISION=precision, BLOCK=tile.m, BLOCK_K=tile.k,
-        **compiled_as(tile),
+        TS="ts" in some, WEIGHTED=bool(w), PRECISION=precision, **tile.launch_square(),
     )  # fmt: skip
     return parts
 

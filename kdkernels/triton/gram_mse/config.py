@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.triton.common.dots import Precision, pick_precision
-from kdkernels.triton.common.launch import Arch, Tile, cdiv
+from kdkernels.triton.common.launch import MOST_SPLITS, Arch, Tile, cdiv, fill_device, rows_in_l2
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,13 @@ def pick_config(
 ) -> GramMseConfig:
     """The configuration of a call on G groups of B rows.
 
-    `fp32_matmul` is `torch.get_float32_matmul_precision()`.
+    `fp32_matmul` is `kdkernels._gpu.fp32_matmul()`.
     """
     precision = pick_precision(dtype, arch, fp32_matmul)
     product, pair, pair_weights, weighted, row, factored = _tiles(dtype, arch, precision)
 
     def splits(tiles: int, contraction: int, step: int) -> int:
-        """Enough to fill the device twice, while a split still takes several steps."""
-        return max(1, min(cdiv(2 * arch.processors, max(tiles, 1)), contraction // (4 * step), 64))
+        return fill_device(arch, tiles, min(contraction // (4 * step), MOST_SPLITS))
 
     if algorithm == "factored":
         n_s, n_t = cdiv(D_s, product.m), cdiv(D_t, product.m)
@@ -56,12 +55,9 @@ def pick_config(
     else:
         n = cdiv(B, product.m)
         tiles, contraction = n * (n + 1), max(D_s, D_t)
-    # a chunk of weights that stays in half of the L2 cache from the kernel that makes it to
-    # those that use it
     weight_bytes = 2 if dtype == torch.bfloat16 else 4
-    chunk = arch.l2_bytes // 2 // max(G * B * weight_bytes, 1) // pair.m * pair.m
-    chunk = max(pair.m, min(chunk, 16 * pair.m))
-    chunk_tiles = G * cdiv(chunk, weighted.m) * cdiv(max(D_s, D_t), weighted.n)
+    chunk = min(rows_in_l2(arch, G * B * weight_bytes, pair.m), 16 * pair.m)
+    chunk_tiles = G * weighted.count(chunk, max(D_s, D_t))
     return GramMseConfig(
         product=product,
         splits=splits(G * tiles, contraction, product.k),

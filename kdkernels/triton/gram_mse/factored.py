@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot_split
-from kdkernels.triton.common.launch import cdiv, compiled_as
+from kdkernels.triton.common.launch import cdiv
 from kdkernels.triton.common.norms import normalise_gradient
 from kdkernels.triton.gram_mse.call import Call, add_splits, coefficients, products, uniform_coef
 
@@ -284,7 +284,7 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     _gram_mse_fwd_kernel_factored[(G * cdiv(B, tile.m) * (n_s + n_t),)](
         s_ptr=call.student, t_ptr=call.teacher, c_ptr=factors[0], k_ptr=factors[1],
         m_ptr=factors[2], stats_ptr=stats, G=G, B=B, D_s=D_s, D_t=D_t, **call.strides,
-        PRECISION=precision, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, **compiled_as(tile),
+        PRECISION=precision, **tile.launch(),
     )  # fmt: skip
     return *coefficients(call, stats), *factors
 
@@ -308,7 +308,7 @@ def gradient(
     stride_k, stride_n = (
         (cross.stride(1), cross.stride(2)) if side == 0 else (cross.stride(2), cross.stride(1))
     )
-    _gram_mse_bwd_kernel_factored[(G * cdiv(B, tile.m) * cdiv(D_x, tile.n),)](
+    _gram_mse_bwd_kernel_factored[(G * tile.count(B, D_x),)](
         dout_ptr=dout, x_ptr=x, y_ptr=y, own_ptr=own, cross_ptr=cross, own_row_ptr=row_factors[0],
         cross_row_ptr=row_factors[1], a_ptr=coef, b_ptr=coef[:, 1 + side],
         scale_x_ptr=scales[side] if call.scaled else coef,
@@ -317,8 +317,7 @@ def gradient(
         stride_xb=x.stride(1), stride_xd=x.stride(2), stride_yg=y.stride(0), stride_yb=y.stride(1),
         stride_yd=y.stride(2), stride_k=stride_k, stride_n=stride_n,
         UNIFORM=not call.rows_normalised, SCALED=call.scaled,
-        PRECISION=call.config.precision.factors, BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k,
-        **compiled_as(tile),
+        PRECISION=call.config.precision.factors, **tile.launch(),
     )  # fmt: skip
     return normalise_gradient(x, dx) if call.scaled else dx
 

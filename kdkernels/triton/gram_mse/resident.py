@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot_weights
-from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv, compiled_as
+from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
 from kdkernels.triton.common.norms import normalise_gradient
 from kdkernels.triton.gram_mse.call import Call, products
 from kdkernels.triton.gram_mse.product import mirrored, store_coefficients
@@ -218,11 +218,11 @@ def gradient(
     x, tile = (call.student, call.teacher)[side], call.config.weighted
     G, B, D = x.shape
     dx = call.new(G, B, D, dtype=torch.float32 if call.scaled else x.dtype)
-    _gram_mse_bwd_kernel_resident[(G * cdiv(B, tile.m) * cdiv(D, tile.n),)](
+    _gram_mse_bwd_kernel_resident[(G * tile.count(B, D),)](
         dout_ptr=dout, x_ptr=x, own_ptr=own, other_ptr=other, coef_ptr=coef,
         scale_ptr=scales[side] if call.scaled else x, dx_ptr=dx, B=B, D=D,
         stride_dout=dout.stride(0), stride_g=x.stride(0), stride_b=x.stride(1),
         stride_d=x.stride(2), SIDE=side, **call.epilogue, PRECISION=call.config.precision.weights,
-        BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, **compiled_as(tile),
+        **tile.launch(),
     )  # fmt: skip
     return normalise_gradient(x, dx) if call.scaled else dx

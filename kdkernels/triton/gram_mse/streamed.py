@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot_weights
-from kdkernels.triton.common.launch import cdiv, compiled_as
+from kdkernels.triton.common.launch import cdiv, split_length
 from kdkernels.triton.common.norms import normalise_gradient
-from kdkernels.triton.gram_mse.call import Call, coefficients, split_length, uniform_coef
+from kdkernels.triton.gram_mse.call import Call, coefficients, uniform_coef
 from kdkernels.triton.gram_mse.product import accumulate
 from kdkernels.triton.gram_mse.tile import ROW, gram_weights, squared_error
 
@@ -330,8 +330,7 @@ def forward(call: Call) -> tuple[Tensor, ...]:
             s_ptr=call.student, t_ptr=call.teacher, scale_ptr=scales, row_sums_ptr=row_sums,
             column_sums_ptr=column_sums, G=G, B=B, D_s=D_s, D_t=D_t, first_row=first,
             m_blocks=m_blocks, n_blocks=n_blocks, **call.strides, **call.epilogue,
-            PRECISION=call.config.precision.features, BLOCK=tile.m, BLOCK_K=tile.k,
-            **compiled_as(tile),
+            PRECISION=call.config.precision.features, **tile.launch_square(),
         )  # fmt: skip
         if call.rows_normalised:
             last = min(first + chunk, B)
@@ -366,12 +365,12 @@ def gradients(
         C, N = min(chunk, B - first), B - first
         weights = {side: call.new(G, C, N, dtype=weight_dtype) for side in sides}
         some = weights[sides[0]]
-        _gram_mse_bwd_kernel_streamed[(G * cdiv(C, tile.m) * cdiv(N, tile.n),)](
+        _gram_mse_bwd_kernel_streamed[(G * tile.count(C, N),)](
             dout_ptr=dout, s_ptr=call.student, t_ptr=call.teacher, scale_ptr=scales, coef_ptr=coef,
             w_s_ptr=weights.get(0, some), w_t_ptr=weights.get(1, some), G=G, B=B, D_s=D_s, D_t=D_t,
             C=C, first_row=first, stride_dout=dout.stride(0), **call.strides, NEED_S=need[0],
             NEED_T=need[1], **call.epilogue, PRECISION=call.config.precision.features,
-            BLOCK_M=tile.m, BLOCK_N=tile.n, BLOCK_K=tile.k, **compiled_as(tile),
+            **tile.launch(),
         )  # fmt: skip
         for side in sides:
             w, x, out = weights[side], features[side][:, first:], sums[side][:, first:]
@@ -397,10 +396,9 @@ def _multiply(
 ) -> None:
     G, M, K = w.shape
     D, tile, splits = x.shape[2], call.config.weighted, len(out)
-    _gram_mse_bwd_kernel_weighted[(G * cdiv(M, tile.m) * cdiv(D, tile.n), splits)](
+    _gram_mse_bwd_kernel_weighted[(G * tile.count(M, D), splits)](
         w_ptr=w, x_ptr=x, out_ptr=out, M=M, K=K, D=D, split_k=split_length(K, splits, tile.k),
         stride_wg=w.stride(0), stride_wm=w.stride(1), stride_wk=w.stride(2), stride_xg=x.stride(0),
         stride_xk=x.stride(1), stride_xd=x.stride(2), stride_os=out.stride(0),
-        stride_og=out.stride(1), ADD=add, PRECISION=call.config.precision.weights, BLOCK_M=tile.m,
-        BLOCK_N=tile.n, BLOCK_K=tile.k, **compiled_as(tile),
+        stride_og=out.stride(1), ADD=add, PRECISION=call.config.precision.weights, **tile.launch(),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels._gpu import fp32_matmul
 from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
 from kdkernels.triton.common.product import multiply
 from kdkernels.triton.lsh_bce import kernels
@@ -30,7 +31,7 @@ def lsh_bce_encode(
     config = _config(features)
     tile = config.project
     with on_device(features):
-        kernels._lsh_bce_encode_kernel[(cdiv(B, tile.m) * cdiv(N, tile.n),)](
+        kernels._lsh_bce_encode_kernel[(tile.count(B, N),)](
             x_ptr=features, w_ptr=weight, b_ptr=features if bias is None else bias,
             codes_ptr=codes, B=B, N=N, D=D,
             stride_xm=features.stride(0), stride_xd=features.stride(1),
@@ -139,7 +140,7 @@ def _weight_gradients(
 def _config(x: Tensor) -> LshBceConfig:
     return pick_config(
         x.shape[0], dtype=x.dtype, arch=arch_of(x),
-        fp32_matmul=torch.get_float32_matmul_precision(),
+        fp32_matmul=fp32_matmul(),
     )  # fmt: skip
 
 
@@ -173,7 +174,7 @@ def _project(
     def stride(x: Tensor | None) -> int:
         return 0 if x is None else x.stride(0)
 
-    kernels._lsh_bce_project_kernel[(cdiv(B, tile.m) * cdiv(N, tile.n),)](
+    kernels._lsh_bce_project_kernel[(tile.count(B, N),)](
         s_ptr=student, codes_ptr=codes, w_ptr=weight, b_ptr=given(bias),
         keep_ptr=given(keep), factor_ptr=given(factor),
         loss_ptr=given(loss), dz_ptr=given(dz), db_ptr=given(db),
@@ -196,7 +197,7 @@ def _multiply(
     keep: Tensor | None,  # [K], which rows of x are read
     out: Tensor,  # [M, N], contiguous
 ) -> None:
-    multiply(config.product, config.processors, config.weights, a, x, out, keep)
+    multiply(config.product, config.arch, config.weights, a, x, out, keep)
 
 
 def _scale(

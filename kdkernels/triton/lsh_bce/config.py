@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.triton.common.dots import pick_precision
-from kdkernels.triton.common.launch import Arch, Tile
+from kdkernels.triton.common.launch import Arch, Tile, rows_in_l2
 
 ELEMENTS = 1024  # per program of an element-wise kernel
 
@@ -17,27 +17,23 @@ ELEMENTS = 1024  # per program of an element-wise kernel
 class LshBceConfig:
     project: Tile  # rows of features times directions, with the cross-entropy in the epilogue
     product: Tile  # derivatives of projections times features or directions
-    processors: int
-    derivative_bytes: int  # of a chunk of derivatives, which stays in the L2 cache between the two
+    arch: Arch
     precision: str  # of projections
     weights: str  # of derivatives times features or directions
 
     def chunk(self, count: int, row_bytes: int, tile: int) -> int:
         """How many of `count` rows (or columns) of derivatives are made at a time."""
-        fitting = self.derivative_bytes // max(row_bytes, 1) // tile * tile
-        return min(count, max(tile, fitting))
+        return min(count, rows_in_l2(self.arch, row_bytes, tile))
 
 
 def pick_config(B: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> LshBceConfig:
     """The configuration of a call on B rows.
 
-    `fp32_matmul` is `torch.get_float32_matmul_precision()`.
+    `fp32_matmul` is `kdkernels._gpu.fp32_matmul()`.
     """
     precision = pick_precision(dtype, arch, fp32_matmul)
     project, product = _tiles(B, dtype, arch, precision.features)
-    return LshBceConfig(
-        project, product, arch.processors, arch.l2_bytes // 2, precision.features, precision.weights
-    )
+    return LshBceConfig(project, product, arch, precision.features, precision.weights)
 
 
 def _tiles(B: int, dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile, Tile]:

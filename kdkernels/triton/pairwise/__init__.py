@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels._gpu import fp32_matmul
 from kdkernels.triton.common.distances import DISTANCES
-from kdkernels.triton.common.launch import arch_of, cdiv, compiled_as, on_device, supports
-from kdkernels.triton.common.norms import normalise_gradient
+from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
+from kdkernels.triton.common.norms import EPS, normalise_gradient, squared_norms
 from kdkernels.triton.pairwise import kernels
 from kdkernels.triton.pairwise.config import PairwiseConfig, pick_config
 
@@ -20,7 +21,6 @@ __all__ = ["pairwise_bwd", "pairwise_fwd", "supports"]
 
 _METRICS = {**DISTANCES, "dot": kernels.DOT.value, "rbf": kernels.RBF.value}
 _PRODUCTS = ("dot", "cosine")
-_EPS = 1e-12  # the clamp of F.normalize, on the norm
 
 
 def pairwise_fwd(
@@ -43,8 +43,7 @@ def pairwise_fwd(
                 x_ptr=rows, y_ptr=rows if others is None else others, x_norm_ptr=norms,
                 y_norm_ptr=norms if others is None else _norms(others, metric), out_ptr=out,
                 N=N, M=M, D=D, gamma=gamma, OWN=others is None, METRIC=_METRICS[metric],
-                PRODUCT=metric in _PRODUCTS, PRECISION=config.value_precision, BLOCK_M=tile.m,
-                BLOCK_N=tile.n, BLOCK_K=tile.k, **compiled_as(tile),
+                PRODUCT=metric in _PRODUCTS, PRECISION=config.value_precision, **tile.launch(),
             )  # fmt: skip
     return out[0] if x.dim() == 2 else out
 
@@ -91,16 +90,15 @@ def _gradient(
     (G, N, D), M, tile = x.shape, y.shape[1], config.gradient
     if x.numel() == 0 or M == 0:
         return torch.zeros_like(x)
-    tiles = G * cdiv(N, tile.m) * cdiv(D, tile.n)
-    length, splits = config.split(tiles, M)
+    tiles = G * tile.count(N, D)
+    length, splits = tile.split(M, tiles, config.arch)
     parts = x.new_empty((splits, G, N, D), dtype=torch.float32)
     kernels._pairwise_bwd_kernel[(tiles, splits)](
         dout_ptr=dout, out_ptr=values, x_ptr=x, y_ptr=y, x_norm_ptr=x_norm, y_norm_ptr=y_norm,
         dx_ptr=parts, G=G, N=N, M=M, D=D, gamma=gamma, split_length=length,
         stride_dg=dout.stride(0), stride_dn=dout.stride(1), stride_dm=dout.stride(2),
         stride_on=values.stride(1), stride_om=values.stride(2), OWN=own, METRIC=_METRICS[metric],
-        PRODUCT=metric in _PRODUCTS, PRECISION=config.gradient_precision, BLOCK_M=tile.m,
-        BLOCK_N=tile.n, BLOCK_K=tile.k, **compiled_as(tile),
+        PRODUCT=metric in _PRODUCTS, PRECISION=config.gradient_precision, **tile.launch(),
     )  # fmt: skip
     dx = parts[0] if splits == 1 else parts.sum(0)
     return normalise_gradient(x, dx) if metric == "cosine" else dx.to(x.dtype)
@@ -115,8 +113,10 @@ def _norms(x: Tensor, metric: str) -> Tensor:  # [G, N] fp32
     """Squared norms for distances, 1 / max(norm, eps) for cosines, each rounded once."""
     if metric == "dot":
         return x  # a pointer that no kernel follows
+    if metric != "cosine":
+        return squared_norms(x)
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-    return (1 / norm.clamp_min(_EPS) if metric == "cosine" else norm.square()).float()
+    return (1 / norm.clamp_min(EPS.value)).float()
 
 
 def _config(x: Tensor, metric: str) -> PairwiseConfig:
@@ -125,5 +125,5 @@ def _config(x: Tensor, metric: str) -> PairwiseConfig:
         metric_is_distance=metric not in _PRODUCTS,
         dtype=x.dtype,
         arch=arch_of(x),
-        fp32_matmul=torch.get_float32_matmul_precision(),
+        fp32_matmul=fp32_matmul(),
     )

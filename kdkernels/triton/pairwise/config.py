@@ -8,9 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.triton.common.dots import Precision, pick_precision
-from kdkernels.triton.common.launch import Arch, Tile, cdiv
-
-MOST_SPLITS = 64
+from kdkernels.triton.common.launch import Arch, Tile
 
 
 @dataclass(frozen=True)
@@ -19,15 +17,7 @@ class PairwiseConfig:
     gradient: Tile  # of rows and their columns, contracted over the rows of the other side
     value_precision: str
     gradient_precision: str
-    processors: int
-
-    def split(self, tiles: int, contraction: int) -> tuple[int, int]:
-        """(length of a split, number of splits) of the contraction of a gradient of so many tiles:
-        enough to fill the device twice, of several steps each."""
-        step = self.gradient.k
-        wanted = min(cdiv(2 * self.processors, tiles), contraction // (4 * step), MOST_SPLITS)
-        length = cdiv(cdiv(contraction, max(1, wanted)), step) * step
-        return length, cdiv(contraction, length)
+    arch: Arch
 
 
 def pick_config(
@@ -35,7 +25,7 @@ def pick_config(
 ) -> PairwiseConfig:
     """The configuration of a call on rows of D features.
 
-    `fp32_matmul` is `torch.get_float32_matmul_precision()`. Distances and their gradients are
+    `fp32_matmul` is `kdkernels._gpu.fp32_matmul()`. Distances and their gradients are
     differences of products: single tf32 operands would lose those of near rows, so fp32 features
     never get less than tf32x3 there.
     """
@@ -47,7 +37,7 @@ def pick_config(
         gradient=gradient,
         value_precision=precisions.factors if exact else precisions.features,
         gradient_precision=precisions.factors if metric_is_distance else precisions.weights,
-        processors=arch.processors,
+        arch=arch,
     )
 
 

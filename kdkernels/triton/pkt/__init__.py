@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
+from kdkernels._gpu import fp32_matmul
+from kdkernels.triton.common.launch import arch_of, cdiv, on_device, split_length, supports
 from kdkernels.triton.common.product import multiply
 from kdkernels.triton.pkt import kernels
 from kdkernels.triton.pkt.config import ELEMENTS, PktConfig, pick_config
@@ -46,7 +47,7 @@ def pkt_fwd(
         return torch.zeros((), **fp32), torch.empty((0, D) if need_student else (0,), **fp32)
     config = pick_config(
         dtype=student.dtype, arch=arch_of(student),
-        fp32_matmul=torch.get_float32_matmul_precision(),
+        fp32_matmul=fp32_matmul(),
     )  # fmt: skip
     cosine, eps = kernel == "cosine", NORM_EPS[divergence]
     with on_device(student):
@@ -114,7 +115,7 @@ class _Tiles:
             last = min(first + step, B)
             weights = w[: last - first]
             self._launch(first, last, sums, weights, LOSS=LOSS)
-            product = (config.product, config.processors, config.weights)
+            product = (config.product, config.arch, config.weights)
             multiply(*product, weights, self.student, dx[first:last])
         return sums[:2], sums[2].sum(0)
 
@@ -138,7 +139,7 @@ class _Tiles:
         kernels._pkt_tiles_kernel[(cdiv(last - first, tile.m), splits)](
             s_ptr=self.student, t_ptr=self.teacher, rows_ptr=self.rows, sums_ptr=sums,
             w_ptr=sums if weights is None else weights, first=first, last=last,
-            B=B, D_s=D_s, D_t=D_t, split_n=cdiv(cdiv(B, tile.n), splits) * tile.n, splits=splits,
+            B=B, D_s=D_s, D_t=D_t, split_n=split_length(B, splits, tile.n), splits=splits,
             stride_sm=self.student.stride(0), stride_sd=self.student.stride(1),
             stride_tm=self.teacher.stride(0), stride_td=self.teacher.stride(1),
             SUMS=SUMS, LOSS=LOSS, WEIGHTS=weights is not None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.triton.common.dots import pick_precision
-from kdkernels.triton.common.launch import Arch, Tile, cdiv
+from kdkernels.triton.common.launch import Arch, Tile, cdiv, fill_device, rows_in_l2, split_length
 
 ELEMENTS = 512  # of a row at a time, in the kernel that ends the gradient
 
@@ -17,29 +17,25 @@ ELEMENTS = 512  # of a row at a time, in the kernel that ends the gradient
 class PktConfig:
     tiles: Tile  # rows times rows, of both sides
     product: Tile  # weights times features
-    processors: int
-    weight_bytes: int  # of a chunk of weights, which stays in the L2 cache between the two
+    arch: Arch
     precision: str  # of products of features
     weights: str  # of weights times features
 
     def chunk(self, B: int, itemsize: int) -> int:
         """How many rows of weights are made at a time."""
-        fitting = self.weight_bytes // max(B * itemsize, 1) // self.tiles.m * self.tiles.m
-        return min(B, max(self.tiles.m, fitting))
+        return min(B, rows_in_l2(self.arch, B * itemsize, self.tiles.m))
 
     def split(self, rows: int, B: int) -> int:
-        """Columns that one program goes through: such that the device is filled twice."""
-        wanted = max(1, cdiv(2 * self.processors, cdiv(rows, self.tiles.m)))
-        return cdiv(cdiv(B, self.tiles.n), wanted) * self.tiles.n
+        """Columns that one program goes through."""
+        splits = fill_device(self.arch, cdiv(rows, self.tiles.m), cdiv(B, self.tiles.n))
+        return split_length(B, splits, self.tiles.n)
 
 
 def pick_config(*, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> PktConfig:
-    """`fp32_matmul` is `torch.get_float32_matmul_precision()`."""
+    """`fp32_matmul` is `kdkernels._gpu.fp32_matmul()`."""
     precision = pick_precision(dtype, arch, fp32_matmul)
     tiles, product = _tiles(dtype, arch, precision.features)
-    return PktConfig(
-        tiles, product, arch.processors, arch.l2_bytes // 2, precision.features, precision.weights
-    )
+    return PktConfig(tiles, product, arch, precision.features, precision.weights)
 
 
 def _tiles(dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile, Tile]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels.triton.common.launch import Tile, arch_of, cdiv, on_device, supports
+from kdkernels._gpu import fp32_matmul
+from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
 from kdkernels.triton.relational_kl import bwd_kernels, kernels
 from kdkernels.triton.relational_kl.config import MERGED, RelationalKLConfig, pick_config
 
@@ -71,7 +72,7 @@ def relational_kl_fwd(
             kernels._relational_kl_weights_kernel[(cdiv(count, tile.m) * tiles,)](
                 ws_ptr=weights, wt_ptr=weights[-1], stats_ptr=stats, B=count, K=K,
                 **_sides(x, y, bank), **indices, **flags, STORE=with_dloss,
-                PRECISION=config.of_logits, **_blocks(tile),
+                PRECISION=config.of_logits, **tile.launch(),
             )  # fmt: skip
             kernels._relational_kl_merge_kernel[(cdiv(count, MERGED),)](
                 stats_ptr=stats, own_s_ptr=_given(own_s, x), own_t_ptr=_given(own_t, x),
@@ -183,15 +184,8 @@ class _Rows:
 def _config(B: int, keys: Tensor) -> RelationalKLConfig:
     return pick_config(
         B, dtype=keys.dtype, arch=arch_of(keys),
-        fp32_matmul=torch.get_float32_matmul_precision(),
+        fp32_matmul=fp32_matmul(),
     )  # fmt: skip
-
-
-def _blocks(tile: Tile) -> dict[str, int]:
-    return {
-        "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_K": tile.k,
-        "num_warps": tile.num_warps, "num_stages": tile.num_stages,
-    }  # fmt: skip
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -228,16 +222,17 @@ def _softmax_product(
     teacher: bool,
 ) -> None:
     (B, D), K, tile = out.shape, keys.shape[0], config.product
-    length, splits = config.split(B, D, K, config.logits.n)
+    tiles = tile.count(B, D)
+    length, splits = tile.split(K, tiles, config.arch, config.logits.n)
     target = out if splits == 1 else out.new_empty((splits, B, D))
-    kernels._relational_kl_fwd_kernel_product[(cdiv(B, tile.m) * cdiv(D, tile.n), splits)](
+    kernels._relational_kl_fwd_kernel_product[(tiles, splits)](
         ws_ptr=weights, wt_ptr=weights[-1], stats_ptr=stats, keys_ptr=keys,
         scale_ptr=_given(scale, stats), num_keys_ptr=_given(num_keys, stats), out_ptr=target,
         B=B, K=K, D=D, split_k=length,
         stride_kn=keys.stride(0), stride_kd=keys.stride(1),
         TEACHER=teacher, HAS_SCALE=scale is not None, HAS_NUM_KEYS=num_keys is not None,
         PRECISION=config.of_weights,
-        TILE=config.logits.n, **_blocks(tile),
+        TILE=config.logits.n, **tile.launch(),
     )  # fmt: skip
     if splits > 1:
         torch.sum(target, 0, out=out)
@@ -271,7 +266,7 @@ def _derivatives(
 ) -> None:
     x, y, positives, exclude, dout, loss, lse_student, lse_teacher = rows.tensors
     B, K, tile = x.shape[0], bank.keys.shape[0], config.logits
-    bwd_kernels._relational_kl_derivatives_kernel[(cdiv(B, tile.m) * cdiv(K, tile.n),)](
+    bwd_kernels._relational_kl_derivatives_kernel[(tile.count(B, K),)](
         positives_ptr=_given(positives, x), exclude_ptr=_given(exclude, x),
         num_keys_ptr=_given(rows.num_keys, x), HAS_NUM_KEYS=rows.num_keys is not None,
         loss_ptr=loss.contiguous(), lse_s_ptr=lse_student.contiguous(),
@@ -279,7 +274,7 @@ def _derivatives(
         g_ptr=_given(g, x), h_ptr=_given(h, x), first=first, total=total, B=B, K=K,
         **_sides(x, y, bank), stride_dout=dout.stride(0),
         TEACHER=y is not None, HAS_EXCLUDE=exclude is not None, ENTROPY=rows.subtract_entropy,
-        STUDENT=g is not None, PRECISION=config.of_logits, **_blocks(tile),
+        STUDENT=g is not None, PRECISION=config.of_logits, **tile.launch(),
     )  # fmt: skip
 
 
@@ -338,17 +333,18 @@ def _multiply(
 ) -> None:
     """out = (scale a) x over all of K or its first num_keys, plus the product of `second`"""
     (M, K), N, tile = a.shape, x.shape[1], config.product
-    length, splits = config.split(M, N, K, tile.k)
+    tiles = tile.count(M, N)
+    length, splits = tile.split(K, tiles, config.arch)
     target = out if splits == 1 else out.new_empty((splits, M, N))
     a2, x2 = (a, x) if second is None else second
-    bwd_kernels._relational_kl_bwd_kernel_product[(cdiv(M, tile.m) * cdiv(N, tile.n), splits)](
+    bwd_kernels._relational_kl_bwd_kernel_product[(tiles, splits)](
         a_ptr=a, x_ptr=x, a2_ptr=a2, x2_ptr=x2, scale_ptr=_given(scale, out),
         num_keys_ptr=_given(num_keys, out), out_ptr=target, M=M, N=N, K=K, split_k=length,
         stride_am=a.stride(0), stride_ak=a.stride(1),
         stride_xk=x.stride(0), stride_xn=x.stride(1),
         stride_x2k=x2.stride(0), stride_x2n=x2.stride(1),
         HAS_SCALE=scale is not None, HAS_NUM_KEYS=num_keys is not None, TWO=second is not None,
-        PRECISION=config.of_weights, **_blocks(tile),
+        PRECISION=config.of_weights, **tile.launch(),
     )  # fmt: skip
     if splits > 1:
         torch.sum(target, 0, out=out)

@@ -8,18 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.triton.common.dots import pick_precision
-from kdkernels.triton.common.launch import Arch, Tile, cdiv
+from kdkernels.triton.common.launch import Arch, Tile, rows_in_l2
 
 MERGED = 64  # rows of a program that merges the tiles of a row
-MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
 class RelationalKLConfig:
     logits: Tile  # rows times keys on both sides, with weights or derivatives in the epilogue
     product: Tile  # weights or derivatives times keys or rows; logits.n is a multiple of product.k
-    processors: int
-    chunk_bytes: int  # of weights, which stay in the L2 cache between the two
+    arch: Arch
     of_logits: str  # precision of fp32 rows times keys
     of_weights: str  # precision of weights or derivatives times keys or rows
     weight_dtype: torch.dtype  # of weights, which are at most 1
@@ -27,23 +25,13 @@ class RelationalKLConfig:
 
     def chunk(self, count: int, row_bytes: int, tile: int) -> int:
         """How many of `count` rows (or columns) of weights are made at a time."""
-        fitting = self.chunk_bytes // max(row_bytes, 1) // tile * tile
-        return min(count, max(tile, fitting))
-
-    def split(self, m: int, n: int, k: int, unit: int) -> tuple[int, int]:
-        """(length of a split, number of splits) of the contraction of an m x n product over k:
-        enough to fill the device twice, while a split still takes several steps. The length is a
-        multiple of `unit`."""
-        tiles = cdiv(m, self.product.m) * cdiv(n, self.product.n)
-        wanted = min(cdiv(2 * self.processors, max(tiles, 1)), k // (4 * self.product.k))
-        length = cdiv(cdiv(k, unit), max(1, min(wanted, MOST_SPLITS))) * unit
-        return length, max(1, cdiv(k, length))
+        return min(count, rows_in_l2(self.arch, row_bytes, tile))
 
 
 def pick_config(B: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> RelationalKLConfig:
     """The configuration of a call on B rows, for keys of a dtype.
 
-    `fp32_matmul` is `torch.get_float32_matmul_precision()`.
+    `fp32_matmul` is `kdkernels._gpu.fp32_matmul()`.
     """
     precision = pick_precision(dtype, arch, fp32_matmul)
     narrow = dtype != torch.float32
@@ -51,8 +39,7 @@ def pick_config(B: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> 
     return RelationalKLConfig(
         logits=logits,
         product=product,
-        processors=arch.processors,
-        chunk_bytes=arch.l2_bytes // 2,
+        arch=arch,
         # a logit of 1 / temperature is rounded relative to its size: fp32 rows are not cut to tf32
         # for the sake of narrow keys
         of_logits=precision.factors if narrow else precision.features,

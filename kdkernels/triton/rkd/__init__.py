@@ -60,8 +60,7 @@ def _distance(student: Tensor, teacher: Tensor, need: bool) -> tuple[Tensor, Ten
             s_ptr=s.x, t_ptr=t.x, s_norm_ptr=s.x_norm, t_norm_ptr=t.x_norm,
             inverse_s_ptr=inverse_s, inverse_t_ptr=inverse_t, shared_ptr=shared, loss_ptr=loss,
             product_ptr=product, w_ptr=w, close_ptr=close, first=first, rows=rows, B=B, D_s=s.D,
-            D_t=t.D, WEIGHTS=weights, PRECISION=s.config.distance_precision, BLOCK_M=tile.m,
-            BLOCK_N=tile.n, BLOCK_K=tile.k, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            D_t=t.D, WEIGHTS=weights, PRECISION=s.config.distance_precision, **tile.launch(),
         )  # fmt: skip
         return loss.sum(), product.sum(), close
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kdkernels.triton.common.launch import Arch, cdiv
+from kdkernels.triton.common.launch import Arch, cdiv, fill_device
 
 # Numbers that the parts of a split sum may take together.
 BUFFER = 1 << 24
@@ -19,16 +19,17 @@ class AngleConfig:
     m: int
     n: int
     num_warps: int
-    programs: int  # wanted
+    times: int  # that the programs fill the device
+    arch: Arch
 
     def split_length(self, B: int, summed: int) -> int:
-        """Of the sum over so many, for tiles of all pairs of B rows."""
+        """Length of a split of the sum over so many, for tiles of all pairs of B rows."""
         tiles = cdiv(B, self.m) * cdiv(B, self.n)
-        splits = min(cdiv(self.programs, tiles), max(BUFFER // max(B * B, 1), 1), cdiv(summed, 16))
-        return cdiv(summed, max(splits, 1))
+        most = min(max(BUFFER // max(B * B, 1), 1), cdiv(summed, 16))
+        return cdiv(summed, fill_device(self.arch, tiles, most, times=self.times))
 
 
 def pick_config(arch: Arch) -> AngleConfig:
     if arch.vendor == "interpreter":
-        return AngleConfig(16, 16, 4, 4)
-    return AngleConfig(32, 32, 8, 8 * arch.processors)
+        return AngleConfig(16, 16, 4, 2, arch)
+    return AngleConfig(32, 32, 8, 8, arch)

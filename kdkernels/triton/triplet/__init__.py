@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._gpu import Contributions, triplet_gradients
+from kdkernels._gpu import Contributions, fp32_matmul, triplet_gradients
 from kdkernels.triton.common.distances import DISTANCES, FINITE
 from kdkernels.triton.common.launch import COLUMNS, ROWS, arch_of, cdiv, on_device, supports
 from kdkernels.triton.triplet import kernels
@@ -64,9 +64,7 @@ def _winners(
 ) -> tuple[Tensor, Tensor]:  # keys and rows, [2, splits, B]
     """The best positive and negative of each anchor within each split of the references."""
     (B, D), M = x.shape, len(r)
-    config = pick_config(
-        B, M, dtype=x.dtype, arch=arch_of(x), fp32_matmul=torch.get_float32_matmul_precision()
-    )
+    config = pick_config(B, M, dtype=x.dtype, arch=arch_of(x), fp32_matmul=fp32_matmul())
     x_norm = _squared_norms(x)
     r_norm = x_norm if own else _squared_norms(r)
     keys = _new(x, 2, config.splits, B)
@@ -74,14 +72,13 @@ def _winners(
 
     def mine(signs: dict[int, int], bound: int = _POSITIVE, floor: int = 0) -> None:
         """Search the sides in `signs`; with `floor`, beyond what side `bound` found before."""
-        kernels._triplet_mine_kernel[(cdiv(B, config.m), config.splits)](
+        kernels._triplet_mine_kernel[(cdiv(B, config.tile.m), config.splits)](
             x_ptr=x, r_ptr=r, x_norm_ptr=x_norm, r_norm_ptr=r_norm, x_label_ptr=labels,
             r_label_ptr=reference_labels, key_ptr=keys, row_ptr=rows, floor_key_ptr=keys[bound],
             floor_row_ptr=rows[bound], B=B, M=M, D=D, splits=config.splits,
             split_length=config.split_length, **_strides(x, r), OWN=own,
             POSITIVE=signs.get(_POSITIVE, 0), NEGATIVE=signs.get(_NEGATIVE, 0), FLOOR=floor,
-            PRECISION=config.precision, BLOCK_M=config.m, BLOCK_N=config.n, BLOCK_K=config.k,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            PRECISION=config.precision, **config.tile.launch(),
         )  # fmt: skip
 
     labels, reference_labels = labels.contiguous(), reference_labels.contiguous()

@@ -8,23 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.triton.common.dots import pick_precision
-from kdkernels.triton.common.launch import Arch, cdiv
+from kdkernels.triton.common.launch import MOST_SPLITS, Arch, Tile, cdiv, fill_device, split_length
 
 ENTRIES = 16  # pulls on one row that are loaded together
-MOST_SPLITS = 64
 
 
 @dataclass(frozen=True)
 class TripletConfig:
-    """A tile of m anchors and n references, contracted in steps of k, and its compilation."""
-
-    m: int
-    n: int
-    k: int
-    num_warps: int
-    num_stages: int
+    tile: Tile  # of anchors and references
     splits: int  # of the references
-    split_length: int  # references in a split; a multiple of n
+    split_length: int  # references in a split; a multiple of tile.n
     precision: str  # of the products
 
 
@@ -33,26 +26,24 @@ def pick_config(
 ) -> TripletConfig:
     """The configuration of B anchors that look through M references.
 
-    `fp32_matmul` is `torch.get_float32_matmul_precision()`. Ranking takes differences of products:
+    `fp32_matmul` is `kdkernels._gpu.fp32_matmul()`. Ranking takes differences of products:
     single tf32 operands would lose near neighbours, so fp32 features never get less than tf32x3.
     """
     precisions = pick_precision(dtype, arch, fp32_matmul)
     precision = precisions.factors if dtype == torch.float32 else precisions.features
-    m, n, k, num_warps, num_stages = _tile(dtype, arch, precision)
-    blocks = max(1, cdiv(M, n))
-    splits = min(cdiv(2 * arch.processors, max(1, cdiv(B, m))), blocks, MOST_SPLITS)
-    length = cdiv(blocks, splits) * n
-    return TripletConfig(m, n, k, num_warps, num_stages, max(1, cdiv(M, length)), length, precision)
+    tile = _tile(dtype, arch, precision)
+    splits = fill_device(arch, cdiv(B, tile.m), min(cdiv(M, tile.n), MOST_SPLITS))
+    length = split_length(M, splits, tile.n)
+    return TripletConfig(tile, max(1, cdiv(M, length)), length, precision)
 
 
-def _tile(dtype: torch.dtype, arch: Arch, precision: str) -> tuple[int, int, int, int, int]:
-    """(m, n, k, num_warps, num_stages)"""
+def _tile(dtype: torch.dtype, arch: Arch, precision: str) -> Tile:
     if arch.vendor == "interpreter":  # small enough that samples have several tiles
-        return 32, 32, 64, 4, 1
+        return Tile(32, 32, 64, 4, 1)
     stages = 2 if arch.vendor == "hip" else 3
     if dtype == torch.float32:
         if precision == "ieee" and arch.vendor == "cuda":
             # without tensor cores every operand of a step is held in registers: a short step
-            return 64, 64, 16, 8, stages
-        return 128 if arch.vendor == "hip" else 64, 64, 32, 8, stages
-    return 128, 64, 64, 8, stages
+            return Tile(64, 64, 16, 8, stages)
+        return Tile(128 if arch.vendor == "hip" else 64, 64, 32, 8, stages)
+    return Tile(128, 64, 64, 8, stages)
