@@ -80,6 +80,11 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def given(x: Tensor | None, other: Tensor) -> Tensor:
+    """x, or in place of an argument that a kernel does not use some tensor."""
+    return other if x is None else x
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.triton.common.dots import dot_weights
-from kdkernels.triton.common.launch import cdiv, split_length
+from kdkernels.triton.common.launch import cdiv
 from kdkernels.triton.common.norms import normalise_gradient
+from kdkernels.triton.common.product import multiply_groups
 from kdkernels.triton.gram_mse.call import Call, coefficients, uniform_coef
 from kdkernels.triton.gram_mse.product import accumulate
 from kdkernels.triton.gram_mse.tile import ROW, gram_weights, squared_error
@@ -247,68 +247,6 @@ def _gram_mse_bwd_kernel_streamed(
         tl.store(w_t_ptr + offs, w.to(w_t_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _gram_mse_bwd_kernel_weighted(
-    w_ptr,  # [G, M, K] weights
-    x_ptr,  # [G, K, D]
-    out_ptr,  # [splits, G, M, D] fp32, groups stride_og apart, splits stride_os
-    M,
-    K,
-    D,
-    split_k,  # length of a split; a multiple of BLOCK_K
-    stride_wg,
-    stride_wm,
-    stride_wk,
-    stride_xg,
-    stride_xk,
-    stride_xd,
-    stride_os,
-    stride_og,
-    ADD: tl.constexpr,  # to what is there; with one split
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    m_blocks = tl.cdiv(M, BLOCK_M)
-    n_blocks = tl.cdiv(D, BLOCK_N)
-    pid = tl.program_id(0)
-    split = tl.program_id(1)
-    offs_m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = ((pid // m_blocks) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    g = (pid // m_blocks // n_blocks).to(tl.int64)
-    mask_m = offs_m < M
-    mask_d = offs_d < D
-    w_ptrs = w_ptr + g * stride_wg + offs_m.to(tl.int64)[:, None] * stride_wm
-    x_ptrs = x_ptr + g * stride_xg + offs_d.to(tl.int64)[None, :] * stride_xd
-    out_ptrs = (
-        out_ptr
-        + split.to(tl.int64) * stride_os
-        + g * stride_og
-        + offs_m.to(tl.int64)[:, None] * D
-        + offs_d[None, :]
-    )
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(split * split_k, tl.minimum((split + 1) * split_k, K), BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < K
-        w = tl.load(
-            w_ptrs + offs_k.to(tl.int64)[None, :] * stride_wk,
-            mask=mask_m[:, None] & mask_k[None, :],
-            other=0.0,
-        )
-        x = tl.load(
-            x_ptrs + offs_k.to(tl.int64)[:, None] * stride_xk,
-            mask=mask_k[:, None] & mask_d[None, :],
-            other=0.0,
-        )
-        acc = dot_weights(w, x, acc, PRECISION)
-    mask = mask_m[:, None] & mask_d[None, :]
-    if ADD:
-        acc += tl.load(out_ptrs, mask=mask, other=0.0)
-    tl.store(out_ptrs, acc, mask=mask)
-
-
 def forward(call: Call) -> tuple[Tensor, ...]:
     G, B, D_s, D_t = call.sizes
     tile, chunk, scales = call.config.pair, call.config.chunk, call.scales()
@@ -361,6 +299,7 @@ def gradients(
         for side in sides
     }
     weight_dtype = torch.bfloat16 if call.student.dtype == torch.bfloat16 else torch.float32
+    product = call.config.weighted, call.config.precision.weights
     for first in range(0, B, chunk):
         C, N = min(chunk, B - first), B - first
         weights = {side: call.new(G, C, N, dtype=weight_dtype) for side in sides}
@@ -375,30 +314,12 @@ def gradients(
         for side in sides:
             w, x, out = weights[side], features[side][:, first:], sums[side][:, first:]
             parts = call.new(call.config.weighted_splits, G, C, x.shape[2])
-            _multiply(call, w, x, parts, add=False)
+            multiply_groups(*product, w, x, parts, add=False)
             out[:, :C] += parts.sum(0)
             if N > C:
-                _multiply(call, w[:, :, C:].mT, x[:, :C], out[None, :, C:], add=True)
+                multiply_groups(*product, w[:, :, C:].mT, x[:, :C], out[None, :, C:], add=True)
     grads: list[Tensor | None] = [None, None]
     for side in sides:
         x = features[side]
         grads[side] = normalise_gradient(x, sums[side]) if call.scaled else sums[side].to(x.dtype)
     return grads
-
-
-def _multiply(
-    call: Call,
-    w: Tensor,  # [G, M, K], any strides
-    x: Tensor,  # [G, K, D], any strides
-    out: Tensor,  # [splits, G, M, D] fp32, rows of D
-    *,
-    add: bool,
-) -> None:
-    G, M, K = w.shape
-    D, tile, splits = x.shape[2], call.config.weighted, len(out)
-    _gram_mse_bwd_kernel_weighted[(G * tile.count(M, D), splits)](
-        w_ptr=w, x_ptr=x, out_ptr=out, M=M, K=K, D=D, split_k=split_length(K, splits, tile.k),
-        stride_wg=w.stride(0), stride_wm=w.stride(1), stride_wk=w.stride(2), stride_xg=x.stride(0),
-        stride_xk=x.stride(1), stride_xd=x.stride(2), stride_os=out.stride(0),
-        stride_og=out.stride(1), ADD=add, PRECISION=call.config.precision.weights, **tile.launch(),
-    )  # fmt: skip

@@ -197,7 +197,7 @@ def _multiply(
     keep: Tensor | None,  # [K], which rows of x are read
     out: Tensor,  # [M, N], contiguous
 ) -> None:
-    multiply(config.product, config.arch, config.weights, a, x, out, keep)
+    multiply(config.product, config.arch, config.weights, a, x, out, keep=keep)
 
 
 def _scale(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
 from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
+from kdkernels.triton.common.product import multiply
 from kdkernels.triton.relational_kl import bwd_kernels, kernels
 from kdkernels.triton.relational_kl.config import MERGED, RelationalKLConfig, pick_config
 
@@ -285,14 +286,13 @@ def _teacher_gradient(
     B, K = rows.student.shape[0], bank.keys.shape[0]
     step = config.chunk(B, K * config.derivative_dtype.itemsize, config.logits.m)
     memory = bank.keys.new_empty(step * K, dtype=config.derivative_dtype)
+    product = config.product, config.arch, config.of_weights
+    scale = _contiguous(bank.teacher_scale)
     for begin in range(0, B, step):
         part = slice(begin, min(begin + step, B))
         h = memory[: (part.stop - begin) * K].view(-1, K)
         _derivatives(config, rows.part(part), bank, None, h, 0, K)
-        _multiply(
-            config, h, bank.teacher_keys, dteacher[part], scale=bank.teacher_scale,
-            num_keys=rows.num_keys,
-        )  # fmt: skip
+        multiply(*product, h, bank.teacher_keys, dteacher[part], scale=scale, count=rows.num_keys)
 
 
 def _key_gradients(
@@ -308,6 +308,7 @@ def _key_gradients(
     dtype = config.derivative_dtype
     step = config.chunk(K, 2 * B * dtype.itemsize, config.logits.n)
     memory = bank.keys.new_empty((2, B * step), dtype=dtype)
+    product = config.product, config.arch, config.of_weights
     for begin in range(0, K, step):
         part = slice(begin, min(begin + step, K))
         count = part.stop - begin
@@ -316,35 +317,6 @@ def _key_gradients(
         _derivatives(config, rows, bank.part(part), g if dkeys.numel() else None, h, begin, K)
         if dkeys.numel() > 0:
             second = (h.T, teacher) if h is not None and bank.shared else None
-            _multiply(config, g.T, student, dkeys[part], second=second)
+            multiply(*product, g.T, student, dkeys[part], second=second)
         if dteacher_keys.numel() > 0:
-            _multiply(config, h.T, teacher, dteacher_keys[part])
-
-
-def _multiply(
-    config: RelationalKLConfig,
-    a: Tensor,  # [M, K]
-    x: Tensor,  # [K, N]
-    out: Tensor,  # [M, N], contiguous
-    *,
-    scale: Tensor | None = None,  # [K]
-    num_keys: Tensor | None = None,  # []
-    second: tuple[Tensor, Tensor] | None = None,  # [M, K], [K, N]
-) -> None:
-    """out = (scale a) x over all of K or its first num_keys, plus the product of `second`"""
-    (M, K), N, tile = a.shape, x.shape[1], config.product
-    tiles = tile.count(M, N)
-    length, splits = tile.split(K, tiles, config.arch)
-    target = out if splits == 1 else out.new_empty((splits, M, N))
-    a2, x2 = (a, x) if second is None else second
-    bwd_kernels._relational_kl_bwd_kernel_product[(tiles, splits)](
-        a_ptr=a, x_ptr=x, a2_ptr=a2, x2_ptr=x2, scale_ptr=_given(scale, out),
-        num_keys_ptr=_given(num_keys, out), out_ptr=target, M=M, N=N, K=K, split_k=length,
-        stride_am=a.stride(0), stride_ak=a.stride(1),
-        stride_xk=x.stride(0), stride_xn=x.stride(1),
-        stride_x2k=x2.stride(0), stride_x2n=x2.stride(1),
-        HAS_SCALE=scale is not None, HAS_NUM_KEYS=num_keys is not None, TWO=second is not None,
-        PRECISION=config.of_weights, **tile.launch(),
-    )  # fmt: skip
-    if splits > 1:
-        torch.sum(target, 0, out=out)
+            multiply(*product, h.T, teacher, dteacher_keys[part])

@@ -7,9 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.dots import dot
-from kdkernels.triton.common.product import split_tile, store_split
-from kdkernels.triton.relational_kl.kernels import logits, number_of_keys
+from kdkernels.triton.common.product import number_that_count
+from kdkernels.triton.relational_kl.kernels import logits
 
 
 @triton.jit
@@ -56,7 +55,7 @@ def _relational_kl_derivatives_kernel(
     offs_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < B
     stored = mask_m[:, None] & (offs_n < K)[None, :]
-    counting = number_of_keys(num_keys_ptr, total, HAS_NUM_KEYS)
+    counting = number_that_count(num_keys_ptr, total, HAS_NUM_KEYS)
     counts = mask_m[:, None] & (offs_n < tl.minimum(counting - first, K))[None, :]
     if HAS_EXCLUDE:
         exclude = tl.load(exclude_ptr + offs_m, mask=mask_m, other=-1)
@@ -87,56 +86,3 @@ def _relational_kl_derivatives_kernel(
     if STUDENT:
         g = tl.where(counts, dout[:, None] * (tl.exp(log_q) - p), 0.0)
         tl.store(g_ptr + offs_w, g.to(g_ptr.dtype.element_ty), mask=stored)
-
-
-@triton.jit
-def _relational_kl_bwd_kernel_product(
-    a_ptr,  # [M, K]
-    x_ptr,  # [K, N]
-    a2_ptr,  # [M, K] of the same strides, or unused
-    x2_ptr,  # [K, N], or unused
-    scale_ptr,  # [K] fp32, or unused
-    num_keys_ptr,  # [] int64, or unused
-    out_ptr,  # [splits, M, N] fp32
-    M,
-    N,
-    K,
-    split_k,  # length of a split; a multiple of BLOCK_K
-    stride_am,
-    stride_ak,
-    stride_xk,
-    stride_xn,
-    stride_x2k,
-    stride_x2n,
-    HAS_SCALE: tl.constexpr,
-    HAS_NUM_KEYS: tl.constexpr,  # a contraction over keys of which the first count
-    TWO: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """(scale a) x, plus a2 x2 if TWO."""
-    offs_m, offs_n, split = split_tile(M, BLOCK_M, BLOCK_N)
-    rows = offs_m.to(tl.int64)[:, None] * stride_am
-    k_first = split * split_k
-    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(k_first, tl.minimum(k_first + split_k, counting), BLOCK_K):
-        ks = k + tl.arange(0, BLOCK_K)
-        mask_k = ks < counting
-        mask_a = (offs_m < M)[:, None] & mask_k[None, :]
-        mask_x = (offs_n < N)[None, :] & mask_k[:, None]
-        columns = ks.to(tl.int64)
-        a = tl.load(a_ptr + rows + columns[None, :] * stride_ak, mask=mask_a, other=0.0)
-        if HAS_SCALE:
-            a = (a * tl.load(scale_ptr + ks, mask=mask_k, other=0.0)[None, :]).to(a.dtype)
-        x_ptrs = x_ptr + columns[:, None] * stride_xk + offs_n.to(tl.int64)[None, :] * stride_xn
-        acc = dot(a, tl.load(x_ptrs, mask=mask_x, other=0.0).to(a.dtype), acc, PRECISION)
-        if TWO:
-            a = tl.load(a2_ptr + rows + columns[None, :] * stride_ak, mask=mask_a, other=0.0)
-            x_ptrs = (
-                x2_ptr + columns[:, None] * stride_x2k + offs_n.to(tl.int64)[None, :] * stride_x2n
-            )
-            acc = dot(a, tl.load(x_ptrs, mask=mask_x, other=0.0).to(a.dtype), acc, PRECISION)
-    store_split(out_ptr, acc, split, offs_m, offs_n, M, N)

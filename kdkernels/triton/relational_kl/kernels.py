@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.dots import dot_split, dot_weights
-from kdkernels.triton.common.product import split_tile, store_split
+from kdkernels.triton.common.product import number_that_count, split_tile, store_split
 
 _MAX_S = tl.constexpr(0)  # places of the statistics of a tile
 _SUM_S = tl.constexpr(1)
@@ -68,15 +68,6 @@ def logits(
 
 
 @triton.jit
-def number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS: tl.constexpr):
-    """How many of K keys count, the first ones. What lies beyond may be anything."""
-    if HAS_NUM_KEYS:
-        return tl.minimum(tl.load(num_keys_ptr), K).to(tl.int32)
-    else:
-        return K
-
-
-@triton.jit
 def _below_largest(a):
     """Logits less the largest of each row, and that: -inf where none of them counts."""
     most = tl.max(a, 1)
@@ -122,7 +113,7 @@ def _relational_kl_weights_kernel(
     offs_m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = j * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m = offs_m < B
-    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
+    counting = number_that_count(num_keys_ptr, K, HAS_NUM_KEYS)
     row_stats = stats_ptr + tl.cast(j, tl.int64) * B + offs_m
     step = tl.cast(tiles_n, tl.int64) * B
     a = logits(
@@ -196,7 +187,7 @@ def _relational_kl_merge_kernel(
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < B
     step = tl.cast(tiles, tl.int64) * B
-    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
+    counting = number_that_count(num_keys_ptr, K, HAS_NUM_KEYS)
     most_s = tl.full((BLOCK,), -float("inf"), tl.float32)
     most_t = tl.full((BLOCK,), -float("inf"), tl.float32)
     if HAS_OWN:
@@ -292,7 +283,7 @@ def _relational_kl_fwd_kernel_product(
     step = tl.cast(tl.cdiv(K, TILE), tl.int64) * B
     w_rows = offs_m.to(tl.int64)[:, None] * K
     k_first = split * split_k
-    counting = number_of_keys(num_keys_ptr, K, HAS_NUM_KEYS)
+    counting = number_that_count(num_keys_ptr, K, HAS_NUM_KEYS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k in range(k_first, tl.minimum(k_first + split_k, counting), BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
