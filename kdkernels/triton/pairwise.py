@@ -37,7 +37,7 @@ def pairwise_fwd(
 ) -> Tensor:
     rows, others = _groups(x), None if y is None else _groups(y)
     (G, N, D), M = rows.shape, (rows if others is None else others).shape[1]
-    out = x.new_empty((G, N, M))
+    out = x.new_empty((*x.shape[:-1], M))
     if out.numel() > 0:
         with on_device(x):
             config = _config(x, metric)
@@ -52,7 +52,7 @@ def pairwise_fwd(
                 PRODUCT=metric in _PRODUCTS, PRECISION=config.value_precision, BLOCK_M=tile.m,
                 BLOCK_N=tile.n, BLOCK_K=tile.k, **compiled_as(tile),
             )  # fmt: skip
-    return out[0] if x.dim() == 2 else out
+    return out
 
 
 def pairwise_bwd(
