@@ -16,7 +16,7 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._key_bank_call import KeyBankCall
-from kdkernels._library import define_operator, first_order
+from kdkernels._library import define_operator, first_order, keep_for_backward
 from kdkernels._similarity import NORM_EPS
 from kdkernels.ops import _key_bank
 
@@ -133,17 +133,16 @@ class RelationalKLFunction(torch.autograd.Function):
         # operator receives the student in the place of the keys.
         kept = call if sweep_again else KeyBankCall(call.student, None, call.student)
         *tensors, _ = kept
-        ctx.save_for_backward(own_student, own_teacher, loss, *others, *tensors)
+        keep_for_backward(ctx, own_student, own_teacher, loss, *others, *tensors)
         ctx.scale = 1 / max(call.student.shape[0], 1) if reduction == "mean" else 1.0
         ctx.subtract_entropy, ctx.backend = call.subtract_entropy, backend
-        return loss if reduction == "none" else loss.sum() * ctx.scale
+        # a copy, since the backward reads the losses and users change theirs in place
+        return loss.clone() if reduction == "none" else loss.sum() * ctx.scale
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        own_student, own_teacher, loss, dloss, lse_student, lse_teacher, *tensors = (
-            ctx.saved_tensors
-        )
+    def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
+        own_student, own_teacher, loss, dloss, lse_student, lse_teacher, *tensors = kept
         call = KeyBankCall(*tensors, ctx.subtract_entropy)
         _, _, _, _, _, _, *need = ctx.needs_input_grad
         need = KeyBankCall(*need)

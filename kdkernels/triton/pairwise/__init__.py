@@ -31,7 +31,7 @@ def pairwise_fwd(
 ) -> Tensor:
     rows, others = _groups(x), None if y is None else _groups(y)
     (G, N, D), M = rows.shape, (rows if others is None else others).shape[1]
-    out = x.new_empty((G, N, M))
+    out = x.new_empty((*x.shape[:-1], M))
     if out.numel() > 0:
         with on_device(x):
             config = _config(x, metric)
@@ -45,7 +45,7 @@ def pairwise_fwd(
                 N=N, M=M, D=D, gamma=gamma, OWN=others is None, METRIC=_METRICS[metric],
                 PRODUCT=metric in _PRODUCTS, PRECISION=config.value_precision, **tile.launch(),
             )  # fmt: skip
-    return out[0] if x.dim() == 2 else out
+    return out
 
 
 def pairwise_bwd(
