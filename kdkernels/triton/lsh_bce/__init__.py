@@ -48,20 +48,20 @@ def lsh_bce_fwd(
     weight: Tensor,  # [N, D]
     bias: Tensor | None,  # [N]
     sample_mask: Tensor | None,  # [B]
-    with_dloss: bool,
+    need_student: bool,
 ) -> tuple[Tensor, Tensor]:
     (B, D), N = student.shape, weight.shape[0]
     fp32 = {"dtype": torch.float32, "device": student.device}
     if B == 0 or N == 0:
-        return torch.zeros(B, **fp32), torch.zeros((B, D) if with_dloss else (0,), **fp32)
+        return torch.zeros(B, **fp32), torch.zeros((B, D) if need_student else (0,), **fp32)
     config = _config(student)
     partial = torch.empty((cdiv(N, config.project.n), B), **fp32)
-    dloss = torch.empty((B, D) if with_dloss else (0,), **fp32)
-    row_bytes = N * student.itemsize if with_dloss else 0
+    dloss = torch.empty((B, D) if need_student else (0,), **fp32)
+    row_bytes = N * student.itemsize if need_student else 0
     step = config.chunk(B, row_bytes, config.project.m)
     with on_device(student):
         mask = _loadable(sample_mask)
-        dz = student.new_empty((step, N)) if with_dloss else None
+        dz = student.new_empty((step, N)) if need_student else None
         for first in range(0, B, step):
             rows = slice(first, min(first + step, B))
             keep = None if mask is None else mask[rows]

@@ -28,7 +28,7 @@ NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
 class _Side:
     x: Tensor  # [B, D], as its products take it
     wide: Tensor  # [B, D] fp32
-    own: Tensor  # [B] 1 - |u|, or squared norms
+    self_term: Tensor  # [B] 1 - |u|, or squared norms
     # of cosine only
     norm: Tensor | None = None  # [B]
     scale: Tensor | None = None  # [B] 1 / (|x| + eps)
@@ -53,9 +53,9 @@ def pkt_fwd(
     with on_device(student):
         make = _cosine_side if cosine else _student_t_side
         sides = [make(x, eps) for x in (student, teacher)]
-        rows = torch.zeros((7, B), **fp32)  # see `_pkt_kernels`
+        rows = torch.zeros((7, B), **fp32)  # see `kernels.py`
         for i, side in enumerate(sides):
-            rows[2 + i] = side.own
+            rows[2 + i] = side.self_term
             if side.scale is not None:
                 rows[i] = side.scale
         tiles = _Tiles(config, *(side.x for side in sides), rows, kernel, divergence)
