@@ -107,7 +107,7 @@ def _by_own_logits(
     lse_teacher: Tensor,  # [B]
     subtract_entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """Derivatives of the loss, those of any key's logits."""
+    """Derivatives of the loss by these logits, which enter it like those of any key."""
     log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
     p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
     return log_q.exp() - p, p * (c - loss)
@@ -144,8 +144,7 @@ class RelationalKLFunction(torch.autograd.Function):
     def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
         own_student, own_teacher, loss, dloss, lse_student, lse_teacher, *tensors = kept
         call = KeyBankCall(*tensors, ctx.subtract_entropy)
-        _, _, _, _, _, _, *need = ctx.needs_input_grad
-        need = KeyBankCall(*need)
+        need = KeyBankCall(*ctx.needs_input_grad[-len(KeyBankCall._fields) :])
         dout = (dout * ctx.scale).expand(call.student.shape[0])
         dstudent, dteacher, dkeys, dteacher_keys = _bwd(
             dout, *call, loss, dloss, lse_student, lse_teacher, need.student, need.teacher,
@@ -160,13 +159,13 @@ class RelationalKLFunction(torch.autograd.Function):
             else None,
             subtract_entropy=None,
         )
-        down_student = down_teacher = None
+        by_own_student = by_own_teacher = None
         if own_student is not None:
-            by_student, by_teacher = _by_own_logits(
+            by_logits = _by_own_logits(
                 own_student, own_teacher, loss, lse_student, lse_teacher, call.subtract_entropy
             )
-            down_student, down_teacher = dout * by_student, dout * by_teacher
-        return down_student, down_teacher, None, None, None, None, *grads
+            by_own_student, by_own_teacher = (dout * derivative for derivative in by_logits)
+        return by_own_student, by_own_teacher, None, None, None, None, *grads
 
 
 def _check(
