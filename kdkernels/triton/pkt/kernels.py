@@ -90,7 +90,8 @@ def _slope(p, q, KL: tl.constexpr):
 def _pkt_tiles_kernel(
     s_ptr,  # [B, D_s]
     t_ptr,  # [B, D_t]
-    rows_ptr,  # [7, B] fp32: scales, self terms, inverse sums of both sides, what a row's slopes lose
+    # [7, B] fp32: scales, self terms and inverse sums of both sides, what the slopes of a row lose
+    rows_ptr,
     sums_ptr,  # [3, splits, B] fp32: sums of K of both sides, or losses and r; sums of weights
     w_ptr,  # [rows, B], or unused: weights of a chunk of rows
     first,  # of the chunk
