@@ -117,7 +117,7 @@ class Call(Pairs):
     def distances(self, first: int, rows: int, d: Tensor) -> Tensor:
         """Those of a chunk into `d`, [rows, M]; which of their tiles have close rows, int32."""
         close = self.new(*self.tiles(rows), dtype=torch.int32)
-        kernels._labelled_distances_kernel[(close.numel(),)](
+        kernels._pairs_distances_kernel[(close.numel(),)](
             d_ptr=d, close_ptr=close, first=first, rows=rows, **self.distance_arguments()
         )
         return close

@@ -22,7 +22,7 @@ def store_close(close_ptr, close, m_blocks, n_blocks):
 
 
 @triton.jit
-def _labelled_distances_kernel(
+def _pairs_distances_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
     x_norm_ptr,  # [B] fp32, squared

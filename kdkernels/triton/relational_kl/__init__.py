@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
 from kdkernels._key_bank_call import KeyBankCall
-from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
+from kdkernels.triton.common.launch import arch_of, cdiv, given, on_device, supports
 from kdkernels.triton.common.product import multiply
 from kdkernels.triton.relational_kl import bwd_kernels, kernels
 from kdkernels.triton.relational_kl.config import MERGED, RelationalKLConfig, pick_config
@@ -185,8 +185,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _given(x: Tensor | None, other: Tensor) -> Tensor:
-    """An argument that a kernel does not use is some tensor."""
-    return other if x is None else x.contiguous()
+    """`given` for kernels that take contiguous tensors."""
+    return given(_contiguous(x), other)
 
 
 def _sides(x: Tensor, y: Tensor | None, bank: _Bank) -> dict[str, Any]:
