@@ -37,7 +37,7 @@ ORDERS = ("forward", "reverse", "shuffle-1", "shuffle-2")
 ONE_TILE = re.compile(r"(product|encode|project)_kernel")
 PRODUCT = re.compile(rf"{ONE_TILE.pattern}|pair_sums_kernel|kernel_pair_weights")
 HALF = re.compile(r"4MathE[01]")  # as a template argument in a mangled name
-EXACT = "4MathE3"  # without tensor cores
+IEEE = "4MathE3"  # without tensor cores
 
 # One process builds them, one after another.
 pytestmark = [
@@ -64,7 +64,7 @@ LARGE: dict[str, Callable[[torch.dtype], Sample]] = {
     "triplet_loss-references": lambda dtype: _triplet_loss(
         140, 270, 21, dtype, mining="batch_semihard"
     ),
-    "pairwise-own": lambda dtype: _pairwise((300, 41), None, "euclidean", dtype),
+    "pairwise-in_batch": lambda dtype: _pairwise((300, 41), None, "euclidean", dtype),
     "pairwise-pair": lambda dtype: _pairwise((139, 24), 268, "rbf", dtype),
     "pairwise-groups": lambda dtype: _pairwise((3, 30, 261), 33, "sqeuclidean", dtype),
     "pairwise-cosine": lambda dtype: _pairwise((2, 150, 9), None, "cosine", dtype),
@@ -157,7 +157,7 @@ def fp32_matmul() -> Iterator[Callable[[str], None]]:
 @pytest.mark.parametrize(
     ("dtype", "precision"),
     [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")],
-    ids=["fp32-exact", "fp32-tf32x3", "bf16"],
+    ids=["fp32-ieee", "fp32-tf32x3", "bf16"],
 )
 @pytest.mark.parametrize("name", LARGE)
 def test_several_tiles(
@@ -357,7 +357,7 @@ def test_products_use_tensor_cores_where_claimed(device_code: list[Resources]) -
     products = [kernel for kernel in device_code if PRODUCT.search(kernel.kernel)]
     assert products
     for kernel in products:
-        assert (kernel.tensor_core > 0) == (EXACT not in kernel.kernel), kernel
+        assert (kernel.tensor_core > 0) == (IEEE not in kernel.kernel), kernel
 
 
 def test_the_library_names_where_the_current_stream_is() -> None:

@@ -29,9 +29,8 @@ from kdkernels.testing import numerics
 # Of pytorch-metric-learning on STUDENT, computed by independent code; given to 12 decimals.
 PUBLISHED_LOSS, PUBLISHED_NORM = 0.419965366611, 0.424403088646
 PUBLISHED_POSITIVES, PUBLISHED_NEGATIVES = [1, 6, 3, 2, 5, 4, 1], [7, 7, 1, 4, 3, 6, 7]
-COMBINATIONS = [
-    (p, n) for p in STRATEGIES for n in STRATEGIES if not p == n == "semihard"
-]  # positives, negatives
+# Of positives and negatives.
+COMBINATIONS = [(p, n) for p in STRATEGIES for n in STRATEGIES if not p == n == "semihard"]
 HARD, SEMIHARD = {"mining": "batch_hard"}, {"mining": "batch_semihard"}
 
 

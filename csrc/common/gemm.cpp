@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "integers.h"
 #include "parallel.h"
 #include "syrk_simd.h"
 
@@ -15,8 +16,6 @@ constexpr int64_t kBlock = 256;      // output block: with its operands it stays
 constexpr int64_t kSyrkBlock = 512;  // largest block on a diagonal that syrk computes in one go
 constexpr int64_t kMinDepth = 1024;  // shortest piece of a contraction worth a task of its own
 constexpr int64_t kTasks = 32;       // pieces that a small output is cut into, for cores to share
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Task {
   size_t job;
@@ -46,9 +45,10 @@ void grams(const std::vector<Gram<T>>& jobs) {
     const auto& [x, y, out, symmetric] = jobs[j];
     // Without wide vectors, BLAS (which chooses its own) is faster at the whole square than syrk at
     // half of it.
-    const bool own = symmetric && x.data == y.data && (x.row_stride == 1 || x.col_stride == 1) &&
-                     simd_level() != SimdLevel::kBaseline;
-    const int64_t block = own && x.rows <= kSyrkBlock ? kSyrkBlock : kBlock;
+    const bool by_syrk = symmetric && x.data == y.data &&
+                         (x.row_stride == 1 || x.col_stride == 1) &&
+                         simd_level() != SimdLevel::kBaseline;
+    const int64_t block = by_syrk && x.rows <= kSyrkBlock ? kSyrkBlock : kBlock;
     const int64_t n_rows = ceil_div(x.rows, block), n_cols = ceil_div(y.rows, block);
     const int64_t blocks =
         std::max<int64_t>(1, symmetric ? n_rows * (n_rows + 1) / 2 : n_rows * n_cols);
@@ -57,7 +57,7 @@ void grams(const std::vector<Gram<T>>& jobs) {
     for (int64_t row0 = 0; row0 < x.rows; row0 += block) {
       for (int64_t col0 = symmetric ? row0 : 0; col0 < y.rows; col0 += block) {
         const int64_t rows = std::min(block, x.rows - row0), cols = std::min(block, y.rows - col0);
-        const bool upper = own && row0 == col0;
+        const bool upper = by_syrk && row0 == col0;
         int64_t k0 = 0;
         do {
           const int64_t piece = std::min(depth, x.cols - k0);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see simd.h).
+// This file is compiled once per instruction set (see simd.h).
 #include "rows_simd.h"
 
 #include "rows_math.h"
@@ -49,6 +49,18 @@ void subtract(T* x, const T* y, int64_t n) {
 }
 
 template <typename T>
+void scale(const T* x, T factor, T* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = factor * x[j];
+}
+
+template <typename T, typename Sum>
+void add(const T* x, Sum* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] += static_cast<Sum>(x[j]);
+}
+
+template <typename T>
 void normalize(const T* x, T* u, int64_t n) {
   const T inverse = static_cast<T>(1 / clamp_min(__builtin_sqrt(dot(x, x, n)), kEps));
 #pragma omp simd
@@ -71,8 +83,9 @@ void normalize_backward(const T* x, T* dx, int64_t n) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {dot<T>,      squared_difference<T>, add_offsets<T>,
-                                     subtract<T>, normalize<T>,          normalize_backward<T>};
+  static constexpr Loops<T> table = {
+      dot<T>,    squared_difference<T>, add_offsets<T>, subtract<T>,          scale<T>,
+      add<T, T>, add<T, double>,        normalize<T>,   normalize_backward<T>};
   return table;
 }
 

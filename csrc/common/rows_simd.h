@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectorised loops over one or two rows, one table of functions per instruction set.
+// These are vectorised loops over one or two rows. Each instruction set has one table of them.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,20 @@ namespace kdk::rows {
 
 template <typename T>
 struct Loops {
-  // sum of x y
+  // returns the sum of x y
   double (*dot)(const T* x, const T* y, int64_t n);
-  // sum (x - y)^2
+  // returns the sum of (x - y)^2
   double (*squared_difference)(const T* x, const T* y, int64_t n);
-  // sums += x - origin; returns sum (x - origin)^2
+  // sums += x - origin. Returns the sum of (x - origin)^2.
   double (*add_offsets)(const T* x, const T* origin, double* sums, int64_t n);
   // x -= y
   void (*subtract)(T* x, const T* y, int64_t n);
+  // y = factor x
+  void (*scale)(const T* x, T factor, T* y, int64_t n);
+  // y += x
+  void (*add)(const T* x, T* y, int64_t n);
+  // sums += x
+  void (*add_wide)(const T* x, double* sums, int64_t n);
   // u = x / max(|x|, kEps)
   void (*normalize)(const T* x, T* u, int64_t n);
   // dx = (dx - <dx, u> u) / norm with u = x / norm, where norm = max(|x|, kEps); without the middle

@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see simd.h). x is packed, kSyrkDepth columns at a time, into
-// panels of kCols rows stored column by column, [panel][k][kCols]; the one copy serves as both
-// operands. A tile of kRows x kCols outputs stays in registers over the packed depth: per column
-// two vector loads, kRows broadcasts, 2 kRows FMAs.
+// This file is compiled once per instruction set (see simd.h). x is packed, kSyrkDepth columns at a
+// time, into panels of kCols rows stored column by column, [panel][k][kCols]; the one copy serves
+// as both operands. A tile of kRows x kCols outputs stays in registers over the packed depth: per
+// column two vector loads, kRows broadcasts, 2 kRows FMAs.
+//
+// fp-contract: fast, since products are only added up.
 #include "syrk_simd.h"
+
+#include "transpose.h"
 
 #if !defined(KDK_SIMD_LEVEL)
 #error "compile with -DKDK_SIMD_LEVEL=<namespace>"
@@ -28,8 +32,6 @@ struct Lanes {
                 "syrk_scratch must hold whole panels, and a tile's rows must lie in one panel");
 };
 
-typedef float Float4 __attribute__((vector_size(16), aligned(4)));
-
 // to[k * kCols + i] = from row i, column k; rows_after: of x from its first one on
 template <typename T>
 void pack(Matrix<const T> x, int64_t rows, int64_t rows_after, int64_t depth, T* to) {
@@ -45,9 +47,8 @@ void pack(Matrix<const T> x, int64_t rows, int64_t rows_after, int64_t depth, T*
     return;
   }
   int64_t i = 0;
-  if constexpr (sizeof(T) ==
-                sizeof(
-                    float)) {  // 4 x 4 blocks transposed in registers: stores of one float bound it
+  // 4 x 4 blocks are transposed in registers: stores of one float would bound the time
+  if constexpr (sizeof(T) == sizeof(float)) {
     for (; i + 4 <= rows && x.col_stride == 1; i += 4) {
       int64_t k = 0;
       for (; k + 4 <= depth; k += 4) {
@@ -55,17 +56,12 @@ void pack(Matrix<const T> x, int64_t rows, int64_t rows_after, int64_t depth, T*
         if (k % 16 == 0) {
           for (int n = 4; n < 8 && i + n < rows_after; ++n) __builtin_prefetch(x.row(i + n) + k);
         }
-        Float4 r[4];
-        for (int n = 0; n < 4; ++n) r[n] = *reinterpret_cast<const Float4*>(x.row(i + n) + k);
-        const Float4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-        const Float4 b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-        const Float4 c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-        const Float4 d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-        T* out = to + k * kCols + i;
-        *reinterpret_cast<Float4*>(out) = __builtin_shufflevector(a, b, 0, 1, 4, 5);
-        *reinterpret_cast<Float4*>(out + kCols) = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-        *reinterpret_cast<Float4*>(out + 2 * kCols) = __builtin_shufflevector(c, d, 0, 1, 4, 5);
-        *reinterpret_cast<Float4*>(out + 3 * kCols) = __builtin_shufflevector(c, d, 2, 3, 6, 7);
+        FloatRow rows_of_x[4], columns[4];
+        for (int n = 0; n < 4; ++n)
+          rows_of_x[n] = *reinterpret_cast<const FloatRow*>(x.row(i + n) + k);
+        transpose(rows_of_x, columns);
+        for (int n = 0; n < 4; ++n)
+          *reinterpret_cast<FloatRow*>(to + (k + n) * kCols + i) = columns[n];
       }
       for (; k < depth; ++k) {
         for (int n = 0; n < 4; ++n) to[k * kCols + i + n] = x.row(i + n)[k];

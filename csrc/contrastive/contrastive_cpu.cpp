@@ -6,8 +6,9 @@
 #include <tuple>
 #include <vector>
 
+#include "../pairs/distance_names.h"
+#include "../pairs/pair_sweep.h"
 #include "contrastive_simd.h"
-#include "pair_sweep.h"
 
 namespace kdk::contrastive {
 namespace {
@@ -17,23 +18,23 @@ using pairs::Tile;
 
 template <typename T>
 struct Loss {
-  const triplet::LabelRanges& ranges;
+  const pairs::LabelRanges& ranges;
   T margin;
   std::vector<double> total;     // of each anchor
   std::vector<int64_t> nonzero;  // likewise
   const Loops<T>& kernels = loops<T>();
 
-  Loss(const triplet::LabelRanges& ranges_, double margin_)
+  Loss(const pairs::LabelRanges& ranges_, double margin_)
       : ranges(ranges_),
         margin(static_cast<T>(margin_)),
         total(ranges_.first.size()),
         nonzero(ranges_.first.size()) {}
 
-  bool skips(int64_t, int64_t, int64_t, int64_t) const { return false; }
+  bool skips(const pairs::Block&) const { return false; }
 
   // In batch each pair counts once, with the anchor before the reference.
   int64_t begin(int64_t i, int64_t j0, int64_t n) const {
-    return ranges.own ? std::clamp<int64_t>(i + 1 - j0, 0, n) : 0;
+    return ranges.in_batch ? std::clamp<int64_t>(i + 1 - j0, 0, n) : 0;
   }
 
   template <typename F>
@@ -66,12 +67,13 @@ struct Loss {
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const Tensor& labels,
                                                const Tensor& references,
-                                               const Tensor& reference_labels, bool own,
-                                               double margin, triplet::Distance distance,
+                                               const Tensor& reference_labels, bool in_batch,
+                                               double margin, pairs::Distance distance,
                                                bool need_embeddings, bool need_references) {
   const Tensor x = contiguous_in_type<T>(embeddings),
-               r = own ? x : contiguous_in_type<T>(references);
-  Sweep<T> sweep(x, labels, r, reference_labels, own, distance, need_embeddings, need_references);
+               r = in_batch ? x : contiguous_in_type<T>(references);
+  Sweep<T> sweep(x, labels, r, reference_labels, in_batch, distance, need_embeddings,
+                 need_references);
   Loss<T> loss(sweep.rows.ranges, margin);
   sweep.run(loss);
   const Tensor total = empty({}, scalar_type_of<T>), nonzero = empty({}, ScalarType::Long);
@@ -87,15 +89,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
     return std::isnan(sum) ? pairs::nan_gradient(side) : side.gradient(0, [](int64_t, double*) {});
   };
   return {total, nonzero, gradient(sweep.anchors),
-          own ? empty({0}, scalar_type_of<T>) : gradient(sweep.references)};
+          in_batch ? empty({0}, scalar_type_of<T>) : gradient(sweep.references)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
-    Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool own,
+    Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch,
     double margin, std::string distance, bool need_embeddings, bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(embeddings, labels, references, reference_labels, own, margin,
-             triplet::parse_distance(distance), need_embeddings, need_references);
+  return run(embeddings, labels, references, reference_labels, in_batch, margin,
+             by_name(pairs::kDistances, distance), need_embeddings, need_references);
 }
 
 }  // namespace
@@ -104,7 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def(
       "contrastive_fwd(Tensor embeddings, Tensor labels, Tensor references, Tensor "
-      "reference_labels, bool own, float margin, str distance, bool need_embeddings, bool "
+      "reference_labels, bool in_batch, float margin, str distance, bool need_embeddings, bool "
       "need_references) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
 #include "contrastive_simd.h"
-
-#include <type_traits>
 
 #include "contrastive_math.h"
 
@@ -15,7 +13,7 @@ namespace {
 
 template <typename T, bool kSameLabel>
 int64_t losses_of(const T* d, T margin, int64_t n, T* weight, double* total) {
-  std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t> nonzero = 0;
+  Count<T> nonzero = 0;
   double sum = 0;
 #pragma omp simd reduction(+ : nonzero, sum)
   for (int64_t j = 0; j < n; ++j) {

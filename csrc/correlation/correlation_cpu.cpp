@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU operator kdkernels_C::correlation_fwd. Arguments were checked by the public function. One
-// pass over rows for the moments of rows and columns, one for the gradient; probabilities are
-// computed in both and never stored.
+// CPU operator kdkernels_C::correlation_fwd. Arguments were checked by the public function. A first
+// pass over the rows adds up the moments of rows and columns, a second one makes the gradient; both
+// compute the probabilities and never store them.
 #include <algorithm>
 #include <tuple>
 #include <vector>
@@ -115,7 +115,7 @@ class Call {
     const Coefficients c = coefficients(loops_.moments(a, b, C_, centre_), options_.eps);
     // temperature^2 of the loss, 1 / temperature of the softmax
     const double scale = options_.temperature * options_.row_weight / static_cast<double>(B_);
-    row.own = static_cast<T>(scale * c.own);
+    row.side = static_cast<T>(scale * c.side);
     row.other = static_cast<T>(scale * c.other);
     row_losses_[i] = 1 - c.rho;
   }
@@ -126,7 +126,7 @@ class Call {
     const double scale = options_.temperature * options_.column_weight / static_cast<double>(C_);
     factors_[to] = static_cast<T>(columns.mean_a[from]);
     factors_[C_ + to] = static_cast<T>(columns.mean_b[from]);
-    factors_[2 * C_ + to] = static_cast<T>(scale * c.own);
+    factors_[2 * C_ + to] = static_cast<T>(scale * c.side);
     factors_[3 * C_ + to] = static_cast<T>(scale * c.other);
     return 1 - c.rho;
   }

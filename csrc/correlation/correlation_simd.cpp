@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
 #include "correlation_simd.h"
 
 #include "../common/lanes.h"
@@ -48,7 +48,8 @@ Moments moments(const T* a, const T* b, int64_t n, T centre) {
   return {sum<T>(aa), sum<T>(bb), sum<T>(ab)};
 }
 
-// Of a chunk of columns: the moments of `count` rows about the means joined to those of `before`.
+// Joins, for a chunk of columns, the moments of `count` rows about their means to those of `before`
+// rows.
 inline __attribute__((always_inline)) void join(const Columns& from, double count, double before,
                                                 int64_t n, const Columns& into) {
   const double share = count / (before + count), weight = before * share;
@@ -117,9 +118,9 @@ void gradient(const T* z_a, const T* z_b, int64_t n, T temperature, const RowFac
     const auto at = [&](const T* p) { return load<kFull>(p + j, count); };
     const Vector<T> a = exp_of_negative<T>(at(z_a) / temperature - row.a.max) * row.a.inverse;
     const Vector<T> b = exp_of_negative<T>(at(z_b) / temperature - row.b.max) * row.b.inverse;
-    const Vector<T> by_row = (a - row.centre) * row.own - (b - row.centre) * row.other;
+    const Vector<T> by_row = (a - row.centre) * row.side - (b - row.centre) * row.other;
     const Vector<T> by_column =
-        (a - at(columns.mean_a)) * at(columns.own) - (b - at(columns.mean_b)) * at(columns.other);
+        (a - at(columns.mean_a)) * at(columns.side) - (b - at(columns.mean_b)) * at(columns.other);
     const Vector<T> dy = by_row + by_column;
     inner += within<kFull, T>(dy * a, count, 0);
     store<kFull, T>(y + j, a, count);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// gram_mse for B no larger than the features are wide: both Grams in split sums, then their rows;
-// the backward makes weights of them, and a product. Two launches each way.
+// These kernels are for B no larger than the features are wide. The forward makes both Grams in
+// split sums, and then reduces their rows; the backward turns them into weights, which a product
+// multiplies with the features. Each direction takes two launches.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
-#include "../common/cuda/tickets.h"
+#include "../common/cuda/semaphores.h"
 #include "../common/cuda/triangle.h"
 #include "gram_mse_device.h"
 
@@ -42,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
       norms_of_rows<Element<kMath>>(p.norms, blockIdx.x - 2 * tiles);
     return;
   }
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) p.tickets[g] = 0;
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) p.semaphores[g] = 0;
   const int side = blockIdx.x >= tiles;
   const TriangleTile tile = triangle_tile(blockIdx.x - side * tiles, n);
   const int64_t i0 = tile.i * kTile, j0 = tile.j * kTile;
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   }
 }
 
-// The sum of n numbers in fp64, for all threads of the block.
+// Returns the sum of n numbers in fp64 to all threads of the block.
 __device__ double sum_of(const double* x, int64_t n) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += x[i];
@@ -97,12 +98,12 @@ __global__ void __launch_bounds__(kThreads)
     if (lane == 0) finish_row(problem, sums, i, p.coef + g * kCoefs * B, p.row_losses + g * B);
   }
   // the last block of a group adds up its rows
-  auto* ticket = reinterpret_cast<unsigned*>(shared_memory());
+  auto* arrival = reinterpret_cast<unsigned*>(shared_memory());
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + g, 1u);
+  if (threadIdx.x == 0) *arrival = atomicAdd(p.semaphores + g, 1u);
   __syncthreads();
-  const bool last = *ticket + 1 == gridDim.x;
+  const bool last = *arrival + 1 == gridDim.x;
   __syncthreads();
   if (!last) return;
   __threadfence();
@@ -120,7 +121,7 @@ template <typename T, typename Wide>
 __global__ void __launch_bounds__(kThreads)
     gram_mse_bwd_kernel_weights(const __grid_constant__ WeightsParams p) {
   const int64_t at = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  clear_tickets(p.tickets, p.ticket_count);
+  clear_semaphores(p.semaphores, p.semaphore_count);
   const int64_t B = p.problem.B, chunks = ceil_div(B, 8), i = at / chunks, j0 = at % chunks * 8;
   const int64_t g = blockIdx.z, base = (g * B + i) * B + j0;
   if (i >= B) return;
@@ -128,8 +129,9 @@ __global__ void __launch_bounds__(kThreads)
   const float dout = p.dout[g * p.dout_stride], scale = row_scale(p.problem, p.side, g, i);
   float w[8] = {};
   for (int e = 0; e < 8 && j0 + e < B; ++e)
-    w[e] = weight(p, p.own[base + e], p.other[base + e], row, row_coefs<Wide>(p, g, j0 + e),
-                  dout * scale * row_scale(p.problem, p.side, g, j0 + e));
+    w[e] =
+        weight(p, p.side_gram[base + e], p.other_gram[base + e], row, row_coefs<Wide>(p, g, j0 + e),
+               dout * scale * row_scale(p.problem, p.side, g, j0 + e));
   store_eight(static_cast<T*>(p.weights) + base, w, B - j0, B % 8 == 0);
 }
 

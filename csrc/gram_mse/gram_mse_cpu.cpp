@@ -6,7 +6,8 @@
 
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
-#include "gram_mse.h"
+#include "gram_mse_cpu.h"
+#include "gram_mse_names.h"
 #include "gram_mse_simd.h"
 
 namespace kdk::gram_mse {
@@ -14,33 +15,15 @@ namespace {
 
 Options parse(const std::string& normalize, const std::string& kernel, double gamma, int64_t order,
               const std::string& algorithm) {
-  Options options{};
-  options.normalize = normalize == "row_l2"    ? Normalize::kRowL2
-                      : normalize == "row_l1"  ? Normalize::kRowL1
-                      : normalize == "feature" ? Normalize::kFeature
-                                               : Normalize::kNone;
-  options.taylor = kernel == "rbf_taylor";
-  options.gamma = gamma;
-  options.order = static_cast<int>(order);
-  options.algorithm = algorithm == "resident"   ? Algorithm::kResident
-                      : algorithm == "streamed" ? Algorithm::kStreamed
-                                                : Algorithm::kFactored;
-  return options;
+  return {by_name(kNormalizations, normalize), by_name(kTaylorKernels, kernel), gamma,
+          static_cast<int>(order), by_name(kAlgorithms, algorithm)};
 }
 
-// x in fp32 or fp64, each row contiguous and rows of a stride that BLAS takes; where it lies if it
-// is so already.
-template <typename T>
-Tensor plain(const Tensor& x) {
-  const Tensor wide = in_type<T>(x);
-  const bool fits = wide.stride(2) == 1 && wide.stride(1) >= wide.size(2);
-  return fits ? wide : torch::stable::contiguous(wide);
-}
-
-// Features as the algorithms read them: `plain`, and unit rows if the Gram is of those.
+// Returns features as the algorithms read them: rows that BLAS takes, or unit rows if the Gram is
+// made of unit rows.
 template <typename T>
 Tensor prepare(const Tensor& x, Normalize normalize) {
-  const Tensor from = plain<T>(x);
+  const Tensor from = groups_for_blas<T>(x);
   if (normalize != Normalize::kFeature) return from;
   const int64_t B = x.size(1), D = x.size(2);
   const Tensor unit = empty({x.size(0), B, D}, scalar_type_of<T>);
@@ -83,14 +66,14 @@ struct Side {
 };
 
 template <typename T>
-Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, const Tensor& cross,
+Tensor gradient(const Side<T>& side, const Side<T>& other, const Tensor& coef, const Tensor& cross,
                 bool transposed, const Tensor& dout, const Options& options) {
-  const int64_t G = own.x.size(0), B = own.x.size(1), D = own.x.size(2);
+  const int64_t G = side.x.size(0), B = side.x.size(1), D = side.x.size(2);
   const Tensor result = empty({G, B, D}, scalar_type_of<T>);
   const T* scale = static_cast<const T*>(dout.const_data_ptr());
   const auto& loops = rows::loops<T>();
   const bool unit = options.normalize == Normalize::kFeature;
-  const Tensor source = unit ? plain<T>(own.source) : own.x;
+  const Tensor source = unit ? groups_for_blas<T>(side.source) : side.x;
   parallel_each(G, 2.0 * B * B * (D + other.x.size(2)), [&](int64_t g) {
     const Matrix<const double> rows = group<double>(coef, g);
     const Matrix<const T> m = group<T>(cross, g);
@@ -98,21 +81,19 @@ Tensor gradient(const Side<T>& own, const Side<T>& other, const Tensor& coef, co
     const T factor = scale[g * dout.stride(0)];
     // dout goes into the coefficients, which spares a pass over the gradient
     std::vector<double> scaled(3 * B);
-    const int64_t which[] = {0, own.b, own.c};
+    const int64_t which[] = {0, side.b, side.c};
     for (int k = 0; k < 3; ++k) {
       for (int64_t i = 0; i < B; ++i) scaled[k * B + i] = rows.row(which[k])[i] * factor;
     }
     const double* a = scaled.data();
-    backward<T>({group<T>(own.x, g), group<T>(other.x, g), group<T>(own.gram, g),
+    backward<T>({group<T>(side.x, g), group<T>(other.x, g), group<T>(side.gram, g),
                  group<T>(other.gram, g), transposed ? m.t() : m, a, a + B, a + 2 * B, factor, dx},
                 options);
     if (!unit) return;
     const Matrix<const T> x = group<T>(source, g);
     parallel_each(B, 8.0 * D, [&](int64_t i) { loops.normalize_backward(x.row(i), dx.row(i), D); });
   });
-  return own.source.scalar_type() == scalar_type_of<T>
-             ? result
-             : torch::stable::to(result, own.source.scalar_type());
+  return in_dtype(result, side.source.scalar_type());
 }
 
 template <typename T>

@@ -8,6 +8,7 @@
 
 #include "../common/cuda/glue.h"
 #include "../common/cuda/normalise.h"
+#include "gram_mse_names.h"
 
 namespace kdk::gram_mse {
 namespace {
@@ -23,7 +24,7 @@ struct Operands {
   Problem problem;
 
   Operands(const Device& device, const Tensor& student, const Tensor& teacher, Math math_,
-           const std::string& normalize, const std::string& kernel, double gamma, int64_t order)
+           Normalize normalize, bool taylor, double gamma, int64_t order)
       : x{with_contiguous_rows(in_dtype(student, dtype_of(math_))),
           with_contiguous_rows(in_dtype(teacher, dtype_of(math_)))},
         math(math_),
@@ -33,12 +34,12 @@ struct Operands {
                 G,
                 B,
                 nullptr,
-                kernel == "rbf_taylor"                           ? Form::kTaylor
-                : normalize == "row_l2" || normalize == "row_l1" ? Form::kRow
-                                                                 : Form::kPlain,
-                normalize == "row_l1",
+                taylor                         ? Form::kTaylor
+                : is_row_normalized(normalize) ? Form::kRow
+                                               : Form::kPlain,
+                normalize == Normalize::kRowL1,
                 Taylor<float>(gamma, static_cast<int>(order))} {
-    if (normalize == "feature") {
+    if (normalize == Normalize::kFeature) {
       scale = device.empty({2, G, B}, ScalarType::Float);
       problem.scale = data_of<const float>(*scale);
     }
@@ -57,12 +58,12 @@ Forward resident_forward(const Device& device, const Operands& operands) {
   const Tensor coef = device.empty({G, kCoefs, B}, ScalarType::Double);
   const Tensor gram[2] = {device.empty({G, B, B}, ScalarType::Float),
                           device.empty({G, B, B}, ScalarType::Float)};
-  const Tensor tickets = device.empty({G}, ScalarType::Int);
+  const Tensor semaphores = device.empty({G}, ScalarType::Int);
   const Tensor row_losses = device.empty({G, B}, ScalarType::Double);
   ResidentParams product{};
   product.problem = operands.problem;
   product.norms = operands.norms();
-  product.tickets = data_of<unsigned>(tickets);
+  product.semaphores = data_of<unsigned>(semaphores);
   const int64_t width = std::max(operands.x[0].size(2), operands.x[1].size(2));
   const int64_t tiles = G * n * (n + 1);
   product.splits = split_contraction(tiles, width, operands.math).count;
@@ -70,8 +71,7 @@ Forward resident_forward(const Device& device, const Operands& operands) {
   std::optional<Tensor> parts[2];
   for (int side = 0; side < 2; ++side) {
     const int64_t step = kStepBytes / static_cast<int64_t>(element_bytes(operands.math));
-    product.split_length[side] =
-        ceil_div(ceil_div(operands.x[side].size(2), product.splits), step) * step;
+    product.split_length[side] = round_up(ceil_div(operands.x[side].size(2), product.splits), step);
     if (product.splits > 1)
       parts[side] = device.empty({product.splits, G, B, B}, ScalarType::Float);
     product.parts[side] = data_of<float>(parts[side] ? *parts[side] : gram[side]);
@@ -83,7 +83,7 @@ Forward resident_forward(const Device& device, const Operands& operands) {
   finish.coef = data_of<double>(coef);
   finish.row_losses = data_of<double>(row_losses);
   finish.loss = data_of<float>(loss);
-  finish.tickets = product.tickets;
+  finish.semaphores = product.semaphores;
   launch_gram_mse_resident(product, operands.math, device.stream());
   launch_gram_mse_finish(finish, device.stream());
   return {loss, coef, gram[0], gram[1], device.empty({G, 0, 0}, ScalarType::Float)};
@@ -119,17 +119,18 @@ Forward streamed_forward(const Device& device, const Operands& operands) {
 }
 
 Forward gram_mse_fwd(Tensor student, Tensor teacher, std::string normalize, std::string kernel,
-                     double gamma, int64_t order, std::string algorithm, bool exact) {
+                     double gamma, int64_t order, std::string algorithm, bool ieee) {
   const Device device(student);
   const int64_t G = student.size(0), B = student.size(1);
-  const bool resident = algorithm == "resident";
+  const bool resident = by_name(kAlgorithms, algorithm) == Algorithm::kResident;
   if (student.numel() + teacher.numel() == 0) {
     const int64_t n = resident ? B : 0;
     return {device.zeros({G}, ScalarType::Float), device.zeros({G, kCoefs, B}, ScalarType::Double),
             device.zeros({G, n, n}, ScalarType::Float), device.zeros({G, n, n}, ScalarType::Float),
             device.empty({G, 0, 0}, ScalarType::Float)};
   }
-  const Operands operands(device, student, teacher, math_of(student, exact), normalize, kernel,
+  const Operands operands(device, student, teacher, math_of(student, ieee),
+                          by_name(kNormalizations, normalize), by_name(kTaylorKernels, kernel),
                           gamma, order);
   return resident ? resident_forward(device, operands) : streamed_forward(device, operands);
 }
@@ -140,11 +141,11 @@ void multiply_resident(const Device& device, const Operands& operands, WeightsPa
   const int64_t G = operands.G, B = operands.B;
   const Tensor w = device.empty({G, B, B}, dtype_of(operands.math));
   Product product(device, G, B, out.size(2), B, operands.math);
-  weights.own = data_of<const float>(grams[weights.side]);
-  weights.other = data_of<const float>(grams[1 - weights.side]);
+  weights.side_gram = data_of<const float>(grams[weights.side]);
+  weights.other_gram = data_of<const float>(grams[1 - weights.side]);
   weights.weights = w.mutable_data_ptr();
-  weights.tickets = product.params.tickets;
-  weights.ticket_count = product.ticket_count();
+  weights.semaphores = product.params.semaphores;
+  weights.semaphore_count = product.semaphore_count();
   product.params.a = source_of(w);
   product.params.b = operands.problem.x[weights.side];
   product.params.out = out.mutable_data_ptr();
@@ -173,21 +174,21 @@ void multiply_streamed(const Device& device, const Operands& operands, WeightsPa
       rows = rows_in_l2(width, width * size);
       const int64_t next = first + rows;
       const Tensor w = device.empty({rows, width}, dtype_of(math));
-      Product own(device, 1, rows, D, width, math), below(device, 1, B - next, D, rows, math);
+      Product across(device, 1, rows, D, width, math), below(device, 1, B - next, D, rows, math);
       weights.weights = w.mutable_data_ptr();
-      weights.tickets = own.params.tickets;
-      weights.ticket_count = own.ticket_count();
+      weights.semaphores = across.params.semaphores;
+      weights.semaphore_count = across.semaphore_count();
       launch_gram_mse_bwd_pair_weights(
-          {weights, g, first, rows, below.params.tickets, below.ticket_count()}, math,
+          {weights, g, first, rows, below.params.semaphores, below.semaphore_count()}, math,
           device.stream());
-      own.params.a = source_of(w);
-      own.params.b = rows_of(x, first, width, math);
-      own.params.add = first > 0 ? sums + first * D : nullptr;
-      own.params.out = data_of<char>(out) + (g * B + first) * D * out.element_size();
-      own.params.out_dtype = stored_as(out.scalar_type());
-      own.launch(Along::kContraction, device);
+      across.params.a = source_of(w);
+      across.params.b = rows_of(x, first, width, math);
+      across.params.add = first > 0 ? sums + first * D : nullptr;
+      across.params.out = data_of<char>(out) + (g * B + first) * D * out.element_size();
+      across.params.out_dtype = stored_as(out.scalar_type());
+      across.launch(Along::kContraction, device);
       if (next == B) continue;
-      below.params.a = own.params.a;
+      below.params.a = across.params.a;
       below.params.a.data = data_of<char>(w) + rows * size;
       below.params.a.cols = B - next;
       below.params.b = rows_of(x, first, rows, math);
@@ -199,7 +200,7 @@ void multiply_streamed(const Device& device, const Operands& operands, WeightsPa
   }
 }
 
-// Of features x, also through their normalisation.
+// Returns the gradient of features x, through their normalisation if they are normalised.
 Tensor gradient(const Device& device, const Operands& operands, int side, const Tensor& x,
                 const Tensor& dout, const Tensor& coef, const Tensor* grams) {
   const int64_t G = operands.G, B = operands.B, D = x.size(2);
@@ -230,15 +231,16 @@ std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teac
                                         Tensor gram_student, Tensor gram_teacher, Tensor cross,
                                         bool need_student, bool need_teacher, std::string normalize,
                                         std::string kernel, double gamma, int64_t order,
-                                        std::string algorithm, bool exact) {
+                                        std::string algorithm, bool ieee) {
   (void)cross;
   const Device device(student);
   const Tensor* sides[2] = {&student, &teacher};
   const bool need[2] = {need_student, need_teacher};
   const ScalarType dtype = student.scalar_type();
   // weights of fp16 features could leave its range
-  const Math math = dtype == ScalarType::Half ? Math::kTf32x3 : math_of(student, exact);
+  const Math math = dtype == ScalarType::Half ? Math::kTf32x3 : math_of(student, ieee);
   Tensor grads[2] = {device.empty({0}, dtype), device.empty({0}, dtype)};
+  const bool resident = by_name(kAlgorithms, algorithm) == Algorithm::kResident;
   std::optional<Operands> operands;
   const Tensor rows = torch::stable::contiguous(coef);
   const Tensor grams[2] = {torch::stable::contiguous(gram_student),
@@ -251,11 +253,11 @@ std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teac
       continue;
     }
     if (!operands) {
-      operands.emplace(device, student, teacher, math, normalize, kernel, gamma, order);
+      operands.emplace(device, student, teacher, math, by_name(kNormalizations, normalize),
+                       by_name(kTaylorKernels, kernel), gamma, order);
       launch_gram_mse_norms(operands->norms(), math, device.stream());
     }
-    grads[side] =
-        gradient(device, *operands, side, x, dout, rows, algorithm == "resident" ? grams : nullptr);
+    grads[side] = gradient(device, *operands, side, x, dout, rows, resident ? grams : nullptr);
   }
   return {grads[0], grads[1]};
 }
@@ -266,11 +268,11 @@ std::tuple<Tensor, Tensor> gram_mse_bwd(Tensor dout, Tensor student, Tensor teac
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
   m.def(
       "gram_mse_fwd(Tensor student, Tensor teacher, str normalize, str kernel, float gamma, int "
-      "order, str algorithm, bool exact) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "order, str algorithm, bool ieee) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "gram_mse_bwd(Tensor dout, Tensor student, Tensor teacher, Tensor coef, Tensor gram_student, "
       "Tensor gram_teacher, Tensor cross, bool need_student, bool need_teacher, str normalize, str "
-      "kernel, float gamma, int order, str algorithm, bool exact) -> (Tensor, Tensor)");
+      "kernel, float gamma, int order, str algorithm, bool ieee) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, KDK_CUDA_DISPATCH_KEY, m) {

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The factored algorithm: every B x B product becomes products with D x D factors, swept by panels
-// of rows.
+// In the factored algorithm every B x B product becomes products with D x D factors, which are
+// swept by panels of rows.
 #include <algorithm>
 #include <vector>
 
 #include "../common/gemm.h"
+#include "../common/integers.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
-#include "gram_mse.h"
-#include "gram_mse_simd.h"
+#include "gram_mse_cpu.h"
 
 namespace kdk::gram_mse {
 namespace {
@@ -51,7 +51,7 @@ void quadratic_forms(const Forward<T>& call, double* sums) {
   const Scratch<T> scratch(thread_slots() * kPanel * widest);
   const auto& loops = rows::loops<T>();
   const double ops = 2.0 * kPanel * (D_s * D_s / 2 + D_t * D_t / 2 + D_s * D_t);
-  parallel_each((B + kPanel - 1) / kPanel, ops, [&](int64_t p) {
+  parallel_each(ceil_div(B, kPanel), ops, [&](int64_t p) {
     const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
     T* memory = scratch.data() + thread_index() * kPanel * widest;
     const auto s_panel = s.row_block(i0, n), t_panel = t.row_block(i0, n);
@@ -94,7 +94,7 @@ void copy(Matrix<const T> from, Matrix<T> to) {
 template <typename T>
 void scale_rows(Matrix<const T> from, const double* factor, Matrix<T> to) {
   for (int64_t i = 0; i < from.rows; ++i)
-    epilogues<T>().scale(from.row(i), static_cast<T>(factor[i]), to.row(i), from.cols);
+    rows::loops<T>().scale(from.row(i), static_cast<T>(factor[i]), to.row(i), from.cols);
 }
 
 }  // namespace
@@ -117,12 +117,12 @@ void factored_forward(const Forward<T>& call, const Options& options) {
   uniform_coef(call.coef);
 }
 
-// dX = [b X, X, a Y, Y] [F; X^T (b X); M; Y^T (a X)] with X the own side, Y the other, F = X^T X
-// and M = Y^T X: one product a panel. With uniform coefficients b X F repeats itself, and dX = [2 b
-// X, 2 a Y] [F; M].
+// dX = [b X, X, a Y, Y] [F; X^T (b X); M; Y^T (a X)] with X the side that the gradient is for, Y
+// the other, F = X^T X and M = Y^T X: one product a panel. With uniform coefficients b X F repeats
+// itself, and dX = [2 b X, 2 a Y] [F; M].
 template <typename T>
 void factored_backward(const Backward<T>& call, const Options& options) {
-  const auto &x = call.own, &y = call.other;
+  const auto &x = call.side, &y = call.other;
   const int64_t B = x.rows, D = x.cols, D_y = y.cols;
   const bool uniform = options.normalize != Normalize::kRowL2;
   const int64_t depth = (uniform ? 1 : 2) * (D + D_y);
@@ -133,22 +133,22 @@ void factored_backward(const Backward<T>& call, const Options& options) {
     row += rows;
     return stacked.row_block(row - rows, rows);
   };
-  copy<T>(call.gram_own, next(D));
+  copy<T>(call.gram_side, next(D));
   copy<T>(call.cross, next(D_y));
   if (!uniform) {
     const Scratch<T> scaled(2 * B * D);
     const auto bx = Matrix<T>::contiguous(scaled.data(), B, D);
     const auto ax = Matrix<T>::contiguous(scaled.data() + B * D, B, D);
-    parallel_each((B + kPanel - 1) / kPanel, 2.0 * kPanel * D, [&](int64_t p) {
+    parallel_each(ceil_div(B, kPanel), 2.0 * kPanel * D, [&](int64_t p) {
       const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
       scale_rows<T>(x.row_block(i0, n), call.b + i0, bx.row_block(i0, n));
       scale_rows<T>(x.row_block(i0, n), call.a + i0, ax.row_block(i0, n));
     });
-    const auto own = next(D), other = next(D_y);
-    grams<T>({{x.t(), bx.t(), own, true}, {y.t(), ax.t(), other, false}});
+    const auto side = next(D), other = next(D_y);
+    grams<T>({{x.t(), bx.t(), side, true}, {y.t(), ax.t(), other, false}});
   }
   const Scratch<T> panels(thread_slots() * kPanel * depth);
-  parallel_each((B + kPanel - 1) / kPanel, 2.0 * kPanel * depth * D, [&](int64_t p) {
+  parallel_each(ceil_div(B, kPanel), 2.0 * kPanel * depth * D, [&](int64_t p) {
     const int64_t i0 = p * kPanel, n = std::min(kPanel, B - i0);
     const auto panel =
         Matrix<T>::contiguous(panels.data() + thread_index() * kPanel * depth, n, depth);
@@ -162,7 +162,7 @@ void factored_backward(const Backward<T>& call, const Options& options) {
     const auto gradient = call.gradient.row_block(i0, n);
     gemm<T>(panel, stacked, gradient);
     for (int64_t i = 0; uniform && i < n; ++i)
-      epilogues<T>().scale(gradient.row(i), T(2), gradient.row(i), D);
+      rows::loops<T>().scale(gradient.row(i), T(2), gradient.row(i), D);
   });
 }
 

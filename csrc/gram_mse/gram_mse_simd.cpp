@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h). Sums are kept in fp64: the loss is a
-// difference of row sums that nearly cancel as the student approaches the teacher, and next to a
-// product of depth D they cost nothing.
+// This file is compiled once per instruction set (see ../common/simd.h). Sums are kept in fp64: the
+// loss is a difference of row sums that nearly cancel as the student approaches the teacher, and
+// next to a product of depth D they cost nothing.
 #include "gram_mse_simd.h"
 
 #if !defined(KDK_SIMD_LEVEL)
@@ -12,12 +12,12 @@ namespace kdk::gram_mse::KDK_SIMD_LEVEL {
 namespace {
 
 template <typename T, bool kL1, bool kCols>
-void row_sums_of(Matrix<const T> own, Matrix<const T> other, double* rows, double* cols) {
-  const int64_t n = own.cols;
+void row_sums_of(Matrix<const T> side, Matrix<const T> other, double* rows, double* cols) {
+  const int64_t n = side.cols;
   const int64_t step = kCols ? n : 0;
   double *c0 = cols, *c1 = c0 + step, *c2 = c1 + step, *c3 = c2 + step, *c4 = c3 + step;
-  for (int64_t i = 0; i < own.rows; ++i) {
-    const T *a = own.row(i), *k = other.row(i);
+  for (int64_t i = 0; i < side.rows; ++i) {
+    const T *a = side.row(i), *k = other.row(i);
     double r0 = 0, r1 = 0, r2 = 0, r3 = 0, r4 = 0;
 #pragma omp simd reduction(+ : r0, r1, r2, r3, r4)
     for (int64_t j = 0; j < n; ++j) {
@@ -51,31 +51,31 @@ void row_sums_of(Matrix<const T> own, Matrix<const T> other, double* rows, doubl
 }
 
 template <typename T>
-void row_sums(Matrix<const T> own, Matrix<const T> other, bool l1, double* rows, double* cols) {
+void row_sums(Matrix<const T> side, Matrix<const T> other, bool l1, double* rows, double* cols) {
   if (l1) {
-    cols ? row_sums_of<T, true, true>(own, other, rows, cols)
-         : row_sums_of<T, true, false>(own, other, rows, cols);
+    cols ? row_sums_of<T, true, true>(side, other, rows, cols)
+         : row_sums_of<T, true, false>(side, other, rows, cols);
   } else {
-    cols ? row_sums_of<T, false, true>(own, other, rows, cols)
-         : row_sums_of<T, false, false>(own, other, rows, cols);
+    cols ? row_sums_of<T, false, true>(side, other, rows, cols)
+         : row_sums_of<T, false, false>(side, other, rows, cols);
   }
 }
 
 template <typename T>
-double squared_difference(Matrix<const T> own, Matrix<const T> other, const Taylor<T>* f) {
+double squared_difference(Matrix<const T> side, Matrix<const T> other, const Taylor<T>* f) {
   double sum = 0;
-  for (int64_t i = 0; i < own.rows; ++i) {
-    const T *a = own.row(i), *k = other.row(i);
+  for (int64_t i = 0; i < side.rows; ++i) {
+    const T *a = side.row(i), *k = other.row(i);
     if (f == nullptr) {
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < own.cols; ++j) {
+      for (int64_t j = 0; j < side.cols; ++j) {
         const double e = a[j] - k[j];
         sum += e * e;
       }
     } else {
       const Taylor<T> g = *f;
 #pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < own.cols; ++j) {
+      for (int64_t j = 0; j < side.cols; ++j) {
         const double e = g.value(a[j]) - g.value(k[j]);
         sum += e * e;
       }
@@ -85,15 +85,15 @@ double squared_difference(Matrix<const T> own, Matrix<const T> other, const Tayl
 }
 
 template <typename T>
-void linear_weights(Matrix<const T> own, Matrix<const T> other, const double* a_i,
+void linear_weights(Matrix<const T> side, Matrix<const T> other, const double* a_i,
                     const double* b_i, const double* c_i, const double* a_j, const double* b_j,
                     const double* c_j, Matrix<T> weights) {
-  for (int64_t i = 0; i < own.rows; ++i) {
-    const T *x = own.row(i), *y = other.row(i);
+  for (int64_t i = 0; i < side.rows; ++i) {
+    const T *x = side.row(i), *y = other.row(i);
     T* w = weights.row(i);
     const double a = a_i[i], b = b_i[i], c = c_i[i];
 #pragma omp simd
-    for (int64_t j = 0; j < own.cols; ++j) {
+    for (int64_t j = 0; j < side.cols; ++j) {
       const double s = x[j], t = y[j];
       w[j] = static_cast<T>(linear_weight(s, t, a, a_j[j], b, b_j[j], c, c_j[j]));
     }
@@ -101,21 +101,15 @@ void linear_weights(Matrix<const T> own, Matrix<const T> other, const double* a_
 }
 
 template <typename T>
-void taylor_weights(Matrix<const T> own, Matrix<const T> other, const Taylor<T>& f, T factor,
+void taylor_weights(Matrix<const T> side, Matrix<const T> other, const Taylor<T>& f, T factor,
                     Matrix<T> weights) {
   const Taylor<T> g = f;
-  for (int64_t i = 0; i < own.rows; ++i) {
-    const T *x = own.row(i), *y = other.row(i);
+  for (int64_t i = 0; i < side.rows; ++i) {
+    const T *x = side.row(i), *y = other.row(i);
     T* w = weights.row(i);
 #pragma omp simd
-    for (int64_t j = 0; j < own.cols; ++j) w[j] = factor * taylor_weight(x[j], y[j], g);
+    for (int64_t j = 0; j < side.cols; ++j) w[j] = factor * taylor_weight(x[j], y[j], g);
   }
-}
-
-template <typename T>
-void scale(const T* x, T factor, T* y, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) y[j] = factor * x[j];
 }
 
 }  // namespace
@@ -123,7 +117,7 @@ void scale(const T* x, T factor, T* y, int64_t n) {
 template <typename T>
 const Epilogues<T>& epilogues() {
   static constexpr Epilogues<T> table = {row_sums<T>, squared_difference<T>, linear_weights<T>,
-                                         taylor_weights<T>, scale<T>};
+                                         taylor_weights<T>};
   return table;
 }
 

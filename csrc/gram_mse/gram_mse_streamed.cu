@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// gram_mse for B larger than the features are wide: a block makes the same tile of both Grams, on
-// or above the diagonal, and leaves sums of its rows, or weights of a gradient, for some rows of
-// tiles at a time. Forward and backward of a side multiply 6 B^2 D times.
+// These kernels are for B larger than the features are wide. A block makes the same tile of both
+// Grams, on or above the diagonal, and leaves sums of the tile's rows, or weights of a gradient.
+// Some rows of tiles are made at a time. Forward and backward of a side take 6 B^2 D
+// multiplications.
 #include <type_traits>
 
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
-#include "../common/cuda/tickets.h"
+#include "../common/cuda/semaphores.h"
 #include "gram_mse_device.h"
 
 namespace kdk::gram_mse {
@@ -17,7 +18,8 @@ using namespace kdk::cuda;
 constexpr int kPairSharedBytes = kSharedBytes + kTile * kTile * static_cast<int>(sizeof(float));
 static_assert(kPairSharedBytes <= kMostSharedBytes);
 
-// Tile (i0, j0) of both Grams, staged: the teacher's where the operands were, the student's behind.
+// Tile (i0, j0) of both Grams, staged: the teacher's tile k lies where the operands were, the
+// student's tile a behind it.
 struct Pair {
   float *a, *k;
 };
@@ -38,7 +40,7 @@ __device__ __forceinline__ Pair pair_of(const Problem& p, int64_t g, int64_t i0,
   return pair;
 }
 
-// One entry of a staged tile, of unit features if they are normalised.
+// Returns one entry of a staged tile, as unit features have it if features are normalised.
 __device__ __forceinline__ float entry(const Problem& p, float* tile, int side, int64_t g,
                                        int64_t i0, int64_t j0, int row, int column) {
   const float x = *staged(tile, row, column);
@@ -107,14 +109,14 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Wide = std::conditional_t<kMath == Math::kBFloat16, float, double>;
   const WeightsParams& weights = p.weights;
   const Problem& problem = weights.problem;
-  clear_tickets(weights.tickets, weights.ticket_count);
-  clear_tickets(p.more_tickets, p.more_ticket_count);
+  clear_semaphores(weights.semaphores, weights.semaphore_count);
+  clear_semaphores(p.more_semaphores, p.more_semaphore_count);
   if (blockIdx.y > blockIdx.x) return;
   const int64_t width = problem.B - p.first, g = p.group;
   const int64_t row0 = blockIdx.y * kTile, column0 = blockIdx.x * kTile;
   const int64_t i0 = p.first + row0, j0 = p.first + column0;
   const Pair pair = pair_of<kMath>(problem, g, i0, j0);
-  const int own_side = weights.side;
+  const int side = weights.side;
   const float dout = weights.dout[g * weights.dout_stride];
   auto* out = static_cast<T*>(weights.weights);
   const bool together = width % 8 == 0;
@@ -122,13 +124,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   {
     const int column = threadIdx.x % kTile;
     const RowCoefs<Wide> across = row_coefs<Wide>(weights, g, j0 + column);
-    const float scale = dout * row_scale(problem, own_side, g, j0 + column);
+    const float scale = dout * row_scale(problem, side, g, j0 + column);
     for (int row = threadIdx.x / kTile; row < kTile; row += kThreads / kTile) {
       const float a = entry(problem, pair.a, 0, g, i0, j0, row, column);
       const float k = entry(problem, pair.k, 1, g, i0, j0, row, column);
-      *staged(pair.a, row, column) = weight(weights, own_side == 0 ? a : k, own_side == 0 ? k : a,
+      *staged(pair.a, row, column) = weight(weights, side == 0 ? a : k, side == 0 ? k : a,
                                             row_coefs<Wide>(weights, g, i0 + row), across,
-                                            scale * row_scale(problem, own_side, g, i0 + row));
+                                            scale * row_scale(problem, side, g, i0 + row));
     }
   }
   __syncthreads();

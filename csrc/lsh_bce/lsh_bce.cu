@@ -4,7 +4,7 @@
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/reduce.h"
-#include "../common/cuda/tickets.h"
+#include "../common/cuda/semaphores.h"
 #include "lsh_bce_cuda.h"
 #include "lsh_bce_math.h"
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ TilePlace place(const CudaProjection& p) {
   return {i * kTile, j * kTile, i, j};
 }
 
-// x w^T of a tile.
+// Multiplies the tile x w^T.
 template <Math kMath>
 __device__ __forceinline__ void project(Accumulators& acc, unsigned char* shared,
                                         const CudaProjection& p, const TilePlace& tile) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ float bias(const CudaProjection& p, int64_t n) {
   return to_float(static_cast<const Element<kMath>*>(p.bias)[n * p.bias_stride]);
 }
 
-// 4 bits, a zero behind each.
+// Spreads 4 bits, so that a zero follows each.
 __device__ __forceinline__ unsigned spread(unsigned x) {
   x = (x | x << 2) & 0x33;
   return (x | x << 1) & 0x55;
@@ -82,7 +82,7 @@ template <Math kMath>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     lsh_bce_project_kernel(const __grid_constant__ ProjectParams p) {
   using T = Element<kMath>;
-  clear_tickets(p.tickets, p.ticket_count);
+  clear_semaphores(p.semaphores, p.semaphore_count);
   const auto tile = place(p.projection);
   const Source& features = p.projection.features;
   const int64_t B = features.rows, N = p.projection.weight.rows;
@@ -133,14 +133,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   p.dbias[tile.i * N + tile.n0 + threadIdx.x] = sum;
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    lsh_bce_bwd_kernel_scale(const __grid_constant__ ScaleParams p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.B * p.D) return;
-  static_cast<T*>(p.ds)[i] = from_float<T>(p.dout[i / p.D * p.dout_stride] * p.dloss[i]);
-}
-
 int64_t tiles(const CudaProjection& p) {
   return ceil_div(p.features.rows, kTile) * ceil_div(p.weight.rows, kTile);
 }
@@ -159,14 +151,6 @@ void launch_lsh_bce_project(const ProjectParams& params, Math math, cudaStream_t
     launch(lsh_bce_project_kernel<kMath>, grid_of(tiles(params.projection)), kThreads, kSharedBytes,
            stream, params);
   });
-}
-
-void launch_lsh_bce_bwd_scale(const ScaleParams& params, Math math, cudaStream_t stream) {
-  const dim3 grid = grid_of(ceil_div(params.B * params.D, kThreads));
-  const auto kernel = math == Math::kBFloat16  ? lsh_bce_bwd_kernel_scale<bf16_t>
-                      : math == Math::kFloat16 ? lsh_bce_bwd_kernel_scale<fp16_t>
-                                               : lsh_bce_bwd_kernel_scale<float>;
-  launch(kernel, grid, kThreads, 0, stream, params);
 }
 
 }  // namespace kdk::lsh_bce

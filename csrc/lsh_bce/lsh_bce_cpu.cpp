@@ -5,9 +5,9 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/parallel.h"
-#include "lsh_bce.h"
-#include "lsh_bce_simd.h"
+#include "../common/integers.h"
+#include "../common/scaled_rows.h"
+#include "lsh_bce_cpu.h"
 
 namespace kdk::lsh_bce {
 namespace {
@@ -17,8 +17,8 @@ template <typename T>
 struct Operands {
   Tensor features, weight, bias;
 
-  Operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b)
-      : features(plain<T>(x)), weight(plain<T>(w)) {
+  Operands(const Tensor& x, const Tensor& w, const Optional& b)
+      : features(for_blas<T>(x)), weight(for_blas<T>(w)) {
     if (b) {
       bias = contiguous_in_type<T>(*b);
     } else {
@@ -33,7 +33,7 @@ struct Operands {
   }
 };
 
-std::optional<std::vector<int64_t>> selected(const std::optional<Tensor>& mask) {
+std::optional<std::vector<int64_t>> selected(const Optional& mask) {
   if (!mask) return std::nullopt;
   std::vector<int64_t> rows;
   const auto* keep = static_cast<const bool*>(mask->const_data_ptr());
@@ -44,21 +44,22 @@ std::optional<std::vector<int64_t>> selected(const std::optional<Tensor>& mask) 
 }
 
 template <typename T>
-Tensor encode(const Tensor& features, const Tensor& weight, const std::optional<Tensor>& bias) {
+Tensor encode(const Tensor& features, const Tensor& weight, const Optional& bias) {
   const Operands<T> operands(features, weight, bias);
-  const Tensor codes = kdk::empty({features.size(0), (weight.size(0) + 7) / 8}, ScalarType::Byte);
+  const Tensor codes =
+      kdk::empty({features.size(0), ceil_div(weight.size(0), 8)}, ScalarType::Byte);
   encode<T>(operands.view(), matrix<uint8_t>(codes));
   return codes;
 }
 
 template <typename T>
 std::tuple<Tensor, Tensor> fwd(const Tensor& student, const Tensor& codes, const Tensor& weight,
-                               const std::optional<Tensor>& bias,
-                               const std::optional<Tensor>& sample_mask, bool with_dloss) {
+                               const Optional& bias, const Optional& sample_mask,
+                               bool need_student) {
   const int64_t B = student.size(0), D = student.size(1);
   constexpr ScalarType type = scalar_type_of<T>;
   const Tensor loss = empty({B}, type);
-  const Tensor dloss = with_dloss ? empty({B, D}, type) : empty({0}, type);
+  const Tensor dloss = need_student ? empty({B, D}, type) : empty({0}, type);
   const Operands<T> operands(student, weight, bias);
   const Tensor bits = torch::stable::contiguous(codes);
   const auto rows = selected(sample_mask);
@@ -68,41 +69,22 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& student, const Tensor& codes, const
     std::fill_n(static_cast<T*>(dloss.mutable_data_ptr()), dloss.numel(), T(0));
   }
   const Matrix<T> gradient =
-      Matrix<T>::contiguous(static_cast<T*>(dloss.mutable_data_ptr()), with_dloss ? B : 0, D);
+      Matrix<T>::contiguous(static_cast<T*>(dloss.mutable_data_ptr()), need_student ? B : 0, D);
   forward<T>({operands.view(), matrix<const uint8_t>(bits), rows ? &*rows : nullptr}, losses,
-             with_dloss ? &gradient : nullptr);
+             need_student ? &gradient : nullptr);
   return {loss, dloss};
-}
-
-template <typename T>
-Tensor scaled_rows(const Tensor& dloss, const T* factors, int64_t stride) {
-  const Tensor rows = torch::stable::contiguous(dloss);
-  const int64_t B = rows.size(0), D = rows.size(1);
-  const Tensor result = empty({B, D}, scalar_type_of<T>);
-  const auto from = matrix<const T>(rows);
-  const auto to = matrix<T>(result);
-  parallel_each(B, D, [&](int64_t i) {
-    epilogues<T>().scale(from.row(i), factors[i * stride], to.row(i), D);
-  });
-  return result;
-}
-
-Tensor in_dtype_of(const Tensor& x, const Tensor& like) {
-  return x.scalar_type() == like.scalar_type() ? x : torch::stable::to(x, like.scalar_type());
 }
 
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& student,
                                        const Tensor& codes, const Tensor& weight,
-                                       const std::optional<Tensor>& bias,
-                                       const std::optional<Tensor>& sample_mask,
+                                       const Optional& bias, const Optional& sample_mask,
                                        const Tensor& dloss, bool need_student, bool need_weight,
                                        bool need_bias) {
   constexpr ScalarType type = scalar_type_of<T>;
   const int64_t N = weight.size(0), D = weight.size(1);
   const auto* factors = static_cast<const T*>(dout.const_data_ptr());
-  const Tensor ds =
-      need_student ? scaled_rows<T>(dloss, factors, dout.stride(0)) : empty({0}, type);
+  const Tensor ds = need_student ? scaled_rows<T>(dloss, dout) : empty({0}, type);
   const Tensor dw = need_weight ? empty({N, D}, type) : empty({0}, type);
   const Tensor db = empty({need_bias ? N : 0}, type);
   if (need_weight || need_bias) {
@@ -115,25 +97,24 @@ std::tuple<Tensor, Tensor, Tensor> bwd(const Tensor& dout, const Tensor& student
                 dout.stride(0), need_weight ? &dweight : nullptr,
                 need_bias ? static_cast<T*>(db.mutable_data_ptr()) : nullptr);
   }
-  return {in_dtype_of(ds, student), in_dtype_of(dw, weight), in_dtype_of(db, weight)};
+  return {in_dtype(ds, student.scalar_type()), in_dtype(dw, weight.scalar_type()),
+          in_dtype(db, weight.scalar_type())};
 }
 
-Tensor lsh_bce_encode(Tensor features, Tensor weight, std::optional<Tensor> bias) {
+Tensor lsh_bce_encode(Tensor features, Tensor weight, Optional bias) {
   return features.scalar_type() == ScalarType::Double ? encode<double>(features, weight, bias)
                                                       : encode<float>(features, weight, bias);
 }
 
-std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight,
-                                       std::optional<Tensor> bias,
-                                       std::optional<Tensor> sample_mask, bool with_dloss) {
+std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Optional bias,
+                                       Optional sample_mask, bool need_student) {
   const auto run = student.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(student, codes, weight, bias, sample_mask, with_dloss);
+  return run(student, codes, weight, bias, sample_mask, need_student);
 }
 
 std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes,
-                                               Tensor weight, std::optional<Tensor> bias,
-                                               std::optional<Tensor> sample_mask, Tensor dloss,
-                                               bool need_student, bool need_weight,
+                                               Tensor weight, Optional bias, Optional sample_mask,
+                                               Tensor dloss, bool need_student, bool need_weight,
                                                bool need_bias) {
   const auto run = student.scalar_type() == ScalarType::Double ? bwd<double> : bwd<float>;
   return run(dout, student, codes, weight, bias, sample_mask, dloss, need_student, need_weight,
@@ -147,7 +128,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def("lsh_bce_encode(Tensor features, Tensor weight, Tensor? bias) -> Tensor");
   m.def(
       "lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? sample_mask, "
-      "bool with_dloss) -> (Tensor, Tensor)");
+      "bool need_student) -> (Tensor, Tensor)");
   m.def(
       "lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? "
       "sample_mask, Tensor dloss, bool need_student, bool need_weight, bool need_bias) -> "

@@ -15,34 +15,34 @@ using namespace kdk::cuda;
 // Tensors that a projection's view points into, in the dtype that they are multiplied in.
 struct Operands {
   Tensor features, weight;
-  std::optional<Tensor> bias;
+  Optional bias;
   Math math;
 
-  Operands(const Tensor& x, const Tensor& w, const std::optional<Tensor>& b, Math math_)
+  Operands(const Tensor& x, const Tensor& w, const Optional& b, Math math_)
       : features(with_contiguous_rows(in_dtype(x, dtype_of(math_)))),
         weight(with_contiguous_rows(in_dtype(w, dtype_of(math_)))),
         math(math_) {
     if (b) bias = in_dtype(*b, dtype_of(math));
   }
 
-  CudaProjection view(const std::optional<Tensor>& sample_mask = {}) const {
+  CudaProjection view(const Optional& sample_mask = {}) const {
     return {source_of(features, sample_mask), source_of(weight),
             bias ? bias->mutable_data_ptr() : nullptr, bias ? bias->stride(0) : 0};
   }
 };
 
-Tensor lsh_bce_encode(Tensor features, Tensor weight, std::optional<Tensor> bias, bool exact) {
+Tensor lsh_bce_encode(Tensor features, Tensor weight, Optional bias, bool ieee) {
   const Device device(features);
   const int64_t B = features.size(0), N = weight.size(0);
   const Tensor codes = device.empty({B, ceil_div(N, 8)}, ScalarType::Byte);
   if (codes.numel() == 0) return codes;
-  const Operands operands(features, weight, bias, math_of(features, exact));
+  const Operands operands(features, weight, bias, math_of(features, ieee));
   launch_lsh_bce_encode({operands.view(), data_of<uint8_t>(codes)}, operands.math, device.stream());
   return codes;
 }
 
 ProjectParams project_params(const Operands& operands, const Tensor& codes,
-                             const std::optional<Tensor>& sample_mask) {
+                             const Optional& sample_mask) {
   ProjectParams params{};
   params.projection = operands.view(sample_mask);
   params.codes = data_of<const uint8_t>(codes);
@@ -51,27 +51,25 @@ ProjectParams project_params(const Operands& operands, const Tensor& codes,
   return params;
 }
 
-std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight,
-                                       std::optional<Tensor> bias,
-                                       std::optional<Tensor> sample_mask, bool with_dloss,
-                                       bool exact) {
+std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Optional bias,
+                                       Optional sample_mask, bool need_student, bool ieee) {
   const Device device(student);
   const int64_t B = student.size(0), D = student.size(1), N = weight.size(0);
   if (B == 0 || N == 0)
-    return {device.zeros({B}, ScalarType::Float), with_dloss
+    return {device.zeros({B}, ScalarType::Float), need_student
                                                       ? device.zeros({B, D}, ScalarType::Float)
                                                       : device.empty({0}, ScalarType::Float)};
   const Tensor loss = device.empty({B}, ScalarType::Float);
   const Tensor dloss =
-      with_dloss ? device.empty({B, D}, ScalarType::Float) : device.empty({0}, ScalarType::Float);
-  const Math math = math_of(student, exact);
+      need_student ? device.empty({B, D}, ScalarType::Float) : device.empty({0}, ScalarType::Float);
+  const Math math = math_of(student, ieee);
   const Operands operands(student, weight, bias, math);
   const auto all = project_params(operands, codes, sample_mask);
   const int64_t step =
-      with_dloss ? rows_in_l2(B, N * static_cast<int64_t>(element_bytes(math))) : B;
+      need_student ? rows_in_l2(B, N * static_cast<int64_t>(element_bytes(math))) : B;
   const int64_t across = ceil_div(N, kTile);
   const Tensor parts = device.empty({across, step}, ScalarType::Float);
-  const Tensor dz = device.empty({with_dloss ? step : 0, N}, dtype_of(math));
+  const Tensor dz = device.empty({need_student ? step : 0, N}, dtype_of(math));
   for (int64_t first = 0; first < B; first += step) {
     const int64_t rows = std::min(step, B - first);
     auto params = all;
@@ -80,7 +78,7 @@ std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weig
     params.loss = data_of<float>(parts);
     params.loss_stride = rows;
     const PartSums sums{params.loss, data_of<float>(loss) + first, across, rows, Dtype::kFloat};
-    if (!with_dloss) {
+    if (!need_student) {
       launch_lsh_bce_project(params, math, device.stream());
       launch_part_sums(sums, device.stream());
       continue;
@@ -93,17 +91,17 @@ std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weig
     product.params.out_dtype = Dtype::kFloat;
     product.params.sums = sums;
     params.dz = dz.mutable_data_ptr();
-    params.tickets = product.params.tickets;
-    params.ticket_count = product.ticket_count();
+    params.semaphores = product.params.semaphores;
+    params.semaphore_count = product.semaphore_count();
     launch_lsh_bce_project(params, math, device.stream());
     product.launch(Along::kContraction, device);
   }
   return {loss, dloss};
 }
 
-// In chunks of directions, of which each row of dweight needs one only.
+// Makes both gradients in chunks of directions: each row of dweight needs one chunk only.
 void weight_gradients(const Device& device, const Tensor& dout, const Operands& operands,
-                      const Tensor& codes, const std::optional<Tensor>& sample_mask,
+                      const Tensor& codes, const Optional& sample_mask,
                       const Tensor& dweight,  // [N, D], or empty
                       const Tensor& dbias) {  // [N], or empty
   const Math math = operands.math;
@@ -145,30 +143,24 @@ void weight_gradients(const Device& device, const Tensor& dout, const Operands& 
     product.params.out_dtype = stored_as(dweight.scalar_type());
     product.params.sums = sums;
     params.dz = dz.mutable_data_ptr();
-    params.tickets = product.params.tickets;
-    params.ticket_count = product.ticket_count();
+    params.semaphores = product.params.semaphores;
+    params.semaphore_count = product.semaphore_count();
     launch_lsh_bce_project(params, math, device.stream());
     product.launch(Along::kOutput, device);
   }
 }
 
 std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes,
-                                               Tensor weight, std::optional<Tensor> bias,
-                                               std::optional<Tensor> sample_mask, Tensor dloss,
-                                               bool need_student, bool need_weight, bool need_bias,
-                                               bool exact) {
+                                               Tensor weight, Optional bias, Optional sample_mask,
+                                               Tensor dloss, bool need_student, bool need_weight,
+                                               bool need_bias, bool ieee) {
   const Device device(student);
   const int64_t B = student.size(0), N = weight.size(0), D = weight.size(1);
   const ScalarType dtype = student.scalar_type();
-  const Tensor ds = need_student ? device.empty({B, D}, dtype) : device.empty({0}, dtype);
-  if (ds.numel() > 0) {
-    const Tensor rows = torch::stable::contiguous(dloss);
-    launch_lsh_bce_bwd_scale({data_of<const float>(dout), dout.stride(0),
-                              data_of<const float>(rows), ds.mutable_data_ptr(), B, D},
-                             math_of(student, exact), device.stream());
-  }
+  const Tensor ds =
+      need_student ? scaled_rows(device, dloss, dout, dtype) : device.empty({0}, dtype);
   // fp16 could not hold what dout makes of a derivative
-  const Math math = dtype == ScalarType::Half ? Math::kTf32x3 : math_of(student, exact);
+  const Math math = dtype == ScalarType::Half ? Math::kTf32x3 : math_of(student, ieee);
   const auto result = [&](std::initializer_list<int64_t> sizes, bool need) {
     if (!need) return device.empty({0}, dtype);
     return B == 0 ? device.zeros(sizes, dtype) : device.empty(sizes, dtype);
@@ -185,13 +177,13 @@ std::tuple<Tensor, Tensor, Tensor> lsh_bce_bwd(Tensor dout, Tensor student, Tens
 }  // namespace kdk::lsh_bce
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
-  m.def("lsh_bce_encode(Tensor features, Tensor weight, Tensor? bias, bool exact) -> Tensor");
+  m.def("lsh_bce_encode(Tensor features, Tensor weight, Tensor? bias, bool ieee) -> Tensor");
   m.def(
       "lsh_bce_fwd(Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? sample_mask, "
-      "bool with_dloss, bool exact) -> (Tensor, Tensor)");
+      "bool need_student, bool ieee) -> (Tensor, Tensor)");
   m.def(
       "lsh_bce_bwd(Tensor dout, Tensor student, Tensor codes, Tensor weight, Tensor? bias, Tensor? "
-      "sample_mask, Tensor dloss, bool need_student, bool need_weight, bool need_bias, bool exact) "
+      "sample_mask, Tensor dloss, bool need_student, bool need_weight, bool need_bias, bool ieee) "
       "-> (Tensor, Tensor, Tensor)");
 }
 

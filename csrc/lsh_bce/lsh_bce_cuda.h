@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels of lsh_bce.
+// This header declares the launchers of the CUDA kernels of lsh_bce, and their parameters. The
+// residuals are described in kdkernels/ops/lsh_bce.py.
 #pragma once
 
 #include "../common/cuda/product.h"
 
 namespace kdk::lsh_bce {
 
-// Features and directions, and their product in tiles.
+// Features and directions, whose product is made in tiles.
 struct CudaProjection {
   cuda::Source features;  // [B, D]
   cuda::Source weight;    // [N, D]
@@ -25,26 +26,16 @@ struct ProjectParams {
   int64_t codes_stride_b, codes_stride_n;
   const float* factor;  // [B], factor_stride apart, of the derivatives; null for 1
   int64_t factor_stride;
-  // results, each null if nobody asks for it
+  // The results. Each pointer is null if nobody asks for the result.
   float* loss;  // [tiles of N, B]: sums over the directions of a tile; loss_stride between tiles
   int64_t loss_stride;
   void* dz;      // [B, N] contiguous: factor times the derivatives, in the dtype of the features
   float* dbias;  // [tiles of B, N]: sums of those over the rows of a tile
-  unsigned* tickets;  // [ticket_count], set to 0 for the launch that follows
-  int64_t ticket_count;
+  unsigned* semaphores;  // [semaphore_count], set to 0 for the launch that follows
+  int64_t semaphore_count;
 };
 
 void launch_lsh_bce_encode(const EncodeParams& params, cuda::Math math, cudaStream_t stream);
 void launch_lsh_bce_project(const ProjectParams& params, cuda::Math math, cudaStream_t stream);
-
-struct ScaleParams {
-  const float* dout;  // [B], dout_stride apart
-  int64_t dout_stride;
-  const float* dloss;  // [B, D] contiguous
-  void* ds;            // [B, D] contiguous, of `math`'s dtype
-  int64_t B, D;
-};
-
-void launch_lsh_bce_bwd_scale(const ScaleParams& params, cuda::Math math, cudaStream_t stream);
 
 }  // namespace kdk::lsh_bce

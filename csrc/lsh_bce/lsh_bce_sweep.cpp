@@ -9,7 +9,8 @@
 #include "../common/cut.h"
 #include "../common/gemm.h"
 #include "../common/parallel.h"
-#include "lsh_bce.h"
+#include "../common/rows_simd.h"
+#include "lsh_bce_cpu.h"
 #include "lsh_bce_simd.h"
 
 namespace kdk::lsh_bce {
@@ -110,7 +111,8 @@ void forward(const Problem<T>& problem, T* loss, const Matrix<T>* gradient) {
     if (gradient == nullptr) return;
     T* to = gradient->row(problem.row(i));
     if (in_place == 0) std::copy_n(part(0).row(i), D, to);
-    for (int64_t piece = 1; piece < cut.pieces; ++piece) kernels.add(part(piece).row(i), to, D);
+    for (int64_t piece = 1; piece < cut.pieces; ++piece)
+      rows::loops<T>().add(part(piece).row(i), to, D);
   });
 }
 
@@ -146,14 +148,14 @@ void backward(const Problem<T>& problem, const T* dout, int64_t dout_stride,
         const int64_t row = problem.row(i0 + i);
         kernels.cross_entropy(z.row(i), problem.projection.bias + n0,
                               problem.codes.row(row) + n0 / 8, bits, true, dout[row * dout_stride]);
-        if (dbias) kernels.add_wide(z.row(i), columns.data() + piece * N + n0, bits);
+        if (dbias) rows::loops<T>().add_wide(z.row(i), columns.data() + piece * N + n0, bits);
       }
       if (dweight) gemm<T>(z.t(), x, part(piece).row_block(n0, bits), i0 > first);
     }
   });
   parallel_each(N, dweight ? 1.0 * cut.pieces * D : 1.0, [&](int64_t n) {
     for (int64_t piece = 1; dweight && piece < cut.pieces; ++piece)
-      kernels.add(part(piece).row(n), dweight->row(n), D);
+      rows::loops<T>().add(part(piece).row(n), dweight->row(n), D);
     double sum = 0;
     for (int64_t piece = 0; dbias && piece < cut.pieces; ++piece) sum += columns[piece * N + n];
     if (dbias) dbias[n] = static_cast<T>(sum);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Values in the epilogue of the product of rows. Where the sides are one, only tiles on and above
-// the diagonal are multiplied, and each is stored twice.
+// Values are made in the epilogue of the product of rows. In batch, only tiles on and above the
+// diagonal are multiplied, and each is stored twice.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads)
   (second ? p.number[1] : p.number[0])[i] = number;
 }
 
-// f(accumulator, k, c) of this thread's 8 x 8, number k down and c across.
+// Calls f(accumulator, k, c) for this thread's 8 x 8 accumulators, where k counts rows and c
+// columns.
 template <typename F>
 __device__ __forceinline__ void for_each_value(Accumulators& acc, const F& f) {
   KDK_UNROLL
@@ -46,8 +47,8 @@ __device__ __forceinline__ void for_each_value(Accumulators& acc, const F& f) {
   }
 }
 
-// Products become similarities or squared distances, those of close pairs kMarked. Whether a lane
-// of this warp has one.
+// Turns products into similarities or squared distances, and squared distances of close pairs into
+// kMarked. Returns whether a lane of this warp has a close pair.
 __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesParams& p, int64_t g,
                                                int64_t i0, int64_t j0) {
   if (p.metric == Metric::kDot) return false;
@@ -69,7 +70,7 @@ __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesPa
     const float d2 = (x[k] - value) + (y[c] - value);
     value = d2 < (x[k] + y[c]) * kClose<float> ? kMarked : d2;
   });
-  if (p.own && i0 == j0) {  // itself; NaN stays
+  if (p.in_batch && i0 == j0) {  // itself; NaN stays
     for_each_value(acc, [&](float& value, int k, int c) {
       value = row(k) == column(c) && value == value ? 0.0f : value;
     });
@@ -79,8 +80,8 @@ __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesPa
   return __ballot_sync(kWarp, close) != 0;
 }
 
-// The marked squared distances of this warp's part of the tile, from differences: eight lanes have
-// a pair.
+// Computes the marked squared distances of this warp's part of the tile from differences. Eight
+// lanes have a pair.
 template <typename T>
 __device__ __forceinline__ void differences(float* tile, const ValuesParams& p, int64_t g,
                                             int64_t i0, int64_t j0) {
@@ -117,9 +118,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     pairwise_product_kernel(const __grid_constant__ ValuesParams p) {
   using T = Element<kMath>;
   const int64_t N = p.x.rows, M = p.y.rows, down = ceil_div(N, kTile);
-  const int64_t tiles = p.own ? triangle_tiles(down) : down * ceil_div(M, kTile);
+  const int64_t tiles = p.in_batch ? triangle_tiles(down) : down * ceil_div(M, kTile);
   const int64_t g = blockIdx.x / tiles, t = blockIdx.x % tiles;
-  const TriangleTile at = p.own ? triangle_tile(t, down) : TriangleTile{t % down, t / down};
+  const TriangleTile at = p.in_batch ? triangle_tile(t, down) : TriangleTile{t % down, t / down};
   const int64_t i0 = at.i * kTile, j0 = at.j * kTile;
   auto* tile = reinterpret_cast<float*>(shared_memory());
   bool close;
@@ -136,7 +137,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
 
   // on the diagonal what is below comes from above
   T* out = static_cast<T*>(p.out) + g * N * M;
-  const bool together = M % 8 == 0, diagonal = p.own && i0 == j0, twice = p.own && !diagonal;
+  const bool together = M % 8 == 0, diagonal = p.in_batch && i0 == j0,
+             twice = p.in_batch && !diagonal;
   for_each_eight(tile, N - i0, M - j0, [&](float (&x)[8], int row, int column) {
     if (diagonal && column < row) {
       KDK_UNROLL
@@ -174,7 +176,7 @@ void launch_pairwise_row_numbers(const RowNumbersParams& params, Math math, cuda
 
 void launch_pairwise_values(const ValuesParams& params, Math math, cudaStream_t stream) {
   const int64_t down = ceil_div(params.x.rows, kTile), across = ceil_div(params.y.rows, kTile);
-  const dim3 grid = grid_of(params.G * (params.own ? triangle_tiles(down) : down * across));
+  const dim3 grid = grid_of(params.G * (params.in_batch ? triangle_tiles(down) : down * across));
   for_math(math, [&]<Math kMath>() {
     launch(pairwise_product_kernel<kMath>, grid, kThreads, kSharedBytes, stream, params);
   });

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of rows from tiles of weights: the weights of some rows at a time, which a product
-// reads while they are in the L2 cache, and what it leaves of distances.
+// The gradient of rows comes from tiles of weights. One kernel makes the weights of some rows at a
+// time, and a product reads them while they are in the L2 cache. For distances, a second kernel
+// finishes the gradient from that product.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/rows.h"
-#include "../common/cuda/tickets.h"
+#include "../common/cuda/semaphores.h"
 #include "../common/cuda/tile.h"
 #include "pairwise_cuda.h"
 
@@ -15,15 +16,16 @@ using namespace kdk::cuda;
 constexpr int kPitch = kPiece + 1;               // of a piece in shared memory
 constexpr int kLines = kThreads / (kPiece / 8);  // eight threads have a line of a piece
 constexpr int kEach = kPiece / kLines;           // lines of a thread
-constexpr int kPullColumns = 32 * 8;             // of a warp
+constexpr int kGradientColumns = 32 * 8;         // of a warp
 
-// What pulls row i towards column j: w of dx = w (x - y), or of dx = w y.
+// The contribution of row y_j to the gradient of row x_i: w of dx = w (x - y), or of dx = w y.
 struct Weight {
   float w;
   bool close;
 };
 
-// From the incoming gradient and the value. bound, other: as PairsParams has them.
+// Returns the weight of a pair, from the incoming gradient and the value. PairsParams explains
+// `bound` and `other`.
 __device__ __forceinline__ Weight weight_of(const PairsParams& p, float gradient, float value,
                                             float bound, float other, bool itself) {
   if (p.metric == Metric::kDot) return {gradient, false};
@@ -34,7 +36,8 @@ __device__ __forceinline__ Weight weight_of(const PairsParams& p, float gradient
   return {w, w != 0 && is_close(p.metric, value, bound, other)};
 }
 
-// 64 x 64 numbers of a matrix, 16 of each thread, read along whichever axis is contiguous.
+// A piece of a matrix: 64 x 64 numbers, of which each thread has 16. They are read along whichever
+// axis is contiguous.
 template <typename T>
 class Piece {
  public:
@@ -91,19 +94,19 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t piece = blockIdx.x % pieces;
   const int64_t i0 = blockIdx.x / pieces * kPiece, j0 = piece * kPiece, all0 = p.first + i0;
   const int64_t end = p.first + p.rows;
-  clear_tickets(params.tickets, params.ticket_count);
+  clear_semaphores(params.semaphores, params.semaphore_count);
   auto* gradients = reinterpret_cast<float*>(shared_memory());
   float* values = gradients + kPiece * kPitch;
   const bool distance = is_distance(p.metric);
   {
     // all of what a block reads is under way before the first of it is used
     const Piece<T> forth(p.dout, g, all0, j0, end, p.cols);
-    const Piece<T> back(p.dout.transposed(), g, all0, j0, p.own ? end : 0, p.cols);
+    const Piece<T> back(p.dout.transposed(), g, all0, j0, p.in_batch ? end : 0, p.cols);
     const Piece<T> of_values(p.values, g, all0, j0, distance ? end : 0, p.cols);
     forth.put(gradients, false);
     of_values.put(values, false);
     __syncthreads();
-    if (p.own) back.put(gradients, true);
+    if (p.in_batch) back.put(gradients, true);
     __syncthreads();
   }
   const int column = threadIdx.x % (kPiece / 8) * 8;
@@ -123,7 +126,7 @@ __global__ void __launch_bounds__(kThreads)
     KDK_UNROLL
     for (int e = 0; e < 8; ++e) {
       const int at = row * kPitch + column + e;
-      const bool itself = p.own && all0 + row == j0 + column + e;
+      const bool itself = p.in_batch && all0 + row == j0 + column + e;
       const Weight weight = weight_of(p, gradients[at], values[at], bound, other[e], itself);
       // rounded as the product takes it, so that sum and product go together
       w[e] = weight.close ? 0.0f : to_float(from_float<W>(weight.w));
@@ -146,23 +149,22 @@ __global__ void __launch_bounds__(kThreads)
 // A warp has a row and some of its columns.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    pairwise_bwd_kernel_pull(const __grid_constant__ PullParams params) {
+    pairwise_bwd_kernel_gradient(const __grid_constant__ GradientParams params) {
   const PairsParams& p = params.pairs;
   const int64_t local = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
   const int64_t g = blockIdx.z, lane = threadIdx.x % 32, D = params.x.cols;
   if (local >= p.rows) return;
   const int64_t i = p.first + local, pieces = ceil_div(p.cols, kPiece);
-  const int64_t d = static_cast<int64_t>(blockIdx.y) * kPullColumns + lane * 8, left = D - d;
+  const int64_t d = static_cast<int64_t>(blockIdx.y) * kGradientColumns + lane * 8, left = D - d;
   double total = 0;
   for (int64_t piece = lane; piece < pieces; piece += 32)
     total += p.sums[(g * pieces + piece) * p.rows + local];
   total = warp_sum(total);
-  float x[8], pulled[8];
+  float x[8], dx[8];
   read_eight(x, row_of<T>(params.x, g, i) + d, left, params.x.aligned);
-  read_eight(pulled, params.product + (g * p.rows + local) * D + d, left, D % 4 == 0);
+  read_eight(dx, params.product + (g * p.rows + local) * D + d, left, D % 4 == 0);
   KDK_UNROLL
-  for (int e = 0; e < 8; ++e)
-    pulled[e] = static_cast<float>(total * static_cast<double>(x[e]) - pulled[e]);
+  for (int e = 0; e < 8; ++e) dx[e] = static_cast<float>(total * static_cast<double>(x[e]) - dx[e]);
 
   const auto entry = [&](const Strided& matrix, int64_t row, int64_t column) {
     return to_float(static_cast<const T*>(
@@ -178,9 +180,9 @@ __global__ void __launch_bounds__(kThreads)
         Weight weight{0, false};
         const int64_t j = j1 + lane;
         if (j < p.cols) {
-          const float back = p.own ? entry(p.dout, j, i) : 0.0f;
+          const float back = p.in_batch ? entry(p.dout, j, i) : 0.0f;
           weight = weight_of(p, entry(p.dout, i, j) + back, entry(p.values, i, j), bound,
-                             p.other_number[g * p.cols + j], p.own && i == j);
+                             p.other_number[g * p.cols + j], p.in_batch && i == j);
         }
         for (unsigned close = __ballot_sync(kWarp, weight.close); close != 0; close &= close - 1) {
           const int which = lowest_bit(close);
@@ -188,14 +190,13 @@ __global__ void __launch_bounds__(kThreads)
           float y[8];
           read_eight(y, row_of<T>(params.y, g, j1 + which) + d, left, params.y.aligned);
           KDK_UNROLL
-          for (int e = 0; e < 8; ++e) pulled[e] += w * (x[e] - y[e]);
+          for (int e = 0; e < 8; ++e) dx[e] += w * (x[e] - y[e]);
         }
       }
     }
   }
   if (left > 0)
-    store_eight(static_cast<T*>(params.dx) + (g * p.all_rows + i) * D + d, pulled, left,
-                D % 8 == 0);
+    store_eight(static_cast<T*>(params.dx) + (g * p.all_rows + i) * D + d, dx, left, D % 8 == 0);
 }
 
 }  // namespace
@@ -209,13 +210,13 @@ void launch_pairwise_bwd_weights(const WeightsParams& params, Math math, cudaStr
   launch(kernel, grid, kThreads, 2 * kPiece * kPitch * sizeof(float), stream, params);
 }
 
-void launch_pairwise_bwd_pull(const PullParams& params, Math math, cudaStream_t stream) {
+void launch_pairwise_bwd_gradient(const GradientParams& params, Math math, cudaStream_t stream) {
   const PairsParams& p = params.pairs;
   const dim3 grid =
-      grid_of(ceil_div(p.rows, kRowsPerBlock), ceil_div(params.x.cols, kPullColumns), p.groups);
-  const auto kernel = math == Math::kBFloat16  ? pairwise_bwd_kernel_pull<bf16_t>
-                      : math == Math::kFloat16 ? pairwise_bwd_kernel_pull<fp16_t>
-                                               : pairwise_bwd_kernel_pull<float>;
+      grid_of(ceil_div(p.rows, kRowsPerBlock), ceil_div(params.x.cols, kGradientColumns), p.groups);
+  const auto kernel = math == Math::kBFloat16  ? pairwise_bwd_kernel_gradient<bf16_t>
+                      : math == Math::kFloat16 ? pairwise_bwd_kernel_gradient<fp16_t>
+                                               : pairwise_bwd_kernel_gradient<float>;
   launch(kernel, grid, kThreads, 0, stream, params);
 }
 

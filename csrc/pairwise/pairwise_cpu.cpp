@@ -5,15 +5,14 @@
 #include <tuple>
 
 #include "../common/parallel.h"
-#include "pairwise.h"
-#include "pairwise_metric.h"
+#include "pairwise_cpu.h"
+#include "pairwise_names.h"
 
 namespace kdk::pairwise {
 namespace {
 
-using Optional = std::optional<Tensor>;
-
-// A tensor like x, [N, D] or [G, N, D], but of so many columns.
+// Returns an uninitialised tensor like x, which is [N, D] or [G, N, D], but with another number of
+// columns.
 Tensor like(const Tensor& x, int64_t columns, ScalarType type) {
   if (x.dim() == 2) return empty({x.size(0), columns}, type);
   return empty({x.size(0), x.size(1), columns}, type);
@@ -24,7 +23,7 @@ Matrix<T> plane(const Tensor& x, int64_t g) {
   return x.dim() == 2 ? matrix<T>(x) : group<T>(x, g);
 }
 
-// The rows of both sides, in T.
+// The rows of both sides, as tensors of T.
 template <typename T>
 struct Sides {
   Tensor x;
@@ -33,7 +32,7 @@ struct Sides {
   Sides(const Tensor& x_, const Optional& y_)
       : x(contiguous_in_type<T>(x_)), y(y_ ? Optional(contiguous_in_type<T>(*y_)) : std::nullopt) {}
 
-  // f(g, the rows of group g)
+  // Calls f(g, rows of group g) for each group.
   template <typename F>
   void each(Metric metric, const F& f) const {
     const Tensor& other = y ? *y : x;
@@ -73,20 +72,19 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dout, const Tensor& x, const Option
     backward<T>(pair, gamma, {dout, g}, values ? &*values : nullptr, need_x ? &of_x : nullptr,
                 need_y ? &of_y : nullptr);
   });
-  if (x.scalar_type() == scalar_type_of<T>) return {dx, dy};
-  return {torch::stable::to(dx, x.scalar_type()), torch::stable::to(dy, x.scalar_type())};
+  return {in_dtype(dx, x.scalar_type()), in_dtype(dy, x.scalar_type())};
 }
 
 Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma) {
   const auto run = x.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(x, y, parse(metric), gamma);
+  return run(x, y, by_name(kMetrics, metric), gamma);
 }
 
 std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optional out,
                                         std::string metric, double gamma, bool need_x,
                                         bool need_y) {
   const auto run = x.scalar_type() == ScalarType::Double ? bwd<double> : bwd<float>;
-  return run(dout, x, y, out, parse(metric), gamma, need_x, need_y);
+  return run(dout, x, y, out, by_name(kMetrics, metric), gamma, need_x, need_y);
 }
 
 }  // namespace

@@ -7,13 +7,12 @@
 
 #include "../common/cuda/glue.h"
 #include "../common/cuda/normalise.h"
-#include "pairwise_metric.h"
+#include "pairwise_names.h"
 
 namespace kdk::pairwise {
 namespace {
 
 using namespace kdk::cuda;
-using Optional = std::optional<Tensor>;
 
 constexpr int64_t kMostGroups = 0xffff;  // in one launch
 
@@ -21,7 +20,8 @@ int64_t groups_of(const Tensor& x) { return x.dim() == 2 ? 1 : x.size(0); }
 int64_t count_rows(const Tensor& x) { return x.size(x.dim() - 2); }
 int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-// An uninitialised tensor like x, [N, D] or [G, N, D], but of so many columns.
+// Returns an uninitialised tensor like x, which is [N, D] or [G, N, D], but with another number of
+// columns.
 Tensor like(const Device& device, const Tensor& x, int64_t columns, ScalarType dtype) {
   if (x.dim() == 2) return device.empty({x.size(0), columns}, dtype);
   return device.empty({x.size(0), x.size(1), columns}, dtype);
@@ -41,16 +41,16 @@ Strided strided_of(const Tensor& x) {
   return matrix;
 }
 
-// One side as it is given and as products take it, with a number of each row.
+// The rows of one side, as they are given and as products take them, with a number for each row.
 struct Side {
   Tensor given, multiplied;  // contiguous rows
-  Math own_math, math;       // of either
+  Math given_math, math;     // of either
   Optional numbers;          // [G, N] fp32, of any metric but kDot
 
   Side(const Device& device, const Tensor& x, Math math_, Metric metric)
       : given(with_contiguous_rows(x)),
         multiplied(in_dtype(given, dtype_of(math_))),
-        own_math(math_of(x, true)),
+        given_math(math_of(x, true)),
         math(math_) {
     if (metric != Metric::kDot) numbers = device.empty({groups_of(x), rows()}, ScalarType::Float);
   }
@@ -59,7 +59,7 @@ struct Side {
   float* number() const { return numbers ? data_of<float>(*numbers) : nullptr; }
 };
 
-// Both sides; one where they are the same.
+// Both sides, which are one in batch.
 struct Sides {
   Metric metric;
   double gamma;
@@ -82,18 +82,18 @@ struct Sides {
                                             : RowNumber::kSquared;
     params.metric = metric;
     params.gamma = gamma;
-    launch_pairwise_row_numbers(params, x.own_math, device.stream());
+    launch_pairwise_row_numbers(params, x.given_math, device.stream());
   }
 
   const Side& other() const { return y ? *y : x; }
 };
 
-Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool exact) {
+Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool ieee) {
   const Device device(x);
   const Tensor out = like(device, x, count_rows(y ? *y : x), x.scalar_type());
   if (out.numel() == 0) return out;
-  const Math math = math_of(x, exact);
-  const Sides sides(device, x, y, math, parse(metric), gamma, false);
+  const Math math = math_of(x, ieee);
+  const Sides sides(device, x, y, math, by_name(kMetrics, metric), gamma, false);
   launch_pairwise_values({source_of(sides.x.multiplied), source_of(sides.other().multiplied),
                           sides.x.number(), sides.other().number(), out.mutable_data_ptr(),
                           groups_of(x), !y, sides.metric, static_cast<float>(gamma)},
@@ -101,14 +101,14 @@ Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool
   return out;
 }
 
-// Groups first, first + 1, ... of a source, or of a strided matrix.
+// Returns the groups from `first` on of a source, or of a strided matrix.
 template <typename T>
 T from_group(T x, int64_t first, int64_t element_size) {
   x.data = static_cast<const char*>(x.data) + first * x.group * element_size;
   return x;
 }
 
-// dx = a b of an incoming gradient whose rows are contiguous, without a copy of it.
+// Returns dx = a b, where a is an incoming gradient whose rows are contiguous. It is not copied.
 Tensor product_gradient(const Device& device, const Tensor& dout, Along along, const Tensor& other,
                         const Tensor& of, Math math) {
   const Tensor dx = like(device, of, columns_of(of), of.scalar_type());
@@ -116,13 +116,13 @@ Tensor product_gradient(const Device& device, const Tensor& dout, Along along, c
   product.params.a = source_of(dout);
   product.params.b = source_of(other);
   product.params.out = dx.mutable_data_ptr();
-  product.clear_tickets();
+  product.clear_semaphores();
   product.launch(along, device);
   return dx;
 }
 
-// The gradient of one side: the weights of some rows, or of some groups, at a time, their product
-// with the other side, and of distances what that leaves.
+// The gradient of one side. Its steps make the weights of some rows, or of some groups, and
+// multiply them with the other side; for distances they then finish the gradient.
 class Gradient {
  public:
   Gradient(const Device& device, const Sides& sides, const Side& of, const Side& other,
@@ -161,18 +161,18 @@ class Gradient {
     if (metric == Metric::kCosine)
       launch_normalise({source_of(of_.given), data_of<const float>(step.product),
                         dx.mutable_data_ptr(), G_, N_, false},
-                       of_.own_math, device_.stream());
+                       of_.given_math, device_.stream());
     return dx;
   }
 
  private:
-  // Memory that steps use in turn.
+  // The memory that steps use in turn.
   struct Step {
     Tensor weights, sums, close;
     Tensor product;  // of a step (distances), or of all of them
   };
 
-  // Groups g ... g + groups of rows first ... first + rows.
+  // Makes the gradient of `rows` rows from row `first` on, in `groups` groups from group g on.
   void add(const Step& step, int64_t g, int64_t groups, int64_t first, int64_t rows,
            const Tensor& dx) const {
     const int64_t given = of_.given.element_size();
@@ -188,13 +188,13 @@ class Gradient {
     pairs.rows = rows;
     pairs.all_rows = N_;
     pairs.cols = M_;
-    pairs.own = !sides_.y;
+    pairs.in_batch = !sides_.y;
     pairs.metric = sides_.metric;
     pairs.gamma = static_cast<float>(sides_.gamma);
     pairs.sums = data_of<float>(step.sums);
     pairs.close = data_of<uint8_t>(step.close);
 
-    const bool pulls = is_distance(sides_.metric);
+    const bool distance = is_distance(sides_.metric);
     Product product(device_, groups, rows, D_, M_, of_.math);
     product.params.a = source_of(step.weights);
     product.params.a.rows = rows;
@@ -202,17 +202,17 @@ class Gradient {
         from_group(source_of(other_.multiplied), g, other_.multiplied.element_size());
     product.params.out_dtype = stored_as(step.product.scalar_type());
     product.params.out = data_of<char>(step.product) +
-                         (pulls ? 0 : (g * N_ + first) * D_ * step.product.element_size());
-    launch_pairwise_bwd_weights(
-        {pairs, step.weights.mutable_data_ptr(), product.params.tickets, product.ticket_count()},
-        of_.own_math, device_.stream());
+                         (distance ? 0 : (g * N_ + first) * D_ * step.product.element_size());
+    launch_pairwise_bwd_weights({pairs, step.weights.mutable_data_ptr(), product.params.semaphores,
+                                 product.semaphore_count()},
+                                of_.given_math, device_.stream());
     product.launch(Along::kContraction, device_);
-    if (pulls)
-      launch_pairwise_bwd_pull(
+    if (distance)
+      launch_pairwise_bwd_gradient(
           {pairs, from_group(source_of(of_.given), g, given),
            from_group(source_of(other_.given), g, given), data_of<const float>(step.product),
            data_of<char>(dx) + g * N_ * D_ * given},
-          of_.own_math, device_.stream());
+          of_.given_math, device_.stream());
   }
 
   const Device& device_;
@@ -222,7 +222,7 @@ class Gradient {
   int64_t G_, N_, M_, D_;
 };
 
-// Zeros where there is no pair or no feature.
+// Returns a gradient of zeros, for where there is no pair or no feature.
 Tensor nothing(const Device& device, const Tensor& of) {
   Tensor dx = like(device, of, columns_of(of), of.scalar_type());
   return torch::stable::zero_(dx);
@@ -230,9 +230,9 @@ Tensor nothing(const Device& device, const Tensor& of) {
 
 std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optional out,
                                         std::string metric_name, double gamma, bool need_x,
-                                        bool need_y, bool exact) {
+                                        bool need_y, bool ieee) {
   const Device device(x);
-  const Metric metric = parse(metric_name);
+  const Metric metric = by_name(kMetrics, metric_name);
   Tensor dx = device.empty({0}, x.scalar_type()), dy = device.empty({0}, x.scalar_type());
   if (dout.numel() == 0 || x.numel() == 0) {
     if (need_x) dx = nothing(device, x);
@@ -241,14 +241,14 @@ std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optio
   }
   if (metric == Metric::kDot && y && dout.stride(dout.dim() - 1) == 1 &&
       groups_of(x) <= kMostGroups) {
-    const Math math = math_of(x, exact);
+    const Math math = math_of(x, ieee);
     const Tensor a = with_contiguous_rows(x), b = with_contiguous_rows(*y);
     if (need_x) dx = product_gradient(device, dout, Along::kContraction, b, a, math);
     if (need_y) dy = product_gradient(device, dout, Along::kOutput, a, b, math);
     return {dx, dy};
   }
   // fp16 could not hold what a slope makes of an incoming gradient
-  const Math math = x.scalar_type() == ScalarType::Half ? Math::kTf32x3 : math_of(x, exact);
+  const Math math = x.scalar_type() == ScalarType::Half ? Math::kTf32x3 : math_of(x, ieee);
   const Sides sides(device, x, y, math, metric, gamma, true);
   const Strided gradient = strided_of(dout),
                 values = is_distance(metric) ? strided_of(*out) : Strided{};
@@ -263,10 +263,10 @@ std::tuple<Tensor, Tensor> pairwise_bwd(Tensor dout, Tensor x, Optional y, Optio
 }  // namespace kdk::pairwise
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
-  m.def("pairwise_fwd(Tensor x, Tensor? y, str metric, float gamma, bool exact) -> Tensor");
+  m.def("pairwise_fwd(Tensor x, Tensor? y, str metric, float gamma, bool ieee) -> Tensor");
   m.def(
       "pairwise_bwd(Tensor dout, Tensor x, Tensor? y, Tensor? out, str metric, float gamma, "
-      "bool need_x, bool need_y, bool exact) -> (Tensor, Tensor)");
+      "bool need_x, bool need_y, bool ieee) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, KDK_CUDA_DISPATCH_KEY, m) {

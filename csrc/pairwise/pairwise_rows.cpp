@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
-#include "../common/centre.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
-#include "pairwise.h"
+#include "../pairs/centre.h"
+#include "pairwise_cpu.h"
 
 namespace kdk::pairwise {
 namespace {
@@ -13,7 +13,8 @@ int64_t size_of(ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// Of the point subtracted: what it leaves of a mean adds less than 2% to the squared norms.
+// How many bits finer the point subtracted is: what it then leaves of a mean adds less than 2% to
+// the squared norms.
 constexpr int kFinerBits = 4;
 
 template <typename T>
@@ -41,7 +42,8 @@ Rows<T> make_rows(Matrix<const T> given, Metric metric) {
     });
   } else if (is_distance(metric)) {
     rows.norm.resize(n);
-    parallel_each(n, 2.0 * D, [&](int64_t i) { rows.norm[i] = norm_or_nan<T>(given.row(i), D); });
+    parallel_each(n, 2.0 * D,
+                  [&](int64_t i) { rows.norm[i] = pairs::norm_or_nan<T>(given.row(i), D); });
   }
   return rows;
 }
@@ -81,7 +83,8 @@ Pair<T>::Pair(Matrix<const T> x_given, std::optional<Matrix<const T>> y_given, M
     : x(make_rows<T>(x_given, metric_)), metric(metric_) {
   if (y_given) y = make_rows<T>(*y_given, metric);
   if (!is_distance(metric)) return;
-  const std::vector<T> centre = centre_of<T>(other().given, other().norm, x.norm, kFinerBits);
+  const std::vector<T> centre =
+      pairs::centre_of<T>(other().given, other().norm, x.norm, kFinerBits);
   if (centre.empty()) return;
   subtract(x, centre);
   if (y) subtract(*y, centre);

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
 #include "pairwise_simd.h"
-
-#include <type_traits>
 
 #include "../common/lanes.h"
 
@@ -14,10 +12,6 @@ namespace kdk::pairwise::KDK_SIMD_LEVEL {
 namespace {
 
 using namespace kdk::KDK_SIMD_LEVEL;
-
-// as wide as T, so that counts stay in as many lanes
-template <typename T>
-using Count = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
 
 template <typename T, bool kFull>
 void rbf_of(T* d2, T gamma, int64_t count) {
@@ -78,7 +72,7 @@ void finish(double factor, const T* x, T* sum, int64_t n) {
 }
 
 template <typename T>
-void pull(double factor, const T* x, const T* y, T* sum, int64_t n) {
+void subtract_difference(double factor, const T* x, const T* y, T* sum, int64_t n) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j)
     sum[j] -= static_cast<T>(factor * (static_cast<double>(x[j]) - static_cast<double>(y[j])));
@@ -88,7 +82,8 @@ void pull(double factor, const T* x, const T* y, T* sum, int64_t n) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {rbf<T>, close<T>, slopes<T>, finish<T>, pull<T>};
+  static constexpr Loops<T> table = {rbf<T>, close<T>, slopes<T>, finish<T>,
+                                     subtract_difference<T>};
   return table;
 }
 

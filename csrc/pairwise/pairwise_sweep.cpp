@@ -1,53 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of values, and of weights that carry the gradient of the values to the rows.
+// The forward makes tiles of values. The backward turns tiles of the incoming gradient into
+// weights, and adds up what they contribute to the gradients of the rows.
 //
-// With w_ij the incoming gradient times the slope of the value, the gradient of a row is
-// sum_j w_ij y_j for products, and (sum_j w_ij) x_i - sum_j w_ij y_j for distances. Where the sides
-// are one, only tiles on and above the diagonal are visited, with the incoming gradient of both
-// halves, and each one serves its rows and its columns.
+// With w_ij the incoming gradient times the slope of the value, the gradient of a row is sum_j w_ij
+// y_j for products, and (sum_j w_ij) x_i - sum_j w_ij y_j for distances. In batch, only tiles on
+// and above the diagonal are visited, with the incoming gradient of both halves, and each tile
+// serves its rows and its columns.
 #include <algorithm>
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
-#include "../contrastive/pair_sweep_simd.h"
-#include "pairwise.h"
+#include "../pairs/pair_sweep_simd.h"
+#include "../pairs/tile_grid.h"
+#include "pairwise_cpu.h"
 #include "pairwise_simd.h"
 
 namespace kdk::pairwise {
 namespace {
 
-using pairs::Distance;
-
-// The tiles of one matrix of values.
-struct Tiles {
-  int64_t N, M, rows, cols;
-  bool own;
-
-  Tiles(int64_t N_, int64_t M_, bool own_)
-      : N(N_),
-        M(M_),
-        rows(tile_of(N, own_ ? 64 : 32, kTile)),
-        cols(own_ ? rows : tile_of(M, 64, kTile)),
-        own(own_) {}
-
-  int64_t size() const { return rows * cols; }
-
-  // f(i0, n_rows, j0, n_cols); no two calls running at the same time share rows or columns
-  template <typename F>
-  void each(double ops, const F& f) const {
-    const int64_t n_i = (N + rows - 1) / rows, n_j = (M + cols - 1) / cols;
-    const auto visit = [&](int64_t ti, int64_t tj) {
-      const int64_t i0 = ti * rows, j0 = tj * cols;
-      f(i0, std::min(rows, N - i0), j0, std::min(cols, M - j0));
-    };
-    if (own) {
-      parallel_pairs(n_i, ops, visit);
-    } else {
-      parallel_tiles(n_i, n_j, ops, visit);
-    }
-  }
-};
+using pairs::Block, pairs::Distance, pairs::TileGrid;
 
 // to = from, or to += from. to: columns contiguous
 template <typename T>
@@ -82,31 +54,32 @@ struct Forward {
   Distance distance =
       pair.metric == Metric::kEuclidean ? Distance::kEuclidean : Distance::kSqEuclidean;
 
-  // Products of rows i0... and j0... become values; on the diagonal those above it only.
+  // Turns products of rows i0... and j0... into values; in a tile on the diagonal, only those above
+  // the diagonal.
   void values(Matrix<T> tile, int64_t i0, int64_t j0) const {
     const Rows<T>&x = pair.x, &y = pair.other();
     for (int64_t i = 0; i < tile.rows; ++i) {
-      const int64_t begin = pair.own() && i0 == j0 ? i : 0, n = tile.cols - begin;
+      const int64_t begin = pair.in_batch() && i0 == j0 ? i : 0, n = tile.cols - begin;
       T* row = tile.row(i) + begin;
       const int64_t close =
           pairs::loops<T>().distances(row, x.norm[i0 + i], y.norm.data() + j0 + begin, n, distance);
       for (int64_t j = 0; close > 0 && j < n; ++j) {
-        if (row[j] < 0) row[j] = exact(i0 + i, j0 + begin + j);
+        if (row[j] < 0) row[j] = from_difference(i0 + i, j0 + begin + j);
       }
       if (pair.metric == Metric::kRbf) loops<T>().rbf(row, gamma, n);
     }
   }
 
-  // From the difference of the rows as they were given.
-  T exact(int64_t i, int64_t j) const {
+  // Returns the distance that the difference of the rows gives, as the caller gave them.
+  T from_difference(int64_t i, int64_t j) const {
     const Matrix<const T>&x = pair.x.given, &y = pair.other().given;
-    if (pair.own() && i == j) return T(0);
+    if (pair.in_batch() && i == j) return T(0);
     const double d2 = rows::loops<T>().squared_difference(x.row(i), y.row(j), x.cols);
-    return static_cast<T>(triplet::from_squared(d2, distance));
+    return static_cast<T>(pairs::from_squared(d2, distance));
   }
 };
 
-// Fills in what is below the diagonal.
+// Fills in the values below the diagonal from those above it.
 template <typename T>
 void mirror(Matrix<T> tile) {
   constexpr int64_t kBlock = 16;
@@ -140,8 +113,9 @@ struct Gradient {
   }
 
   // The difference of close rows would be lost between the two terms of a gradient.
-  void pull(double factor, int64_t i, const T* other) const {
-    if (sum != nullptr) loops<T>().pull(factor, rows.given.row(i), other, sum->row(i), sum->cols);
+  void add_close(double factor, int64_t i, const T* other) const {
+    if (sum != nullptr)
+      loops<T>().subtract_difference(factor, rows.given.row(i), other, sum->row(i), sum->cols);
   }
 
   void finish(Metric metric) const {
@@ -160,15 +134,16 @@ template <typename T>
 struct Backward {
   Metric metric;
   double gamma;
-  bool own;
-  Gradient<T>&x, &y;  // one and the same where own
+  bool in_batch;
+  Gradient<T>&x, &y;  // one and the same in batch
 
-  // Incoming gradients of a tile become weights; those of close pairs are carried at once.
+  // Turns the incoming gradients of a tile into weights. The contributions of close pairs are added
+  // at once.
   void weigh(Matrix<T> weight, Matrix<const T> value, int64_t i0, int64_t j0,
              double* column_sums) const {
     const T factor = static_cast<T>(-2 * gamma);
     std::fill_n(column_sums, weight.cols, 0.0);
-    const bool diagonal = own && i0 == j0;
+    const bool diagonal = in_batch && i0 == j0;
     for (int64_t i = 0; i < weight.rows; ++i) {
       if (diagonal) weight.row(i)[i] = 0;
       const int64_t close =
@@ -189,9 +164,9 @@ struct Backward {
       if (w == 0 || !is_close(metric, values[j], x.bound[i0 + i], bounds[j])) continue;
       const double factor = w * slope<double>(metric, values[j], -2 * gamma);
       w = 0;
-      x.pull(factor, i0 + i, y.rows.given.row(j0 + j));
+      x.add_close(factor, i0 + i, y.rows.given.row(j0 + j));
       // on the diagonal tile the pair comes again, as (j, i)
-      if (!(own && i0 == j0)) y.pull(factor, j0 + j, x.rows.given.row(i0 + i));
+      if (!(in_batch && i0 == j0)) y.add_close(factor, j0 + j, x.rows.given.row(i0 + i));
     }
   }
 };
@@ -201,20 +176,21 @@ struct Backward {
 template <typename T>
 void forward(const Pair<T>& pair, double gamma, const Plane& out) {
   const Rows<T>&x = pair.x, &y = pair.other();
-  const Tiles tiles(x.x.rows, y.x.rows, pair.own());
+  const auto grid = TileGrid::fitted(x.x.rows, y.x.rows, pair.in_batch());
   const bool direct = out.is_of<T>();
-  const Scratch<T> scratch(direct ? 0 : thread_slots() * tiles.size());
+  const Scratch<T> scratch(direct ? 0 : thread_slots() * grid.tile_size());
   const Forward<T> fill{pair, static_cast<T>(gamma)};
-  const double ops = 2.0 * tiles.size() * (x.x.cols + 8);
-  tiles.each(ops, [&](int64_t i0, int64_t rows, int64_t j0, int64_t cols) {
-    const auto tile =
-        direct ? out.of<T>().block(i0, rows, j0, cols)
-               : Matrix<T>::contiguous(scratch.data() + thread_index() * tiles.size(), rows, cols);
+  const double ops = 2.0 * grid.tile_size() * (x.x.cols + 8);
+  grid.each(ops, [&](const Block& block) {
+    const int64_t i0 = block.i0, rows = block.rows, j0 = block.j0, cols = block.cols;
+    const auto tile = direct ? out.of<T>().block(i0, rows, j0, cols)
+                             : Matrix<T>::contiguous(
+                                   scratch.data() + thread_index() * grid.tile_size(), rows, cols);
     gemm<T>(x.x.row_block(i0, rows), y.x.row_block(j0, cols).t(), tile);
     if (is_distance(pair.metric)) fill.values(tile, i0, j0);
-    if (pair.own() && i0 == j0) mirror(tile);
+    if (block.diagonal) mirror(tile);
     if (!direct) out.write<T>(i0, j0, tile);
-    if (!pair.own() || i0 == j0) return;
+    if (!pair.in_batch() || block.diagonal) return;
     if (direct) {
       pairs::loops<T>().transpose(tile, out.of<T>().block(j0, cols, i0, rows));
     } else {
@@ -226,18 +202,19 @@ void forward(const Pair<T>& pair, double gamma, const Plane& out) {
 template <typename T>
 void backward(const Pair<T>& pair, double gamma, const Plane& dout, const Plane* out,
               const Matrix<T>* dx, const Matrix<T>* dy) {
-  const bool own = pair.own(), distance = is_distance(pair.metric);
-  const Tiles tiles(pair.x.x.rows, pair.other().x.rows, own);
+  const bool in_batch = pair.in_batch(), distance = is_distance(pair.metric);
+  const auto grid = TileGrid::fitted(pair.x.x.rows, pair.other().x.rows, in_batch);
   Gradient<T> x(pair.x, dx, pair.metric, gamma);
   std::optional<Gradient<T>> others;
-  if (!own) others.emplace(pair.other(), dy, pair.metric, gamma);
-  Gradient<T>& y = own ? x : *others;
-  const Backward<T> carry{pair.metric, gamma, own, x, y};
-  const int64_t memory = 3 * tiles.size();
+  if (!in_batch) others.emplace(pair.other(), dy, pair.metric, gamma);
+  Gradient<T>& y = in_batch ? x : *others;
+  const Backward<T> carry{pair.metric, gamma, in_batch, x, y};
+  const int64_t memory = 3 * grid.tile_size();
   const Scratch<T> scratch(thread_slots() * memory);
-  const Scratch<double> column_sums(thread_slots() * tiles.cols);
-  const double ops = 4.0 * tiles.size() * (pair.x.x.cols + 8);
-  tiles.each(ops, [&](int64_t i0, int64_t rows, int64_t j0, int64_t cols) {
+  const Scratch<double> column_sums(thread_slots() * grid.cols);
+  const double ops = 4.0 * grid.tile_size() * (pair.x.x.cols + 8);
+  grid.each(ops, [&](const Block& block) {
+    const int64_t i0 = block.i0, rows = block.rows, j0 = block.j0, cols = block.cols;
     T* at = scratch.data() + thread_index() * memory;
     const auto weight = Matrix<T>::contiguous(at, rows, cols);
     const auto fetch = [&](const Plane& from, int64_t row0, int64_t n, int64_t col0, int64_t m,
@@ -247,15 +224,15 @@ void backward(const Pair<T>& pair, double gamma, const Plane& dout, const Plane*
       from.read<T>(row0, col0, copy);
       return copy;
     };
-    T *second = at + tiles.size(), *third = second + tiles.size();
+    T *second = at + grid.tile_size(), *third = second + grid.tile_size();
     move<T>(fetch(dout, i0, rows, j0, cols, second), weight, false);
-    if (own) move<T>(fetch(dout, j0, cols, i0, rows, second).t(), weight, true);
+    if (in_batch) move<T>(fetch(dout, j0, cols, i0, rows, second).t(), weight, true);
     if (distance) {
       carry.weigh(weight, fetch(*out, i0, rows, j0, cols, third), i0, j0,
-                  column_sums.data() + thread_index() * tiles.cols);
+                  column_sums.data() + thread_index() * grid.cols);
     }
     x.add(weight, y.rows, i0, j0);
-    if (!(own && i0 == j0)) y.add(weight.t(), x.rows, j0, i0);
+    if (!block.diagonal) y.add(weight.t(), x.rows, j0, i0);
   });
   x.finish(pair.metric);
   if (others) others->finish(pair.metric);

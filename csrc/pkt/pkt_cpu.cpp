@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU operator kdkernels_C::pkt_fwd. Arguments were checked by the public function. Sweeps over the
-// tiles on and above the diagonal; each tile serves its rows and, off the diagonal, its columns.
+// CPU operator kdkernels_C::pkt_fwd. Arguments were checked by the public function. The sweeps
+// visit the tiles on and above the diagonal; each tile serves its rows and, off the diagonal, its
+// columns.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -9,17 +10,23 @@
 
 #include "../common/cut.h"
 #include "../common/gemm.h"
+#include "../common/named.h"
 #include "../common/parallel.h"
 #include "../common/stable.h"
+#include "../pairs/tile_grid.h"
 #include "pkt_simd.h"
 
 namespace kdk::pkt {
 namespace {
 
-constexpr int64_t kTile = 256;  // most rows of a tile: both tiles and a panel fit a 2 MiB L2
-constexpr int64_t kColumns = 64;
+constexpr Named<Kernel> kKernels[] = {{"cosine", Kernel::kCosine},
+                                      {"student_t", Kernel::kStudentT}};
+constexpr Named<Divergence> kDivergences[] = {{"kl", Divergence::kKl},
+                                              {"jeffreys", Divergence::kJeffreys}};
 
-// sum_j weight_j x_j in fp64, all weights 1 if null
+constexpr int64_t kColumns = 64;  // of a task that sums rows
+
+// Returns sum_j weight_j x_j in fp64. All weights are 1 if `weight` is null.
 template <typename T>
 std::vector<double> summed_rows(Matrix<const T> x, const double* weight) {
   std::vector<double> sums(x.cols);
@@ -43,21 +50,21 @@ double dot(const T* x, const U* y, int64_t n) {
   return sum;
 }
 
-// Student or teacher, as its products need it.
+// The student or the teacher, as products need them.
 template <typename T>
 struct Side {
   Tensor source;              // contiguous, in T
   Tensor rows;                // u (cosine), or x less its mean (student_t), [B, D]
   std::vector<double> norm;   // [B] |x|, cosine
   std::vector<double> total;  // [D] sum of u, cosine
-  std::vector<T> own;         // [B] 1 - |u|, or squared norms
+  std::vector<T> self;        // [B] 1 - |u|, or squared norms
   std::vector<double> z;      // [B] sums of K
   std::vector<T> inverse;     // [B] of z
 
   Side(const Tensor& x, Kernel kernel, double eps)
       : source(torch::stable::contiguous(in_type<T>(x))),
         rows(empty({x.size(0), x.size(1)}, scalar_type_of<T>)),
-        own(x.size(0)),
+        self(x.size(0)),
         z(x.size(0)),
         inverse(x.size(0)) {
     const auto from = matrix<const T>(source);
@@ -68,14 +75,14 @@ struct Side {
       for (double& m : mean) m /= static_cast<double>(B);
       parallel_each(B, 4.0 * D, [&](int64_t i) {
         for (int64_t d = 0; d < D; ++d) to.row(i)[d] = static_cast<T>(from.row(i)[d] - mean[d]);
-        own[i] = static_cast<T>(dot(to.row(i), to.row(i), D));
+        self[i] = static_cast<T>(dot(to.row(i), to.row(i), D));
       });
       return;
     }
     norm.resize(B);
     parallel_each(B, 4.0 * D, [&](int64_t i) {
       norm[i] = std::sqrt(dot(from.row(i), from.row(i), D));
-      own[i] = static_cast<T>(eps / (norm[i] + eps));
+      self[i] = static_cast<T>(eps / (norm[i] + eps));
       const T scale = static_cast<T>(1 / (norm[i] + eps));
       for (int64_t d = 0; d < D; ++d) to.row(i)[d] = scale * from.row(i)[d];
     });
@@ -99,9 +106,10 @@ struct Sweep {
   Kernel kernel;
   Divergence divergence;
   double eps;
-  int64_t B = student.rows.size(0), tile = std::clamp<int64_t>((B / 8 + 31) / 32 * 32, 64, kTile),
-          n = ceil_div(B, tile);
-  Scratch<T> scratch{thread_slots() * 2 * tile * tile};
+  int64_t B = student.rows.size(0);
+  // both sides' tiles and a panel fit a 2 MiB L2
+  pairs::TileGrid grid = pairs::TileGrid::fitted(B, B, true);
+  Scratch<T> scratch{thread_slots() * 2 * grid.tile_size()};
   const Epilogues<T>& kernels = epilogues<T>();
 
   Sweep(const Tensor& s, const Tensor& t, Kernel kernel_, Divergence divergence_)
@@ -124,36 +132,36 @@ struct Sweep {
   template <typename F>
   void each_tile(double more_ops, const F& f) {
     const auto x = student.view(), y = teacher.view();
-    const double ops = tile * tile * (2.0 * (x.cols + y.cols) + 100 + more_ops);
-    parallel_pairs(n, ops, [&](int64_t ti, int64_t tj) {
-      const int64_t i0 = ti * tile, rows = std::min(tile, B - i0), j0 = tj * tile,
-                    cols = std::min(tile, B - j0);
-      T* memory = scratch.data() + thread_index() * 2 * tile * tile;
-      const Pair pair = {tj * (tj + 1) / 2 + ti,
+    const int64_t size = grid.tile_size();
+    const double ops = size * (2.0 * (x.cols + y.cols) + 100 + more_ops);
+    grid.each(ops, [&](const pairs::Block& block) {
+      const auto [i0, rows, j0, cols, diagonal] = block;
+      T* memory = scratch.data() + thread_index() * 2 * size;
+      const Pair pair = {grid.triangle_index(block),
                          i0,
                          j0,
-                         ti == tj,
+                         diagonal,
                          Matrix<T>::contiguous(memory, rows, cols),
-                         Matrix<T>::contiguous(memory + tile * tile, rows, cols),
+                         Matrix<T>::contiguous(memory + size, rows, cols),
                          x.row_block(i0, rows),
                          x.row_block(j0, cols)};
       gemm<T>(pair.rows_i, pair.rows_j.t(), pair.s);
       gemm<T>(y.row_block(i0, rows), y.row_block(j0, cols).t(), pair.t);
-      kernels.similarities(pair.s, student.own.data() + i0, student.own.data() + j0, ti == tj,
+      kernels.similarities(pair.s, student.self.data() + i0, student.self.data() + j0, diagonal,
                            kernel);
-      kernels.similarities(pair.t, teacher.own.data() + i0, teacher.own.data() + j0, ti == tj,
+      kernels.similarities(pair.t, teacher.self.data() + i0, teacher.self.data() + j0, diagonal,
                            kernel);
       f(pair);
     });
   }
 
   Stretch<T> stretch(int64_t first, const T* r) const {
-    return {{student.own.data() + first, teacher.own.data() + first},
+    return {{student.self.data() + first, teacher.self.data() + first},
             {student.inverse.data() + first, teacher.inverse.data() + first},
             r ? r + first : nullptr};
   }
 
-  // f(rows of sums, columns or null) for a tile; the columns are added to the same sums.
+  // Calls f(rows of sums, columns or null) for a tile, and adds the columns to the same sums.
   template <typename F>
   void add(const Pair& pair, std::vector<double>& sums, const F& f) const {
     std::vector<T> columns(pair.diagonal ? 0 : pair.s.cols);
@@ -179,9 +187,10 @@ struct Sweep {
     gemm<T>(pair.s.t(), pair.rows_i, across, 1);
   }
 
-  // The loss; r [B] and, for cosine, the products of the gradient if it is not empty.
+  // Returns the loss and computes r [B]. For kCosine it also computes the products of the gradient,
+  // unless `gradient` is null.
   double loss(std::vector<double>& r, const Matrix<T>* gradient) {
-    std::vector<double> losses(n * (n + 1) / 2);  // of each tile, added in order
+    std::vector<double> losses(grid.triangle());  // of each tile, added in order
     const double more_ops = gradient ? 4.0 * gradient->cols : 0;
     each_tile(more_ops, [&](const Pair& pair) {
       const auto i = stretch(pair.i0, nullptr), j = stretch(pair.j0, nullptr);
@@ -197,7 +206,8 @@ struct Sweep {
     return total;
   }
 
-  // From the products W u: the rank-one parts of dL/dK, then through u = x / (|x| + eps).
+  // Completes the gradient from the products W u: adds the rank-one parts of dL/dK, then goes
+  // through u = x / (|x| + eps).
   void finish_cosine(const std::vector<double>& r, Matrix<T> gradient) const {
     const auto u = student.view(), x = matrix<const T>(student.source);
     const int64_t D = u.cols;
@@ -263,8 +273,8 @@ std::tuple<Tensor, Tensor> fwd(const Tensor& student, const Tensor& teacher, Ker
 std::tuple<Tensor, Tensor> pkt_fwd(Tensor student, Tensor teacher, std::string kernel,
                                    std::string divergence, bool need_student) {
   const auto run = student.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(student, teacher, kernel == "cosine" ? Kernel::kCosine : Kernel::kStudentT,
-             divergence == "kl" ? Divergence::kKl : Divergence::kJeffreys, need_student);
+  return run(student, teacher, by_name(kKernels, kernel), by_name(kDivergences, divergence),
+             need_student);
 }
 
 }  // namespace

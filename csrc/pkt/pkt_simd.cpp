@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h). Sums are in T over a tile and in fp64
-// beyond.
+// This file is compiled once per instruction set (see ../common/simd.h). Sums are in T over a tile
+// and in fp64 beyond.
 #include "pkt_simd.h"
 
 #include "../common/lanes.h"
@@ -27,20 +27,20 @@ inline __attribute__((always_inline)) void add_to(T* sums, Vector<T> x, int64_t 
 }
 
 template <typename T>
-void similarities(Matrix<T> x, const T* own_i, const T* own_j, bool diagonal, Kernel kernel) {
+void similarities(Matrix<T> x, const T* self_i, const T* self_j, bool diagonal, Kernel kernel) {
   for (int64_t i = 0; i < x.rows; ++i) {
     T* row = x.row(i);
     each_vector<T>(x.cols, [&]<bool kFull>(int64_t j, int64_t count) {
-      const Vector<T> product = load<kFull>(row + j, count), own = load<kFull>(own_j + j, count);
+      const Vector<T> product = load<kFull>(row + j, count), self = load<kFull>(self_j + j, count);
       if (kernel == Kernel::kCosine) {
-        store<kFull, T>(row + j, cosine_similarity<T>(product, own_i[i], own), count);
+        store<kFull, T>(row + j, cosine_similarity<T>(product, self_i[i], self), count);
         return;
       }
-      Vector<T> d2 = own_i[i] + own - 2 * product;
+      Vector<T> d2 = self_i[i] + self - 2 * product;
       d2 = d2 < T(0) ? Vector<T>{} : d2;
       store<kFull, T>(row + j, 1 / (1 + root<T>(d2 + static_cast<T>(kDistanceEps))), count);
     });
-    if (diagonal && kernel == Kernel::kStudentT && own_i[i] == own_i[i]) {
+    if (diagonal && kernel == Kernel::kStudentT && self_i[i] == self_i[i]) {
       row[i] = static_cast<T>(1 / (1 + __builtin_sqrt(kDistanceEps)));
     }
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectorised epilogues of pkt on the CPU, one table of functions per instruction set.
+// These are the vectorised epilogues of pkt on the CPU. Each instruction set has one table of them.
 #pragma once
 
 #include <cstdint>
@@ -10,27 +10,28 @@
 
 namespace kdk::pkt {
 
-// What a stretch of rows brings to a tile: of rows i or of columns j.
+// The numbers that a stretch of rows brings to a tile, as its rows i or as its columns j.
 template <typename T>
 struct Stretch {
-  const T* own[2];  // of student and teacher: a = 1 - |u| (cosine), or squared norms (student_t)
+  // Of student and teacher: a = 1 - |u| (cosine), or squared norms (student_t).
+  const T* self[2];
   const T* inverse[2];  // of student and teacher: 1 / Z
   const T* r;           // student_t: what a row's slopes lose; null for 0
 };
 
 template <typename T>
 struct Epilogues {
-  // x becomes K from inner products. `diagonal`: rows are the columns.
-  void (*similarities)(Matrix<T> x, const T* own_i, const T* own_j, bool diagonal, Kernel kernel);
-  // Adds the sums of rows, and unless null of columns.
+  // Turns inner products x into K. `diagonal` says that the rows are the columns.
+  void (*similarities)(Matrix<T> x, const T* self_i, const T* self_j, bool diagonal, Kernel kernel);
+  // Adds the sums of rows to `rows`, and the sums of columns to `cols` unless it is null.
   void (*sums)(Matrix<const T> k, double* rows, T* cols);
-  // Sum of the terms of all (i, j) and, if cols is given, all (j, i). Adds sum_j p slope to rows,
-  // and to cols.
+  // Returns the sum of the terms of all (i, j) and, if cols is given, all (j, i). Adds sum_j p
+  // slope to rows, and to cols.
   double (*loss)(Matrix<const T> k_s, Matrix<const T> k_t, const Stretch<T>& i, const Stretch<T>& j,
                  Divergence divergence, double* rows, T* cols);
-  // k_s becomes dL/dK_ij + dL/dK_ji, the r left out where null. For student_t it becomes the sum
-  // of the derivatives by the squared distances, 0 on a diagonal, and is added up in rows and, if
-  // given, cols.
+  // k_s becomes dL/dK_ij + dL/dK_ji, without r where it is null. For student_t it becomes the sum
+  // of the derivatives by the squared distances, which is 0 on a diagonal, and is added up in rows
+  // and, if given, cols.
   void (*weights)(Matrix<T> k_s, Matrix<const T> k_t, const Stretch<T>& i, const Stretch<T>& j,
                   Divergence divergence, Kernel kernel, bool diagonal, double* rows, T* cols);
 };

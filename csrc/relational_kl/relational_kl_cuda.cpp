@@ -4,7 +4,6 @@
 #include "relational_kl_cuda.h"
 
 #include <limits>
-#include <tuple>
 #include <utility>
 
 #include "../common/cuda/glue.h"
@@ -15,13 +14,9 @@ namespace {
 
 using namespace kdk::cuda;
 
-Math math_of_keys(const Tensor& keys, bool exact) {
+Math math_of_keys(const Tensor& keys, bool ieee) {
   // the softmaxes' difference over norms of keys could leave the range of fp16
-  return keys.scalar_type() == ScalarType::Half ? Math::kTf32x3 : math_of(keys, exact);
-}
-
-Optional contiguous(const Optional& x) {
-  return x ? Optional(torch::stable::contiguous(*x)) : std::nullopt;
+  return keys.scalar_type() == ScalarType::Half ? Math::kTf32x3 : math_of(keys, ieee);
 }
 
 template <typename T>
@@ -29,8 +24,8 @@ const T* data_or_null(const Optional& x) {
   return x ? data_of<const T>(*x) : nullptr;
 }
 
-// Tiles of keys that a block has: blocks run in waves, and each takes as long as its tiles and the
-// filling of its pipeline, which is about one more.
+// Returns how many tiles of keys a block has. Blocks run in waves, and a wave takes as long as the
+// tiles of a block and the filling of its pipeline, which takes about as long as one more tile.
 int tiles_of_block(int64_t row_tiles, int64_t key_tiles) {
   constexpr int64_t kMost = 64, kGrid = 65535;  // blocks along the axis of keys
   const int64_t at_once = 2 * processors(), fewest = ceil_div(key_tiles, kGrid);
@@ -45,11 +40,11 @@ int tiles_of_block(int64_t row_tiles, int64_t key_tiles) {
   return static_cast<int>(best);
 }
 
-// Tensors in the form that kernels read, and both sides' rows as one operand.
+// The tensors of a call in the form that kernels read, with the rows of both sides as one operand.
 class Call {
  public:
-  Call(const Device& device, const Arguments& given, bool exact)
-      : math(math_of_keys(given.keys, exact)),
+  Call(const Device& device, const Arguments& given, bool ieee)
+      : math(math_of_keys(given.keys, ieee)),
         B(given.student.size(0)),
         K(given.keys.size(0)),
         teacher(given.teacher.has_value()),
@@ -90,12 +85,13 @@ class Call {
     all.subtract_entropy = given.subtract_entropy;
   }
 
-  // Rows of the operand that hold so many queries.
+  // Returns how many rows of the operand hold so many queries.
   int64_t rows_of_queries(int64_t count) const {
-    return ceil_div(teacher ? ceil_div(count, kGroup) * 2 * kGroup : count, kTile) * kTile;
+    return round_up(teacher ? 2 * round_up(count, kGroup) : count, kTile);
   }
 
-  // Of queries first ... first + count, `first` being whole tiles, against all keys.
+  // Returns a sweep of `count` queries from query `first` on, which begins a tile, against all
+  // keys.
   SweepParams queries(int64_t first, int64_t count) const {
     SweepParams part = all;
     part.operand.data = data_of<char>(*rows_) + (teacher ? 2 : 1) * first * pieces_of(math) *
@@ -108,7 +104,7 @@ class Call {
     return part;
   }
 
-  // Of all queries against keys first ... first + count.
+  // Returns a sweep of all queries against `count` keys from key `first` on.
   SweepParams keys(int64_t first, int64_t count) const {
     SweepParams part = all;
     for (int side = 0; side < 2; ++side) {
@@ -121,7 +117,7 @@ class Call {
     return part;
   }
 
-  // The rows that a bank meets, D of their columns, as operand b of a product over them.
+  // Returns D columns of the rows that a bank meets, as operand b of a product over these rows.
   Source rows_meeting(int bank, int64_t D) const {
     Source source = source_of(*rows_);
     source.data = data_of<char>(*rows_) + (bank == 0 ? 0 : all.operand.steps[0] * kStepBytes);
@@ -143,10 +139,11 @@ class Call {
   Optional rows_;
 };
 
-// Entries per row of weights: whole stores of a thread.
-int64_t padded(int64_t K) { return ceil_div(K, kGroup) * kGroup; }
+// Returns the entries of a row of weights: whole stores of a thread.
+int64_t padded(int64_t K) { return round_up(K, kGroup); }
 
-// The product of what a sweep left with keys or rows, in fp32.
+// Returns a product of the weights or derivatives that a sweep left, with keys or rows; its result
+// is fp32.
 Product product_with(const Device& device, const Source& b, int64_t M, int64_t N, int64_t K,
                      Math math) {
   Product product(device, 1, M, N, K, math);
@@ -155,8 +152,9 @@ Product product_with(const Device& device, const Source& b, int64_t M, int64_t N
   return product;
 }
 
-// Weights of M rows times keys [K, N], split into whole tiles of keys, of which each has its
-// factor: enough to fill the device twice, while a split has two tiles.
+// Returns a product of the weights of M rows with keys [K, N]. It is split into whole tiles of
+// keys, because each tile has its factor: into as many splits as fill the device twice, while a
+// split has two tiles.
 ProductParams difference_product(const Source& keys, int64_t M, int64_t N, float* out) {
   ProductParams params{};
   params.b = keys;
@@ -173,25 +171,19 @@ ProductParams difference_product(const Source& keys, int64_t M, int64_t N, float
   return params;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
-    Tensor student, Optional teacher, Tensor keys, Optional teacher_keys, Optional key_scale,
-    Optional teacher_key_scale, Optional positives, Optional exclude, Optional num_keys,
-    bool subtract_entropy, Optional own_student, Optional own_teacher, bool with_dloss,
-    bool exact) {
-  const Device device(student);
-  const int64_t B = student.size(0), D = student.size(1), K = keys.size(0);
+Results fwd(const Arguments& given, const Optional& own_student, const Optional& own_teacher,
+            bool need_student, bool ieee) {
+  const Device device(given.student);
+  const int64_t B = given.student.size(0), D = given.student.size(1), K = given.keys.size(0);
   const Tensor loss = device.empty({B}, ScalarType::Float),
                lse_student = device.empty({B}, ScalarType::Float),
                lse_teacher = device.empty({B}, ScalarType::Float);
   const Tensor dloss =
-      with_dloss ? device.empty({B, D}, ScalarType::Float) : device.empty({0}, ScalarType::Float);
+      need_student ? device.empty({B, D}, ScalarType::Float) : device.empty({0}, ScalarType::Float);
   if (B == 0) return {loss, dloss, lse_student, lse_teacher};
-  const Call call(device,
-                  {student, teacher, keys, teacher_keys, key_scale, teacher_key_scale, positives,
-                   exclude, num_keys, subtract_entropy},
-                  exact);
+  const Call call(device, given, ieee);
   const Math math = call.math;
-  const bool multiply = with_dloss && D > 0;
+  const bool multiply = need_student && D > 0;
   const int64_t stride = padded(K), key_tiles = ceil_div(K, kTile);
   const int64_t row_bytes = (call.teacher ? 2 : 1) * stride * int64_t(element_bytes(math));
   const int64_t step = multiply ? rows_in_l2(B, row_bytes) : B;
@@ -226,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
     merge.exclude = sweep.exclude;
     merge.positives = sweep.positives;
     merge.teacher = call.teacher;
-    merge.subtract_entropy = subtract_entropy;
+    merge.subtract_entropy = given.subtract_entropy;
     if (own[0]) {
       merge.own_student = data_of<const float>(*own[0]) + first;
       merge.own_teacher = data_of<const float>(*own[1]) + first;
@@ -261,7 +253,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> relational_kl_fwd(
   return {loss, dloss, lse_student, lse_teacher};
 }
 
-// What the second sweep reads besides.
+// The residuals that the second sweep reads, and the incoming gradient.
 struct Residuals {
   const Tensor &dout, &loss, &lse_student, &lse_teacher;
 
@@ -277,7 +269,7 @@ struct Residuals {
   }
 };
 
-// In chunks of rows, of which each row of dteacher needs one only.
+// Makes dteacher in chunks of rows: each row of dteacher needs one chunk only.
 void teacher_gradient(const Device& device, const Call& call, const Residuals& residuals,
                       const Tensor& dteacher) {  // [B, E]
   const int64_t E = dteacher.size(1), stride = padded(call.K);
@@ -294,16 +286,16 @@ void teacher_gradient(const Device& device, const Call& call, const Residuals& r
     params.only_teacher = true;
     params.out = h.mutable_data_ptr();
     params.stride = stride;
-    params.tickets = product.params.tickets;
-    params.ticket_count = product.ticket_count();
+    params.semaphores = product.params.semaphores;
+    params.semaphore_count = product.semaphore_count();
     launch_relational_kl_bwd_derivatives(params, call.math, device.stream());
     product.launch(Along::kContraction, device);
   }
 }
 
-// In chunks of keys, of which each row of the gradients needs one only. One product over the rows
-// of both sides makes the gradient of a bank that they share; of two banks each meets zeros in the
-// other side's rows.
+// Makes the gradients of keys in chunks of keys: each row of them needs one chunk only. Where both
+// sides share a bank, one product over the rows of both makes its gradient. Where there are two
+// banks, each meets zeros in the rows of the other side.
 void key_gradients(const Device& device, const Call& call, const Residuals& residuals,
                    const Tensor (&grads)[2]) {  // [K, D] and [K, E], or empty
   const int64_t rows = call.all.operand.rows;
@@ -315,7 +307,7 @@ void key_gradients(const Device& device, const Call& call, const Residuals& resi
     params.out = g.mutable_data_ptr();
     params.stride = g.stride(0);
     std::optional<Product> products[2];
-    int64_t tickets = 0;
+    int64_t semaphore_count = 0;
     for (int bank = 0; bank < 2; ++bank) {
       if (grads[bank].numel() == 0) continue;
       const int64_t D = grads[bank].size(1);
@@ -324,70 +316,82 @@ void key_gradients(const Device& device, const Call& call, const Residuals& resi
       product->params.a = source_of(g);
       product->params.a.cols = count;
       product->params.out = data_of<float>(grads[bank]) + first * D;
-      tickets += product->ticket_count();
+      semaphore_count += product->semaphore_count();
     }
-    const Tensor zeros = device.empty({tickets}, ScalarType::Int);
-    params.tickets = data_of<unsigned>(zeros);
-    params.ticket_count = tickets;
+    const Tensor zeros = device.empty({semaphore_count}, ScalarType::Int);
+    params.semaphores = data_of<unsigned>(zeros);
+    params.semaphore_count = semaphore_count;
     launch_relational_kl_bwd_derivatives(params, call.math, device.stream());
-    unsigned* next = params.tickets;
+    unsigned* next = params.semaphores;
     for (auto& product : products) {
       if (!product) continue;
-      product->params.tickets = next;
-      next += product->ticket_count();
+      product->params.semaphores = next;
+      next += product->semaphore_count();
       product->launch(Along::kOutput, device);
     }
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> relational_kl_bwd(
-    Tensor dout, Tensor student, Optional teacher, Tensor keys, Optional teacher_keys,
-    Optional key_scale, Optional teacher_key_scale, Optional positives, Optional exclude,
-    Optional num_keys, bool subtract_entropy, Tensor loss, Tensor lse_student, Tensor lse_teacher,
-    bool need_teacher, bool need_keys, bool need_teacher_keys, bool exact) {
-  const Device device(student);
-  const int64_t B = student.size(0);
+Results bwd(const Arguments& given, const BackwardArguments& with, bool ieee) {
+  const Device device(given.student);
+  const int64_t B = given.student.size(0);
   const auto result = [&](const Optional& like, bool needed) {
     if (!needed) return device.empty({0}, ScalarType::Float);
     const int64_t rows = like->size(0), cols = like->size(1);
     return B == 0 ? device.zeros({rows, cols}, ScalarType::Float)
                   : device.empty({rows, cols}, ScalarType::Float);
   };
-  const Tensor dteacher = result(teacher, need_teacher);
-  const Tensor by_keys[2] = {result(keys, need_keys), result(teacher_keys, need_teacher_keys)};
+  const Tensor dstudent = with.need_student
+                              ? scaled_rows(device, with.dloss, with.dout, ScalarType::Float)
+                              : device.empty({0}, ScalarType::Float);
+  const Tensor dteacher = result(given.teacher, with.need_teacher);
+  const Tensor by_keys[2] = {result(given.keys, with.need_keys),
+                             result(given.teacher_keys, with.need_teacher_keys)};
   const bool of_keys = by_keys[0].numel() + by_keys[1].numel() > 0;
   if (B > 0 && (dteacher.numel() > 0 || of_keys)) {
-    const Call call(device,
-                    {student, teacher, keys, teacher_keys, key_scale, teacher_key_scale, positives,
-                     exclude, num_keys, subtract_entropy},
-                    exact);
-    const Tensor rows[3] = {torch::stable::contiguous(loss), torch::stable::contiguous(lse_student),
-                            torch::stable::contiguous(lse_teacher)};
-    const Residuals residuals{dout, rows[0], rows[1], rows[2]};
+    const Call call(device, given, ieee);
+    const Tensor rows[3] = {torch::stable::contiguous(with.loss),
+                            torch::stable::contiguous(with.lse_student),
+                            torch::stable::contiguous(with.lse_teacher)};
+    const Residuals residuals{with.dout, rows[0], rows[1], rows[2]};
     if (dteacher.numel() > 0) teacher_gradient(device, call, residuals, dteacher);
     if (of_keys) key_gradients(device, call, residuals, by_keys);
   }
-  return {dteacher, by_keys[0], by_keys[1]};
+  return {dstudent, dteacher, by_keys[0], by_keys[1]};
 }
+
+// The operators, for the list of types of their shared arguments.
+template <typename Shared>
+struct Operators;
+
+template <typename... Ts>
+struct Operators<Types<Ts...>> {
+  static Results fwd(Ts... shared, Optional own_student, Optional own_teacher, bool need_student,
+                     bool ieee) {
+    return relational_kl::fwd({std::move(shared)...}, own_student, own_teacher, need_student, ieee);
+  }
+
+  static Results bwd(Tensor dout, Ts... shared, Tensor loss, Tensor dloss, Tensor lse_student,
+                     Tensor lse_teacher, bool need_student, bool need_teacher, bool need_keys,
+                     bool need_teacher_keys, bool ieee) {
+    return relational_kl::bwd({std::move(shared)...},
+                              {dout, loss, dloss, lse_student, lse_teacher, need_student,
+                               need_teacher, need_keys, need_teacher_keys},
+                              ieee);
+  }
+};
+
+using Native = Operators<ArgumentTypes>;
 
 }  // namespace
 }  // namespace kdk::relational_kl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
-  m.def(
-      "relational_kl_fwd(Tensor student, Tensor? teacher, Tensor keys, Tensor? teacher_keys, "
-      "Tensor? key_scale, Tensor? teacher_key_scale, Tensor? positives, Tensor? exclude, "
-      "Tensor? num_keys, bool subtract_entropy, Tensor? own_student, Tensor? own_teacher, "
-      "bool with_dloss, bool exact) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def(
-      "relational_kl_bwd(Tensor dout, Tensor student, Tensor? teacher, Tensor keys, "
-      "Tensor? teacher_keys, Tensor? key_scale, Tensor? teacher_key_scale, Tensor? positives, "
-      "Tensor? exclude, Tensor? num_keys, bool subtract_entropy, Tensor loss, "
-      "Tensor lse_student, Tensor lse_teacher, bool need_teacher, bool need_keys, "
-      "bool need_teacher_keys, bool exact) -> (Tensor, Tensor, Tensor)");
+  m.def(kdk::relational_kl::fwd_schema(", bool ieee").c_str());
+  m.def(kdk::relational_kl::bwd_schema(", bool ieee").c_str());
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, KDK_CUDA_DISPATCH_KEY, m) {
-  m.impl("relational_kl_fwd", TORCH_BOX(&kdk::relational_kl::relational_kl_fwd));
-  m.impl("relational_kl_bwd", TORCH_BOX(&kdk::relational_kl::relational_kl_bwd));
+  m.impl("relational_kl_fwd", TORCH_BOX(&kdk::relational_kl::Native::fwd));
+  m.impl("relational_kl_bwd", TORCH_BOX(&kdk::relational_kl::Native::bwd));
 }

@@ -11,8 +11,9 @@
 #include "../common/cut.h"
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_simd.h"
 #include "../common/stable.h"
-#include "relational_kl.h"
+#include "relational_kl_cpu.h"
 #include "relational_kl_math.h"
 #include "relational_kl_simd.h"
 
@@ -24,7 +25,8 @@ constexpr int64_t kKeys = 512;  // of a tile; both sides' tiles stay in a core's
 
 constexpr double kNotANumber = std::numeric_limits<double>::quiet_NaN();
 
-// f(begin, count) for the one or two stretches of keys k0 ... k0 + n that `exclude` leaves.
+// Calls f(begin, count) for the one or two stretches that `exclude` leaves of the n keys from k0
+// on.
 template <typename F>
 void each_stretch(int64_t exclude, int64_t k0, int64_t n, const F& f) {
   const int64_t at = exclude - k0;
@@ -102,7 +104,7 @@ class Sweep {
  private:
   void shrink_row(const Matrix<T>& sums, int64_t i, double factor) const {
     if (factor == 1) return;
-    epilogues<T>().scale(sums.row(i), static_cast<T>(factor), sums.row(i), sums.cols);
+    rows::loops<T>().scale(sums.row(i), static_cast<T>(factor), sums.row(i), sums.cols);
   }
 
   // Row i of the tiles a and b, or a alone, becomes weights; `row` takes them in.
@@ -221,8 +223,8 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
 
 namespace {
 
-// Logits of a tile turned into dout times the derivatives by them: the student's, and the teacher's
-// unless there is none.
+// Returns the tile of dout times the derivatives by the student's logits, and the tile of those by
+// the teacher's logits, if there is a teacher.
 template <typename T>
 std::pair<Matrix<T>, Matrix<T>> derivatives(const Problem<T>& problem,
                                             const Residuals<const T>& residuals, const T* dout,
@@ -265,7 +267,7 @@ void add_pieces(const Matrix<T>& to, int64_t pieces, const Part& part) {
   });
 }
 
-// A result and what pieces beyond the first add to it.
+// A result, and the pieces beyond the first that are added to it.
 template <typename T>
 class Pieces {
  public:

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Squared distances of both sides in fp64, a sweep over tiles of pairs as seen from every vertex,
-// and the gradient by weights on the student's distances.
+// rkd_angle measures the squared distances of both sides in fp64, sweeps over tiles of pairs as
+// seen from every vertex, and makes the gradient from weights on the student's distances.
 #include <cmath>
 #include <limits>
 #include <numeric>
 #include <type_traits>
 #include <vector>
 
-#include "rkd.h"
 #include "rkd_angle_simd.h"
+#include "rkd_cpu.h"
 #include "rkd_pairs.h"
 
 namespace kdk::rkd {
@@ -18,14 +18,12 @@ namespace {
 // distances has; from this ratio on its triples are taken in fp64, at half the speed.
 constexpr double kMostUneven = 16;
 
-inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
-
 // Fills in all of the distances.
 void measure(Pairs<double>& pairs) {
   pairs.each([&](const Block& block) {
     const auto d = pairs.tile(block, false).distance;
     const auto below = pairs.kept().block(block.j0, block.cols, block.i0, block.rows);
-    if (!block.diagonal()) {
+    if (!block.diagonal) {
       pairs::loops<double>().transpose(d, below);
       return;
     }
@@ -36,8 +34,8 @@ void measure(Pairs<double>& pairs) {
   });
 }
 
-// Of the distances of one side: the largest square, NaN if any is; and by how much those of each
-// row differ.
+// The extent of the distances of one side: the largest square, which is NaN if any distance is, and
+// by how much the distances of each row differ.
 struct Extent {
   double most = 0;
   std::vector<double> uneven;  // [B] largest over smallest distance that is not 0
@@ -60,7 +58,8 @@ struct Extent {
   }
 };
 
-// Squared distances in T, with the largest one 1, and what goes with them. Rows have `stride`.
+// Squared distances in T, scaled so that the largest one is 1, and their inverse roots. Rows are
+// `stride` apart.
 template <typename T>
 class Scaled {
  public:
@@ -91,7 +90,7 @@ struct Sweep {
   double scale_student, scale_teacher;
   Matrix<double> derivative;  // [B, stride] by the scaled ones of the student; null if not needed
 
-  // The sum of the losses over the triples at some vertices, each pair of rows once.
+  // Returns the sum of the losses over the triples at some vertices, with each pair of rows once.
   template <typename T>
   double run(const std::vector<int64_t>& vertices) const {
     if (vertices.empty()) return 0;
@@ -128,8 +127,8 @@ double inverse_of(double most) { return most > 0 ? 1 / most : 1; }
 template <typename T>
 Result angle(const Tensor& student, const Tensor& teacher, bool need) {
   const int64_t B = student.size(0), stride = round_up(B, kMostLanes);
-  Pairs<double> s(student, triplet::Distance::kSqEuclidean, need, true);
-  Pairs<double> t(teacher, triplet::Distance::kSqEuclidean, false, true);
+  Pairs<double> s(student, pairs::Distance::kSqEuclidean, need, true);
+  Pairs<double> t(teacher, pairs::Distance::kSqEuclidean, false, true);
   measure(s);
   measure(t);
   const Extent extent_s(s.kept()), extent_t(t.kept());
@@ -163,7 +162,7 @@ Result angle(const Tensor& student, const Tensor& teacher, bool need) {
                               derivative.row(block.j0 + j)[block.i0 + i]);
       }
     }
-    s.pull(block, tile);
+    s.add_gradient(block, tile);
   });
   return {loss, s.gradient()};
 }

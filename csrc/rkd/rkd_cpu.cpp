@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "rkd.h"
+#include "rkd_cpu.h"
 
 namespace kdk::rkd {
 namespace {

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Three sweeps over tiles of the distances of both sides: their means, the loss, the gradient. A
-// sweep needs a number of the one before: the gradient through the mean is the same for all pairs.
-// Distances are kept between sweeps where they are no larger than the features, else measured
-// again, which costs half a product; the gradient costs a whole one in any case.
+// rkd_distance takes three sweeps over tiles of the distances of both sides: for their means, the
+// loss, and the gradient. Each sweep needs a number that the one before has found: the gradient
+// through the mean is the same for all pairs. Distances are kept between sweeps where they take no
+// more memory than the features. Else they are measured again, which costs half a product, where
+// the gradient costs a whole product in any case.
 #include <cmath>
 #include <numeric>
 #include <vector>
 
-#include "rkd.h"
+#include "rkd_cpu.h"
 #include "rkd_pairs.h"
 #include "rkd_simd.h"
 
@@ -24,8 +25,8 @@ template <typename T>
 Result distance(const Tensor& student, const Tensor& teacher, bool need) {
   const int64_t B = student.size(0);
   const bool keep = B <= student.size(1) + teacher.size(1);
-  Pairs<T> s(student, triplet::Distance::kEuclidean, need, keep);
-  Pairs<T> t(teacher, triplet::Distance::kEuclidean, false, keep);
+  Pairs<T> s(student, pairs::Distance::kEuclidean, need, keep);
+  Pairs<T> t(teacher, pairs::Distance::kEuclidean, false, keep);
   const Loops<T>& kernels = loops<T>();
   // f(row, begin of its part above the diagonal, tiles) for each row of a block
   const auto each_row = [](const Block& block, const auto& f) {
@@ -74,7 +75,7 @@ Result distance(const Tensor& student, const Tensor& teacher, bool need) {
       kernels.weigh(compared(tile_s, tile_t, block, i), shared, factor,
                     tile_s.weight.row(i) + begin);
     });
-    s.pull(block, tile_s);
+    s.add_gradient(block, tile_s);
   });
   return {loss, s.gradient()};
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distances between the rows of one side of rkd, tile by tile above the diagonal, and what weights
-// on them add to the gradient. In terms of the sweep over labelled rows, here all of one label.
+// rkd measures the distances between the rows of one side tile by tile, above the diagonal, and
+// adds to the gradient what weights on them contribute. It uses the sweep over labelled rows, with
+// one label for all rows.
 #pragma once
 
 #include <algorithm>
@@ -8,18 +9,11 @@
 #include <vector>
 
 #include "../common/cut.h"
-#include "../contrastive/pair_sweep.h"
+#include "../pairs/pair_sweep.h"
 
 namespace kdk::rkd {
 
-// Rows and columns of a tile.
-struct Block {
-  int64_t i0, rows, j0, cols;
-
-  bool diagonal() const { return i0 == j0; }
-  // Columns of row i before those above the diagonal.
-  int64_t begin(int64_t i) const { return diagonal() ? i + 1 : 0; }
-};
+using pairs::Block;
 
 template <typename T>
 class Pairs {
@@ -27,29 +21,26 @@ class Pairs {
   using Tile = pairs::Tile<T>;
 
   // x: [B, D], contiguous and in T. If `keep`, [B, B] distances are kept once measured.
-  Pairs(const Tensor& x, triplet::Distance distance, bool need, bool keep)
+  Pairs(const Tensor& x, pairs::Distance distance, bool need, bool keep)
       : sweep_(x, zeros(x.size(0)), x, zeros(x.size(0)), true, distance, need, need),
-        shape_(sweep_.tile_shape()),
-        workspaces_(sweep_, shape_),
+        workspaces_(sweep_),
         kept_(keep ? x.size(0) * x.size(0) : 0),
-        close_(keep ? tiles() * tiles() : 0) {}
+        close_(keep ? sweep_.grid.triangle() : 0) {}
 
   int64_t rows() const { return sweep_.anchors.sorted.size(); }
   Matrix<T> kept() const { return Matrix<T>::contiguous(kept_.data(), rows(), rows()); }
 
-  // f(block) on all cores; no two calls at a time share rows or columns.
+  // Calls f(block) on all cores. No two calls at a time share rows or columns.
   template <typename F>
   void each(const F& f) const {
-    sweep_.each_tile(shape_, [&](int64_t i0, int64_t rows, int64_t j0, int64_t cols) {
-      f(Block{i0, rows, j0, cols});
-    });
+    sweep_.each_tile(f);
   }
 
-  // The tile of a block, with distances above the diagonal and weights of 0. It belongs to the
-  // calling thread until its next one. Distances are measured unless they are `kept`.
+  // Returns the tile of a block, with distances above the diagonal and weights of 0. It belongs to
+  // the calling thread until the thread's next tile. Distances are measured unless they are `kept`.
   Tile tile(const Block& block, bool kept) {
     auto& workspace = workspaces_.mine();
-    Tile tile = workspace.tile(sweep_, block.i0, block.rows, block.j0, block.cols);
+    Tile tile = workspace.tile(sweep_, block);
     if (kept_.data() != nullptr)
       tile.distance = this->kept().block(block.i0, block.rows, block.j0, block.cols);
     if (kept && kept_.data() != nullptr) {
@@ -62,9 +53,10 @@ class Pairs {
     return tile;
   }
 
-  // Weights are derivatives by the distances of pairs of rows, each pair once.
-  void pull(const Block& block, const Tile& tile) {
-    sweep_.pull(tile, stretches(block), close_pairs(block), workspaces_.mine());
+  // Adds to the gradient what the weights of a tile contribute. They are derivatives by the
+  // distances of pairs of rows, with each pair once.
+  void add_gradient(const Block& block, const Tile& tile) {
+    sweep_.add_gradient(tile, stretches(block), close_pairs(block), workspaces_.mine());
   }
 
   Tensor gradient() const {
@@ -85,15 +77,12 @@ class Pairs {
     };
   }
 
-  int64_t tiles() const { return ceil_div(rows(), shape_.rows); }
-
   auto& close_pairs(const Block& block) {
     if (close_.empty()) return workspaces_.mine().close;
-    return close_[block.i0 / shape_.rows * tiles() + block.j0 / shape_.cols];
+    return close_[sweep_.grid.triangle_index(block)];
   }
 
   pairs::Sweep<T> sweep_;
-  typename pairs::Sweep<T>::TileShape shape_;
   typename pairs::Sweep<T>::Workspaces workspaces_;
   Scratch<T> kept_;
   std::vector<std::vector<typename pairs::Sweep<T>::Pair>> close_;  // of each tile, if kept

@@ -9,6 +9,7 @@
 #include "../common/cut.h"
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_simd.h"
 #include "../common/stable.h"
 #include "sampled_similarity_simd.h"
 
@@ -77,7 +78,7 @@ void gather_gradients(const Problem<T>& problem, Matrix<const T> dscores, Matrix
   parallel_each(problem.B(), pieces * D, [&](int64_t i) {
     std::fill_n(dx.row(i), D, T(0));
     for (int64_t piece = 0; piece < pieces; ++piece) {
-      loops<T>().add(scratch.data() + (i * pieces + piece) * D, dx.row(i), D);
+      rows::loops<T>().add(scratch.data() + (i * pieces + piece) * D, dx.row(i), D);
     }
   });
 }
@@ -129,7 +130,7 @@ Tensor bwd(const Tensor& dscores, const Tensor& x, const Tensor& bank, const Ten
   const Tensor dx = empty({problem.B(), problem.D()}, scalar_type_of<T>);
   const auto run = problem.dense() ? multiply_gradients<T> : gather_gradients<T>;
   run(problem, matrix<const T>(weights), matrix<T>(dx));
-  return x.scalar_type() == dx.scalar_type() ? dx : torch::stable::to(dx, x.scalar_type());
+  return in_dtype(dx, x.scalar_type());
 }
 
 Tensor sampled_similarity_fwd(Tensor x, Tensor bank, Tensor indices) {

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
+//
+// fp-contract: fast, since products are only added up.
 #include "sampled_similarity_simd.h"
 
 #include "../common/lanes.h"
@@ -22,7 +24,7 @@ Vector<T> load(const T* p) {
   return *reinterpret_cast<const Vector<T>*>(p);
 }
 
-// `columns` numbers of a row that is read soon, where there is one: nothing else tells the
+// Fetches `columns` numbers of a row that is read soon, where there is one: nothing else tells the
 // processor where the next row lies.
 template <typename T>
 void fetch(const T* bank, const int64_t* index, int64_t k, int64_t n, int64_t D, int64_t columns) {
@@ -40,7 +42,7 @@ T sum_of(Vector<T> lanes) {
   return sum;
 }
 
-// Inner products of x with kRows rows.
+// Computes the inner products of x with kRows rows.
 template <int kRows, typename T>
 void dots_of(const T* x, const T* const* rows, int64_t D, T* out) {
   constexpr int kCount = Lanes<T>::kCount;
@@ -73,7 +75,7 @@ void dots(const T* x, const T* bank, const int64_t* index, int64_t n, int64_t D,
   }
 }
 
-// `kVectors` vectors of the sum, from column d on.
+// Computes `kVectors` vectors of the sum, from column d on.
 template <int kVectors, typename T>
 void sum_columns(const T* weights, const T* bank, const int64_t* index, int64_t n, int64_t D,
                  int64_t d, T* out) {
@@ -106,12 +108,6 @@ void weighted_sum(const T* weights, const T* bank, const int64_t* index, int64_t
 }
 
 template <typename T>
-void add(const T* x, T* y, int64_t n) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) y[j] += x[j];
-}
-
-template <typename T>
 bool all_finite(const T* x, int64_t n) {
   T sum = 0;  // of zeros, unless a number is not finite
 #pragma omp simd reduction(+ : sum)
@@ -123,7 +119,7 @@ bool all_finite(const T* x, int64_t n) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {dots<T>, weighted_sum<T>, add<T>, all_finite<T>};
+  static constexpr Loops<T> table = {dots<T>, weighted_sum<T>, all_finite<T>};
   return table;
 }
 

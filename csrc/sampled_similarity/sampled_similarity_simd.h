@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gathering loops of sampled_similarity on the CPU, one table of functions per instruction set.
+// These are the gathering loops of sampled_similarity on the CPU. Each instruction set has one
+// table of them.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace kdk::sampled_similarity {
 
-// Loops over rows bank + index[k] D of D contiguous numbers, k < n.
+// The loops run over the rows bank + index[k] D, k < n, of D contiguous numbers each.
 template <typename T>
 struct Loops {
   // out[k] = <x, row k>
@@ -16,9 +17,7 @@ struct Loops {
   // out = sum over k of weights[k] row k, added in the order of k
   void (*weighted_sum)(const T* weights, const T* bank, const int64_t* index, int64_t n, int64_t D,
                        T* out);
-  // y += x
-  void (*add)(const T* x, T* y, int64_t n);
-  // whether no number is infinite or NaN
+  // returns whether all numbers are finite
   bool (*all_finite)(const T* x, int64_t n);
 };
 

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mining in the epilogue of the product of rows sorted by label: a tile whose labels do not meet
-// has negatives only, and in the batch a tile above the diagonal serves its rows and its columns.
-// Winners are merged as integers, so in any order.
+// Mining is done in the epilogue of the product of rows sorted by label. A tile whose labels do not
+// meet has negatives only, and in batch a tile above the diagonal serves its rows and its columns.
+// Winners are merged as integers, so the order does not matter.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
 #include "../common/cuda/triangle.h"
-#include "triplet_winner.h"
+#include "../common/cuda/winner_device.h"
+#include "triplet_cuda.h"
+#include "triplet_math.h"
 
 namespace kdk::triplet {
 namespace {
@@ -17,7 +19,8 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int kPositive = 0, kNegative = 1;
 
-// What distances of a row add to every key: the key of NaN, or nothing.
+// Returns what is added to the keys of a row's distances: the key of NaN if the row is not finite,
+// else 0.
 __device__ __forceinline__ float forced(float norm) {
   return norm < kNormLimit<float> ? 0.0f : kNanKey<float>;
 }
@@ -33,15 +36,15 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = p.rows.row[i];
   const T* from = static_cast<const T*>(x.data) + i * x.stride;
   const T* other = static_cast<const T*>(p.paired.data) + (paired ? row * p.paired.stride : 0);
-  double own = 0, theirs = 0, between = 0;
+  double squared = 0, other_squared = 0, between = 0;
   for (int64_t d = lane; d < x.cols; d += 32) {
     const double a = to_float(from[d]), b = paired ? to_float(other[d]) : 0.0f;
-    own += a * a;
-    theirs += b * b;
+    squared += a * a;
+    other_squared += b * b;
     between += (a - b) * (a - b);
   }
-  const auto norm = static_cast<float>(warp_sum(own)),
-             other_norm = static_cast<float>(warp_sum(theirs));
+  const auto norm = static_cast<float>(warp_sum(squared)),
+             other_norm = static_cast<float>(warp_sum(other_squared));
   const auto d2 = static_cast<float>(warp_sum(between));
   if (lane != 0) return;
   p.rows.norm[i] = norm;
@@ -68,7 +71,8 @@ struct Search {
   }
 };
 
-// Of a sorted anchor; a floor of +infinity admits nothing but NaN, so `active` is false there.
+// Returns the search of a sorted anchor. A floor of +infinity admits nothing but NaN, so `active`
+// is false there.
 __device__ __forceinline__ Search search_of(const MineParams& p, int side, int64_t anchor,
                                             bool& active) {
   Search search{{0, -1}, static_cast<float>(p.sign[side]), -kInfinity};
@@ -82,7 +86,7 @@ __device__ __forceinline__ Search search_of(const MineParams& p, int side, int64
   return search;
 }
 
-// A row as one that searches, or is looked at.
+// A row that searches, or that is looked at.
 struct Candidate {
   int64_t label, row;  // row is -1 if there is none
   float norm;
@@ -93,11 +97,11 @@ __device__ __forceinline__ Candidate candidate(const SortedRows& rows, int64_t i
   return {rows.label[i], rows.row[i], rows.norm[i]};
 }
 
-// One entry of the product, seen from `anchor`.
-__device__ __forceinline__ void look(Search& search, bool own, int side, const Candidate& anchor,
-                                     const Candidate& other, float dot) {
+// Looks at one entry of the product from `anchor`.
+__device__ __forceinline__ void look(Search& search, bool in_batch, int side,
+                                     const Candidate& anchor, const Candidate& other, float dot) {
   const bool same = anchor.label == other.label;
-  if (other.row < 0 || same != (side == kPositive) || (own && anchor.row == other.row)) return;
+  if (other.row < 0 || same != (side == kPositive) || (in_batch && anchor.row == other.row)) return;
   float d2 = anchor.norm + other.norm - 2.0f * dot;
   d2 = d2 > 0 ? (d2 < kLargest ? d2 : kLargest) : 0;  // no NaN: what is forced says it
   search.see(d2, forced(anchor.norm) + forced(other.norm), other.row);
@@ -113,8 +117,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     triplet_mine_product_kernel(const __grid_constant__ MineParams p) {
   const SortedRows &x = p.anchors, &r = p.references;
   const int64_t B = x.x.rows, M = r.x.rows, down = ceil_div(B, kTile);
-  const TriangleTile tile =
-      p.own ? triangle_tile(blockIdx.x, down) : TriangleTile{blockIdx.x % down, blockIdx.x / down};
+  const TriangleTile tile = p.in_batch ? triangle_tile(blockIdx.x, down)
+                                       : TriangleTile{blockIdx.x % down, blockIdx.x / down};
   const int64_t i0 = tile.i * kTile, j0 = tile.j * kTile;
   const int64_t i_last = (i0 + kTile < B ? i0 + kTile : B) - 1;
   const int64_t j_last = (j0 + kTile < M ? j0 + kTile : M) - 1;
@@ -140,12 +144,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
       Search search = search_of(p, side, i0 + row, active);
       if (!active) continue;
       KDK_UNROLL
-      for (int e = 0; e < 4; ++e) look(search, p.own, side, anchor, across[e], dots.x[e]);
+      for (int e = 0; e < 4; ++e) look(search, p.in_batch, side, anchor, across[e], dots.x[e]);
       const Winner found = lane_min<1, 16>(search.winner());
       if (lane == 0 && found != kNoWinner) improve(p.winners[side] + i0 + row, found);
     }
   }
-  if (!p.own || i0 == j0) return;
+  if (!p.in_batch || i0 == j0) return;
   // above the diagonal every row is within the batch; two threads have a column, every other row
   const int column = threadIdx.x % kTile;
   if (j0 + column >= M) return;
@@ -161,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   }
 }
 
-// Of each anchor whose two winners there are: their rows, and distances from differences.
+// Stores, for each anchor that has both winners, their rows, and their distances from differences.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     triplet_distances_kernel(const __grid_constant__ DistancesParams p) {
@@ -185,31 +189,33 @@ __global__ void __launch_bounds__(kThreads)
     if (lane != 0) continue;
     if (valid && key_of(winner[side]) == kNanKey<float>) sum = kNaN;
     (side == kPositive ? p.positive : p.negative)[row] = valid ? row_of(winner[side]) : -1;
-    (side == kPositive ? p.d_ap : p.d_an)[row] = static_cast<float>(from_squared(sum, p.distance));
+    (side == kPositive ? p.d_ap : p.d_an)[row] =
+        static_cast<float>(pairs::from_squared(sum, p.distance));
   }
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    triplet_bwd_kernel(const __grid_constant__ PullParams p) {
+    triplet_gradient_kernel(const __grid_constant__ GradientParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
   const int64_t B = p.x.rows, D = p.x.cols;
   if (i >= p.N) return;
   const auto row = [&](const Source& from, int64_t at) {
     return static_cast<const T*>(from.data) + at * from.stride;
   };
-  const auto pull = [&](int64_t entry) {
-    return static_cast<float>(p.dd[entry] * slope(p.d[entry], p.distance));
+  const auto gradient_weight = [&](int64_t entry) {
+    return static_cast<float>(p.dd[entry] * pairs::slope(p.d[entry], p.distance));
   };
   for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
     float total = 0;
-    for (int64_t entry = i; p.anchor && entry < 2 * B; entry += B) {
+    for (int64_t entry = i; p.as_anchor && entry < 2 * B; entry += B) {
       if (p.chosen[entry] >= 0)
-        total += pull(entry) * (to_float(row(p.x, i)[d]) - to_float(row(p.r, p.chosen[entry])[d]));
+        total += gradient_weight(entry) *
+                 (to_float(row(p.x, i)[d]) - to_float(row(p.r, p.chosen[entry])[d]));
     }
-    for (int64_t k = p.pulled ? p.begin[i] : 0; p.pulled && k < p.begin[i + 1]; ++k) {
+    for (int64_t k = p.as_chosen ? p.begin[i] : 0; p.as_chosen && k < p.begin[i + 1]; ++k) {
       const int64_t entry = p.order[k];
-      total += pull(entry) *
+      total += gradient_weight(entry) *
                (to_float(row(p.r, i)[d]) - to_float(row(p.x, entry < B ? entry : entry - B)[d]));
     }
     static_cast<T*>(p.out)[i * D + d] = from_float<T>(total);
@@ -227,8 +233,8 @@ void launch_triplet_prepare(const PrepareParams& params, Math math, cudaStream_t
 
 void launch_triplet_mine(const MineParams& params, Math math, cudaStream_t stream) {
   const int64_t down = ceil_div(params.anchors.x.rows, kTile);
-  const dim3 grid =
-      grid_of(params.own ? triangle_tiles(down) : down * ceil_div(params.references.x.rows, kTile));
+  const dim3 grid = grid_of(params.in_batch ? triangle_tiles(down)
+                                            : down * ceil_div(params.references.x.rows, kTile));
   for_math(math, [&]<Math kMath>() {
     launch(triplet_mine_product_kernel<kMath>, grid, kThreads, kSharedBytes, stream, params);
   });
@@ -241,10 +247,10 @@ void launch_triplet_distances(const DistancesParams& params, Math math, cudaStre
   });
 }
 
-void launch_triplet_bwd(const PullParams& params, Math math, cudaStream_t stream) {
+void launch_triplet_gradient(const GradientParams& params, Math math, cudaStream_t stream) {
   const dim3 grid = grid_of(ceil_div(params.N, kRowsPerBlock));
   for_math(math, [&]<Math kMath>() {
-    launch(triplet_bwd_kernel<Element<kMath>>, grid, kThreads, 0, stream, params);
+    launch(triplet_gradient_kernel<Element<kMath>>, grid, kThreads, 0, stream, params);
   });
 }
 

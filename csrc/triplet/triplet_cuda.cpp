@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA operators kdkernels_cuda::triplet_{fwd,bwd}. The launchers in kdkernels/cuda/triplet.py
+// CUDA operators kdkernels_cuda::triplet_{fwd,gradient}. The launchers in kdkernels/cuda/triplet.py
 // sort; other arguments were checked by the public function.
 #include "triplet_cuda.h"
 
@@ -7,6 +7,8 @@
 #include <tuple>
 
 #include "../common/cuda/glue.h"
+#include "../pairs/distance_names.h"
+#include "triplet_names.h"
 
 namespace kdk::triplet {
 namespace {
@@ -17,18 +19,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
     Tensor embeddings,        // [B, D] in the order of `labels`
     Tensor labels,            // [B] int64, sorted
     Tensor order,             // [B] int64, where those were
-    Tensor references,        // [M, D] in their own order
+    Tensor references,        // [M, D] in the caller's order
     Tensor sorted,            // [M, D] in the order of their labels
     Tensor reference_labels,  // [M] int64, sorted
     Tensor reference_order,   // [M] int64
-    bool own, std::string positives, std::string negatives, std::string distance, bool exact) {
+    bool in_batch, std::string positives, std::string negatives, std::string distance, bool ieee) {
   const Device device(embeddings);
   const int64_t B = embeddings.size(0), M = references.size(0);
   const Tensor positive = device.empty({B}, ScalarType::Long),
                negative = device.empty({B}, ScalarType::Long);
   const Tensor d_ap = device.empty({B}, ScalarType::Float),
                d_an = device.empty({B}, ScalarType::Float);
-  const Math math = math_of(embeddings, exact);
+  const Math math = math_of(embeddings, ieee);
   const Tensor x = with_contiguous_rows(embeddings), r = with_contiguous_rows(sorted),
                unsorted = with_contiguous_rows(references);
   const Tensor winners = device.empty({2, B}, ScalarType::Long);
@@ -37,29 +39,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
   const SortedRows anchors{source_of(x), data_of<const int64_t>(labels),
                            data_of<const int64_t>(order), data_of<float>(norms)};
   const SortedRows candidates =
-      own ? anchors
-          : SortedRows{source_of(r), data_of<const int64_t>(reference_labels),
-                       data_of<const int64_t>(reference_order), data_of<float>(norms) + B};
-  const bool paired = positives == "paired";
+      in_batch ? anchors
+               : SortedRows{source_of(r), data_of<const int64_t>(reference_labels),
+                            data_of<const int64_t>(reference_order), data_of<float>(norms) + B};
+  const Strategy p = by_name(kStrategies, positives), n = by_name(kStrategies, negatives);
+  const bool paired = p == Strategy::kPaired, bounded = n == Strategy::kSemihard;
   PrepareParams prepare{anchors, {winner[0], winner[1]}, {}};
   if (paired) prepare.paired = source_of(unsorted);
   launch_triplet_prepare(prepare, math, device.stream());
-  if (!own) launch_triplet_prepare({candidates, {nullptr, nullptr}, {}}, math, device.stream());
+  if (!in_batch)
+    launch_triplet_prepare({candidates, {nullptr, nullptr}, {}}, math, device.stream());
 
   // a semi-hard positive is the farthest within its bound, a semi-hard negative the nearest beyond
-  const int sign[2] = {paired || positives != "easiest" ? -1 : 1, negatives == "easiest" ? -1 : 1};
-  const auto mine = [&](int p, int n, int bound) {
-    MineParams params{anchors, candidates, own, {p, n}, {winner[0], winner[1]}, bound, 0};
+  const int sign[2] = {p == Strategy::kEasiest ? 1 : -1, n == Strategy::kEasiest ? -1 : 1};
+  const auto mine = [&](int positive_sign, int negative_sign, int bound) {
+    MineParams params{
+        anchors, candidates, in_batch, {positive_sign, negative_sign}, {winner[0], winner[1]},
+        bound,   0};
     if (bound >= 0) params.bound_sign = sign[bound];
     launch_triplet_mine(params, math, device.stream());
   };
-  const bool bounded = negatives == "semihard";
   if (paired) {
     mine(0, sign[1], bounded ? 0 : -1);
   } else if (bounded) {
     mine(sign[0], 0, -1);
     mine(0, sign[1], 0);
-  } else if (positives == "semihard") {
+  } else if (p == Strategy::kSemihard) {
     mine(0, sign[1], -1);
     mine(sign[0], 0, 1);
   } else {
@@ -68,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
   launch_triplet_distances({anchors,
                             source_of(unsorted),
                             {winner[0], winner[1]},
-                            parse_distance(distance),
+                            by_name(pairs::kDistances, distance),
                             data_of<int64_t>(positive),
                             data_of<int64_t>(negative),
                             data_of<float>(d_ap),
@@ -78,23 +83,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
 }
 
 // The gradient of anchors, or of references, or of both where they are the same.
-Tensor triplet_bwd(Tensor dd,          // [2 B] fp32
-                   Tensor embeddings,  // [B, D]
-                   Tensor references,  // [M, D]
-                   Tensor chosen,      // [2 B] int64
-                   Tensor d,           // [2 B] fp32
-                   Tensor order,       // [2 B] int64, or empty if not `pulled`
-                   Tensor begin,       // [M + 1] int64, or empty
-                   bool anchor, bool pulled, std::string distance) {
+Tensor triplet_gradient(Tensor dd,          // [2 B] fp32
+                        Tensor embeddings,  // [B, D]
+                        Tensor references,  // [M, D]
+                        Tensor chosen,      // [2 B] int64
+                        Tensor d,           // [2 B] fp32
+                        Tensor order,       // [2 B] int64, or empty if not `as_chosen`
+                        Tensor begin,       // [M + 1] int64, or empty
+                        bool as_anchor, bool as_chosen, std::string distance) {
   const Device device(embeddings);
   const Tensor x = with_contiguous_rows(embeddings), r = with_contiguous_rows(references);
-  const int64_t N = anchor ? x.size(0) : r.size(0);
+  const int64_t N = as_anchor ? x.size(0) : r.size(0);
   const Tensor out = device.empty({N, x.size(1)}, embeddings.scalar_type());
   if (out.numel() == 0) return out;
-  launch_triplet_bwd(
+  launch_triplet_gradient(
       {source_of(x), source_of(r), data_of<const int64_t>(chosen), data_of<const float>(d),
        data_of<const float>(dd), data_of<const int64_t>(order), data_of<const int64_t>(begin),
-       out.mutable_data_ptr(), N, anchor, pulled, parse_distance(distance)},
+       out.mutable_data_ptr(), N, as_anchor, as_chosen, by_name(pairs::kDistances, distance)},
       math_of(embeddings, true), device.stream());
   return out;
 }
@@ -106,16 +111,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
   m.def(
       "triplet_fwd(Tensor embeddings, Tensor labels, Tensor order, Tensor references, Tensor "
       "sorted, "
-      "Tensor reference_labels, Tensor reference_order, bool own, str positives, str negatives, "
+      "Tensor reference_labels, Tensor reference_order, bool in_batch, str positives, str "
+      "negatives, "
       "str "
-      "distance, bool exact) -> (Tensor, Tensor, Tensor, Tensor)");
+      "distance, bool ieee) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "triplet_bwd(Tensor dd, Tensor embeddings, Tensor references, Tensor chosen, Tensor d, "
+      "triplet_gradient(Tensor dd, Tensor embeddings, Tensor references, Tensor chosen, Tensor d, "
       "Tensor "
-      "order, Tensor begin, bool anchor, bool pulled, str distance) -> Tensor");
+      "order, Tensor begin, bool as_anchor, bool as_chosen, str distance) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kdkernels_cuda, KDK_CUDA_DISPATCH_KEY, m) {
   m.impl("triplet_fwd", TORCH_BOX(&kdk::triplet::triplet_fwd));
-  m.impl("triplet_bwd", TORCH_BOX(&kdk::triplet::triplet_bwd));
+  m.impl("triplet_gradient", TORCH_BOX(&kdk::triplet::triplet_gradient));
 }

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels of triplet. Residuals: kdkernels/ops/triplet.py.
+// This header declares the launchers of the CUDA kernels of triplet, and their parameters. The
+// residuals are described in kdkernels/ops/triplet.py.
 #pragma once
 
 #include "../common/cuda/product.h"
-#include "triplet_math.h"
+#include "../common/cuda/winner.h"
+#include "../pairs/distance_math.h"
 
 namespace kdk::triplet {
 
-// A winner as one number, of which the least wins: its key in an order of unsigned integers above,
-// the row below.
-using Winner = unsigned long long;
-inline constexpr Winner kNoWinner = ~Winner{0};
+using cuda::Winner;
+using pairs::Distance;
 
 // Rows in the order of their labels.
 struct SortedRows {
@@ -28,25 +28,25 @@ struct PrepareParams {
 };
 
 struct MineParams {
-  SortedRows anchors, references;  // the same if own
-  bool own;
+  SortedRows anchors, references;  // the same in batch
+  bool in_batch;
   int sign[2];         // per side: 1 looks for the nearest, -1 for the farthest, 0 not at all
   Winner* winners[2];  // [B], of sorted anchors
-  // Only what lies beyond the winner of side `bound`, found with `bound_sign`, counts; -1:
-  // everything.
+  // Only rows beyond the winner of side `bound`, which was found with `bound_sign`, count. If it is
+  // -1, all rows count.
   int bound, bound_sign;
 };
 
 struct DistancesParams {
   SortedRows anchors;
-  cuda::Source references;  // in their own order
+  cuda::Source references;  // in the caller's order
   const Winner* winners[2];
   Distance distance;
-  int64_t *positive, *negative;  // [B], in the anchors' own order, as are the distances
+  int64_t *positive, *negative;  // [B], in the caller's order, as are the distances
   float *d_ap, *d_an;            // [B]
 };
 
-struct PullParams {
+struct GradientParams {
   cuda::Source x;         // [B, D] anchors
   cuda::Source r;         // [M, D]
   const int64_t* chosen;  // [2, B], rows of r, or -1
@@ -56,13 +56,13 @@ struct PullParams {
   const int64_t* begin;   // [M + 1]: where those of each row begin
   void* out;              // [N, D]: gradient of x, or of r, in their dtype
   int64_t N;
-  bool anchor, pulled;  // whether row i of out is anchor i, and whether it is row i of r
+  bool as_anchor, as_chosen;  // whether row i of out is anchor i, and whether it is row i of r
   Distance distance;
 };
 
 void launch_triplet_prepare(const PrepareParams& params, cuda::Math math, cudaStream_t stream);
 void launch_triplet_mine(const MineParams& params, cuda::Math math, cudaStream_t stream);
 void launch_triplet_distances(const DistancesParams& params, cuda::Math math, cudaStream_t stream);
-void launch_triplet_bwd(const PullParams& params, cuda::Math math, cudaStream_t stream);
+void launch_triplet_gradient(const GradientParams& params, cuda::Math math, cudaStream_t stream);
 
 }  // namespace kdk::triplet

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search for the positive and the negative of each anchor. In batch, only tiles of distances on
-// and above the diagonal are multiplied; each one serves the anchors of its rows and of its
-// columns.
+// The miner searches for the positive and the negative of each anchor. In batch, only tiles of
+// distances on and above the diagonal are multiplied; each tile serves the anchors of its rows and
+// of its columns.
 #pragma once
 
 #include <limits>
@@ -10,13 +10,16 @@
 #include "../common/gemm.h"
 #include "../common/parallel.h"
 #include "../common/rows_simd.h"
-#include "labelled.h"
+#include "../pairs/pair_sweep_simd.h"
+#include "../pairs/sorted_rows.h"
+#include "../pairs/tile_grid.h"
+#include "triplet_math.h"
+#include "triplet_names.h"
 #include "triplet_simd.h"
 
 namespace kdk::triplet {
 
-// kPaired, of positives only: row i of the references is the positive of anchor i.
-enum class Strategy { kHardest, kSemihard, kEasiest, kPaired };
+using pairs::kMostTile, pairs::Labelled, pairs::LabelRanges, pairs::SortedRows;
 
 // Candidates of one kind (positives or negatives) that each anchor looks through, and the winners
 // so far.
@@ -36,10 +39,11 @@ struct Search {
 
 template <typename T>
 struct Miner {
-  const Sorted<T>& anchors;
-  const Sorted<T>& references;
+  const SortedRows<T>& anchors;
+  const SortedRows<T>& references;
   const LabelRanges& ranges;
   const Loops<T>& kernels = loops<T>();
+  const pairs::Loops<T>& pair_kernels = pairs::loops<T>();
 
   explicit Miner(const Labelled<T>& rows)
       : anchors(rows.anchors), references(rows.references), ranges(rows.ranges) {}
@@ -50,8 +54,8 @@ struct Miner {
     if (better(key, row, best)) best = {key, row};
   }
 
-  // One tile of squared distances, anchors i0... against references j0...; in batch with `both`,
-  // also the other way.
+  // Looks at one tile of squared distances, of anchors i0... to references j0.... With `both`, in
+  // batch, the columns are anchors too.
   void look(Search<T>& search, Matrix<T> d, int64_t i0, int64_t j0, bool both,
             T* column_keys) const {
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
@@ -62,10 +66,10 @@ struct Miner {
       const T floor = search.floors[anchor];
       T least = kInfinity;
       ranges.stretches(search.same_label, anchor, j0, d.cols, [&](int64_t begin, int64_t end) {
-        least =
-            std::min(least, kernels.least_above(row + begin, search.sign, floor,
-                                                both ? search.floors.data() + j0 + begin : nullptr,
-                                                both ? column_keys + begin : nullptr, end - begin));
+        least = std::min(
+            least, pair_kernels.least_above(row + begin, search.sign, floor,
+                                            both ? search.floors.data() + j0 + begin : nullptr,
+                                            both ? column_keys + begin : nullptr, end - begin));
       });
       if (least == kInfinity || (search.best[anchor].row >= 0 && least > search.best[anchor].key))
         continue;
@@ -87,37 +91,36 @@ struct Miner {
     }
   }
 
-  void tile(const std::vector<Search<T>*>& searches, int64_t i0, int64_t n_i, int64_t j0,
-            int64_t n_j, bool both, T* memory) const {
+  void tile(const std::vector<Search<T>*>& searches, const pairs::Block& block, bool both,
+            T* memory) const {
+    const int64_t i0 = block.i0, n_i = block.rows, j0 = block.j0, n_j = block.cols;
     const auto d = Matrix<T>::contiguous(memory, n_i, n_j);
     gemm<T>(anchors.x.row_block(i0, n_i), references.x.row_block(j0, n_j).t(), d);
     for (int64_t i = 0; i < n_i; ++i)
       kernels.squared_distances(d.row(i), anchors.norm[i0 + i], references.norm.data() + j0, n_j);
-    for (Search<T>* search : searches) look(*search, d, i0, j0, both, memory + kTile * kTile);
+    for (Search<T>* search : searches)
+      look(*search, d, i0, j0, both, memory + kMostTile * kMostTile);
   }
 
   void run(const std::vector<Search<T>*>& searches) const {
     const int64_t B = anchors.size(), M = references.size();
     const bool positives_only =
         std::all_of(searches.begin(), searches.end(), [](const auto* s) { return s->same_label; });
-    const int64_t n_i = (B + kTile - 1) / kTile, n_j = (M + kTile - 1) / kTile,
-                  memory = kTile * (kTile + 1);
+    const auto grid = pairs::TileGrid::square(B, M, ranges.in_batch, kMostTile);
+    const int64_t memory = kMostTile * (kMostTile + 1);
     const Scratch<T> scratch(thread_slots() * memory);
-    const double ops = 2.0 * kTile * kTile * anchors.x.cols;
-    const auto visit = [&](int64_t ti, int64_t tj) {
-      const int64_t i0 = ti * kTile, rows = std::min(kTile, B - i0), j0 = tj * kTile,
-                    cols = std::min(kTile, M - j0);
-      if (positives_only && (ranges.first[i0] >= j0 + cols || ranges.last[i0 + rows - 1] <= j0))
+    const double ops = 2.0 * grid.tile_size() * anchors.x.cols;
+    const auto visit = [&](const pairs::Block& block) {
+      if (positives_only && (ranges.first[block.i0] >= block.j0 + block.cols ||
+                             ranges.last[block.i0 + block.rows - 1] <= block.j0))
         return;  // labels ascend
-      tile(searches, i0, rows, j0, cols, ranges.own && ti != tj,
+      tile(searches, block, ranges.in_batch && !block.diagonal,
            scratch.data() + thread_index() * memory);
     };
-    if (ranges.own) {
-      parallel_pairs(n_i, ops, visit);
+    if (ranges.in_batch) {
+      grid.each(ops, visit);
     } else {
-      parallel_each(n_i, ops * n_j, [&](int64_t ti) {
-        for (int64_t tj = 0; tj < n_j; ++tj) visit(ti, tj);
-      });
+      grid.each_by_rows(ops, visit);
     }
   }
 
@@ -138,14 +141,14 @@ struct Miner {
     });
   }
 
-  // The sweep passes NaN by; here whoever may choose it does.
+  // The sweep ignores NaN. Here, each anchor that has a candidate at a distance of NaN chooses it.
   void choose_nan(Search<T>& search) const {
     std::vector<int64_t> bad;
     for (int64_t j = 0; j < references.size(); ++j) {
       if (!references.finite(j)) bad.push_back(j);
     }
     const auto choose = [&](int64_t i, int64_t j) {
-      if (ranges.same(i, j) != search.same_label || (ranges.own && i == j)) return;
+      if (ranges.same(i, j) != search.same_label || (ranges.in_batch && i == j)) return;
       Best<T>& best = search.best[i];
       const int64_t row = references.row[j];
       if (better(kNanKey<T>, row, best)) best = {kNanKey<T>, row};

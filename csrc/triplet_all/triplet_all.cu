@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Losses and weights from rows of distances: a block has an anchor. It ranks the distances to its
-// positives, as many at a time as it has threads, and finds where each distance to a negative lies
-// among them, by bisection. Counts and the winners of a search are merged as integers, so in any
-// order.
+// These kernels make losses and weights from rows of distances. A block has an anchor. It ranks the
+// distances to the anchor's positives, as many at a time as it has threads, and finds by bisection
+// where each distance to a negative lies among them. Counts and the winners of a search are merged
+// as integers, so the order does not matter.
 #include "../common/cuda/launch.h"
-#include "../common/cuda/tickets.h"
+#include "../common/cuda/semaphores.h"
 #include "../common/cuda/tile.h"
-#include "../triplet/triplet_winner.h"
+#include "../common/cuda/winner_device.h"
 #include "triplet_all_cuda.h"
 #include "triplet_all_math.h"
 
@@ -14,7 +14,6 @@ namespace kdk::triplet_all {
 namespace {
 
 using namespace kdk::cuda;
-using triplet::kInfinity, triplet::kNoWinner, triplet::Winner;
 
 constexpr int kWarps = kThreads / 32;  // at most: fewer for short rows
 
@@ -52,7 +51,7 @@ struct Anchor {
     return j + (self >= 0 && j >= self);
   }
 
-  // The distances from column j on, +infinity for what is no negative.
+  // Loads four distances from column j on, with +infinity for rows that are no negatives.
   __device__ __forceinline__ Float4 load_negatives(int64_t j) const {
     Float4 four;
     if (j < M) four = *reinterpret_cast<const Float4*>(d + j);
@@ -63,7 +62,8 @@ struct Anchor {
     return four;
   }
 
-  // The weights from column j on, before the first positives are weighed or after.
+  // Loads four weights from column j on. `before` says that no positive has been weighed yet, so
+  // that they are 0.
   __device__ __forceinline__ Float4 load_weights(int64_t j, bool before) const {
     return before || w == nullptr ? Float4{} : *reinterpret_cast<const Float4*>(w + j);
   }
@@ -71,7 +71,8 @@ struct Anchor {
     if (w != nullptr) *reinterpret_cast<Float4*>(w + j) = weights;
   }
 
-  // f(column, distance) of this thread's share, which returns what to take off the weight.
+  // Calls f(column, distance) for this thread's share of the negatives. f returns what to take off
+  // the weight.
   template <typename F>
   __device__ __forceinline__ void each_negative(bool before, const F& f) const {
     for (int64_t j = 4 * threadIdx.x; j < M; j += 4 * threads()) {
@@ -86,13 +87,14 @@ struct Anchor {
   }
 };
 
-// What a thread has found of the losses of an anchor; NaN if a distance is.
+// What a thread has found of the losses of an anchor. The total is NaN if a distance is.
 struct Found {
   double total = 0;
   int64_t nonzero = 0;
 };
 
-// Some positives of an anchor: this thread has number `first + threadIdx.x`, if below n.
+// Some positives of an anchor. This thread has positive `first + threadIdx.x`, if threadIdx.x is
+// below n.
 struct Piece {
   int64_t first;
   int n;
@@ -120,9 +122,9 @@ __device__ Piece rank(const Anchor& anchor, int64_t first, Shared& shared) {
   return piece;
 }
 
-// How many of n descending thresholds are above x, or not below it.
+// Returns how many of n descending thresholds are above x, or not below it.
 template <bool kAbove>
-__device__ __forceinline__ int position(const float* thresholds, int n, float x) {
+__device__ __forceinline__ int count_thresholds(const float* thresholds, int n, float x) {
   int at = 0;
   while (n > 0) {
     const int half = (n + 1) / 2;
@@ -133,7 +135,8 @@ __device__ __forceinline__ int position(const float* thresholds, int n, float x)
   return at;
 }
 
-// The inclusive scan over the threads of the block, by an operation in any order.
+// Returns the inclusive scan over the threads of the block, by an operation that may be done in any
+// order.
 template <typename T, typename Op>
 __device__ __forceinline__ T block_scan(T x, T* shared, const Op& op) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -150,7 +153,7 @@ __device__ __forceinline__ T block_scan(T x, T* shared, const Op& op) {
 }
 
 // With k_n = #{p : d_p > e_n} and w_p = #{n : e_n < d_p}, e_n = d_n - margin, the losses add up to
-// sum_p w_p d_p - sum_n k_n e_n. Exact products in fp64.
+// sum_p w_p d_p - sum_n k_n e_n. The products are exact in fp64.
 __device__ void weigh_hinge(const WeighParams& p, const Anchor& anchor, const Piece& piece,
                             Shared& shared, Found& found) {
   const int t = threadIdx.x, n = piece.n;
@@ -158,7 +161,7 @@ __device__ void weigh_hinge(const WeighParams& p, const Anchor& anchor, const Pi
   __syncthreads();
   anchor.each_negative(piece.first == 0, [&](int64_t, float d) {
     const float e = d - p.margin;
-    const int above = position<true>(shared.sorted, n, e);
+    const int above = count_thresholds<true>(shared.sorted, n, e);
     if (d != d) found.total = d;
     if (above > 0) {
       atomicAdd(&shared.below[above - 1], 1u);
@@ -178,7 +181,7 @@ __device__ void weigh_hinge(const WeighParams& p, const Anchor& anchor, const Pi
   if (anchor.w != nullptr) anchor.w[anchor.column(piece.first + t)] = static_cast<float>(weight);
 }
 
-// Each triplet by itself.
+// Weighs each triplet by itself.
 __device__ void weigh_softplus(const WeighParams& p, const Anchor& anchor, const Piece& piece,
                                Shared& shared, Found& found) {
   constexpr int kTogether = 32;  // positives whose derivatives are added up apart, for precision
@@ -232,13 +235,13 @@ __device__ void weigh_semihard(const WeighParams& p, const Anchor& anchor, const
   Winner farthest = kNoWinner;
   anchor.each_negative(piece.first == 0, [&](int64_t j, float d) {
     if (d != d) found.total = d;  // it is beyond every positive, and would be taken
-    const Winner far = triplet::pack(-d, row[j]);
+    const Winner far = pack(-d, row[j]);
     farthest = far < farthest ? far : farthest;
-    const int before = position<false>(shared.sorted, n, d);
-    if (before < n) atomicMin(&shared.chosen.nearest[before], triplet::pack(d, row[j]));
+    const int before = count_thresholds<false>(shared.sorted, n, d);
+    if (before < n) atomicMin(&shared.chosen.nearest[before], pack(d, row[j]));
     return 0.0f;
   });
-  farthest = triplet::lane_min<1, 16>(farthest);
+  farthest = lane_min<1, 16>(farthest);
   if (t % 32 == 0) shared.winners[t / 32] = farthest;
   __syncthreads();
   for (int warp = 0; warp < threads() / 32; ++warp)
@@ -250,7 +253,7 @@ __device__ void weigh_semihard(const WeighParams& p, const Anchor& anchor, const
   __syncthreads();
   if (t < n) {
     const Winner winner = shared.chosen.nearest[piece.rank];
-    const float d_an = fabsf(triplet::key_of(winner)), u = (piece.d - d_an) + p.margin;
+    const float d_an = fabsf(key_of(winner)), u = (piece.d - d_an) + p.margin;
     const Term<float> term = p.form == Form::kSoftSemihard ? softplus(u) : hinge(u);
     found.total += term.loss;
     found.nonzero += term.loss > 0;
@@ -260,7 +263,7 @@ __device__ void weigh_semihard(const WeighParams& p, const Anchor& anchor, const
   __syncthreads();
   if (anchor.w == nullptr || t >= n) return;
   // positives that share a negative follow one another
-  const auto chosen = [&](int k) { return triplet::row_of(shared.chosen.nearest[k]); };
+  const auto chosen = [&](int k) { return row_of(shared.chosen.nearest[k]); };
   if (t > 0 && chosen(t - 1) == chosen(t)) return;
   double slope = 0;
   for (int k = t; k < n && chosen(k) == chosen(t); ++k) slope += shared.chosen.slope[k];
@@ -278,7 +281,7 @@ __device__ double settle(const WeighParams& p, const Anchor& anchor, bool weighe
     const bool flagged = close[j / kTile];
     KDK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      if (w.x[e] != 0) w.x[e] *= triplet::slope<float>(d.x[e], p.chunk.distance);
+      if (w.x[e] != 0) w.x[e] *= pairs::slope<float>(d.x[e], p.chunk.distance);
       if (total != total && j + e < anchor.M) w.x[e] = static_cast<float>(total);
       if (flagged) {
         d.x[e] = w.x[e];
@@ -298,13 +301,14 @@ __global__ void __launch_bounds__(kThreads, 4)
   const DistancesParams& chunk = p.chunk;
   const int64_t i = blockIdx.x, t = threadIdx.x, row = chunk.first + i;
   KDK_UNROLL
-  for (int side = 0; side < 2; ++side) clear_tickets(p.tickets[side], p.ticket_count[side]);
+  for (int side = 0; side < 2; ++side)
+    clear_semaphores(p.semaphores[side], p.semaphore_count[side]);
   const Anchor anchor{chunk.d + i * chunk.stride,
                       p.weights == nullptr ? nullptr : p.weights + i * chunk.stride,
                       p.begin[row],
                       p.end[row],
                       chunk.references.x.rows,
-                      chunk.own ? row : -1};
+                      chunk.in_batch ? row : -1};
   const int64_t P = anchor.positives(), N = anchor.negatives();
   const bool any = P > 0 && N > 0;
   Found found;

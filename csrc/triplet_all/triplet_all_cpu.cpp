@@ -4,7 +4,8 @@
 #include <string>
 #include <tuple>
 
-#include "triplet_all.h"
+#include "../pairs/distance_names.h"
+#include "triplet_all_cpu.h"
 
 namespace kdk::triplet_all {
 namespace {
@@ -12,18 +13,19 @@ namespace {
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(
     const Tensor& embeddings, const Tensor& labels, const Tensor& references,
-    const Tensor& reference_labels, bool own, bool semihard, const Options& options,
-    triplet::Distance distance, bool need_embeddings, bool need_references) {
+    const Tensor& reference_labels, bool in_batch, bool semihard, const Options& options,
+    pairs::Distance distance, bool need_embeddings, bool need_references) {
   const Tensor x = contiguous_in_type<T>(embeddings),
-               r = own ? x : contiguous_in_type<T>(references);
-  Sweep<T> sweep(x, labels, r, reference_labels, own, distance, need_embeddings, need_references);
+               r = in_batch ? x : contiguous_in_type<T>(references);
+  Sweep<T> sweep(x, labels, r, reference_labels, in_batch, distance, need_embeddings,
+                 need_references);
   const Positives<T> positives(sweep, semihard);
   auto [sum, dx, dr] =
       semihard ? with_semihard(sweep, positives, options) : with_all(sweep, positives, options);
   if (positives.nan) {
     sum.total = std::numeric_limits<double>::quiet_NaN();
     dx = pairs::nan_gradient(sweep.anchors);
-    if (!own) dr = pairs::nan_gradient(sweep.references);
+    if (!in_batch) dr = pairs::nan_gradient(sweep.references);
   }
   const Tensor total = empty({}, scalar_type_of<T>), nonzero = empty({}, ScalarType::Long),
                valid = empty({}, ScalarType::Long);
@@ -34,12 +36,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
-    Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool own,
+    Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch,
     std::string negatives, double margin, bool soft, std::string distance, bool need_embeddings,
     bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(embeddings, labels, references, reference_labels, own, negatives == "semihard",
-             {margin, soft}, triplet::parse_distance(distance), need_embeddings, need_references);
+  return run(embeddings, labels, references, reference_labels, in_batch, negatives == "semihard",
+             {margin, soft}, by_name(pairs::kDistances, distance), need_embeddings,
+             need_references);
 }
 
 }  // namespace
@@ -48,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def(
       "triplet_all_fwd(Tensor embeddings, Tensor labels, Tensor references, Tensor "
-      "reference_labels, bool own, str negatives, float margin, bool soft, str distance, bool "
+      "reference_labels, bool in_batch, str negatives, float margin, bool soft, str distance, bool "
       "need_embeddings, bool need_references) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

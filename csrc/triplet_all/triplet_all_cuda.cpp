@@ -7,13 +7,14 @@
 #include <tuple>
 
 #include "../common/cuda/glue.h"
+#include "../pairs/distance_names.h"
 
 namespace kdk::triplet_all {
 namespace {
 
 using namespace kdk::cuda;
 
-// One side in the order of its labels, and the memory for it.
+// The rows of one side in the order of their labels, and the memory for them.
 class Side {
  public:
   Side(const Device& device, const Tensor& features, const Tensor& label, const Tensor& order,
@@ -24,12 +25,13 @@ class Side {
         order_(order),
         place_(device.empty({size()}, ScalarType::Long)),
         // rows of whole 16-byte pieces, whatever D
-        x_(device.empty({size(), ceil_div(columns(), 4) * 4}, ScalarType::Float)),
+        x_(device.empty({size(), round_up(columns(), 4)}, ScalarType::Float)),
         norm_(device.empty({size()}, ScalarType::Float)),
         sums_(device.empty({needed ? size() : 0}, ScalarType::Double)),
-        pulled_(device.empty({needed ? size() : 0, columns()}, ScalarType::Float)) {
+        weighted_(device.empty({needed ? size() : 0, columns()}, ScalarType::Float)) {
     rows = {source_of(x_), data_of<float>(norm_), data_of<const int64_t>(order_),
-            needed ? data_of<double>(sums_) : nullptr, needed ? data_of<float>(pulled_) : nullptr};
+            needed ? data_of<double>(sums_) : nullptr,
+            needed ? data_of<float>(weighted_) : nullptr};
     rows.x.cols = columns();
     rows.x.stride = x_.size(1);
   }
@@ -50,12 +52,12 @@ class Side {
 
   Rows chunk(int64_t first, int64_t count) const {
     Rows some = rows;
-    some.x = rows_of(rows.x, first, count, Math::kExact);
+    some.x = rows_of(rows.x, first, count, Math::kIeee);
     some.norm += first;
     some.order += first;
     if (!needed_) return some;
     some.sums += first;
-    some.pulled += first * columns();
+    some.weighted += first * columns();
     return some;
   }
 
@@ -70,27 +72,28 @@ class Side {
 
  private:
   bool needed_;
-  Tensor features_, label_, order_, place_, x_, norm_, sums_, pulled_;
+  Tensor features_, label_, order_, place_, x_, norm_, sums_, weighted_;
 };
 
-// Losses and weights of a chunk, and the two products that carry the weights to the rows.
+// Makes the losses and weights of a chunk, and the two products that add up what the weights
+// contribute.
 void weigh(const Device& device, WeighParams params, const Tensor& weights, Math math) {
   const Rows &anchors = params.chunk.anchors, &references = params.chunk.references;
   const int64_t R = anchors.x.rows, M = references.x.rows, D = anchors.x.cols;
   std::optional<Product> products[2];
   for (int side = 0; side < 2; ++side) {
-    const Rows &own = side == 0 ? anchors : references, &other = side == 0 ? references : anchors;
-    if (own.pulled == nullptr || D == 0) continue;
+    const Rows &rows = side == 0 ? anchors : references, &other = side == 0 ? references : anchors;
+    if (rows.weighted == nullptr || D == 0) continue;
     ProductParams& product =
-        products[side].emplace(device, 1, own.x.rows, D, other.x.rows, math).params;
+        products[side].emplace(device, 1, rows.x.rows, D, other.x.rows, math).params;
     product.a = source_of(weights);
     product.a.rows = R;
     product.a.cols = M;
     product.b = other.x;
-    product.out = own.pulled;
-    product.add = own.pulled;
-    params.tickets[side] = product.tickets;
-    params.ticket_count[side] = products[side]->ticket_count();
+    product.out = rows.weighted;
+    product.add = rows.weighted;
+    params.semaphores[side] = product.semaphores;
+    params.semaphore_count[side] = products[side]->semaphore_count();
   }
   launch_triplet_all_weigh(params, device.stream());
   for (int side = 0; side < 2; ++side) {
@@ -107,8 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
     Tensor references,        // [M, D]
     Tensor reference_labels,  // [M] int64, sorted
     Tensor reference_order,   // [M] int64
-    bool own, bool semihard, double margin, bool soft, std::string distance, bool need_embeddings,
-    bool need_references, bool exact) {
+    bool in_batch, std::string negatives, double margin, bool soft, std::string distance,
+    bool need_embeddings, bool need_references, bool ieee) {
   const Device device(embeddings);
   const int64_t B = embeddings.size(0), M = references.size(0);
   if (B == 0 || M == 0) {
@@ -118,21 +121,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
     };
     return {device.zeros({}, ScalarType::Float), device.zeros({}, ScalarType::Long),
             device.zeros({}, ScalarType::Long), nothing(need_embeddings, embeddings),
-            nothing(need_references && !own, references)};
+            nothing(need_references && !in_batch, references)};
   }
   // features of 16 bits are tf32 numbers
   const Math math =
-      exact && embeddings.scalar_type() == ScalarType::Float ? Math::kExact : Math::kTf32x3;
+      ieee && embeddings.scalar_type() == ScalarType::Float ? Math::kIeee : Math::kTf32x3;
   const Side anchors(device, embeddings, labels, order, need_embeddings);
   std::optional<Side> others;
-  if (!own) others.emplace(device, references, reference_labels, reference_order, need_references);
-  const Side& candidates = own ? anchors : *others;
+  if (!in_batch)
+    others.emplace(device, references, reference_labels, reference_order, need_references);
+  const Side& candidates = in_batch ? anchors : *others;
   const Tensor ranges = device.empty({2, B}, ScalarType::Long);
-  if (!own) candidates.prepare(device, candidates, nullptr);
+  if (!in_batch) candidates.prepare(device, candidates, nullptr);
   anchors.prepare(device, candidates, data_of<int64_t>(ranges));
 
   const bool gradient = anchors.needed() || candidates.needed();
-  const int64_t stride = ceil_div(M, 4) * 4;
+  const int64_t stride = round_up(M, 4);
   const int64_t step = rows_in_l2(B, stride * (gradient ? 2 : 1) * sizeof(float));
   const Tensor d = device.empty({step, stride}, ScalarType::Float);
   const Tensor weights = device.empty({gradient ? step : 0, stride}, ScalarType::Float);
@@ -144,8 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
   params.begin = data_of<const int64_t>(ranges);
   params.end = params.begin + B;
   params.place = candidates.place();
-  params.form = semihard ? (soft ? Form::kSoftSemihard : Form::kSemihard)
-                         : (soft ? Form::kSoftplus : Form::kHinge);
+  params.form = negatives == "semihard" ? (soft ? Form::kSoftSemihard : Form::kSemihard)
+                                        : (soft ? Form::kSoftplus : Form::kHinge);
   params.margin = static_cast<float>(margin);
   params.weights = gradient ? data_of<float>(weights) : nullptr;
   params.losses = data_of<double>(losses);
@@ -154,9 +158,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
   for (int64_t first = 0; first < B; first += step) {
     params.chunk = {anchors.chunk(first, std::min(step, B - first)),
                     candidates.rows,
-                    own,
+                    in_batch,
                     first,
-                    triplet::parse_distance(distance),
+                    by_name(pairs::kDistances, distance),
                     data_of<float>(d),
                     stride,
                     data_of<int>(close)};
@@ -171,7 +175,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
        data_of<int64_t>(nonzero_total), data_of<int64_t>(triplets_total)},
       device.stream());
   return {total, nonzero_total, triplets_total, anchors.gradient(device),
-          own ? device.empty({0}, ScalarType::Float) : candidates.gradient(device)};
+          in_batch ? device.empty({0}, ScalarType::Float) : candidates.gradient(device)};
 }
 
 }  // namespace
@@ -180,8 +184,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
   m.def(
       "triplet_all_fwd(Tensor embeddings, Tensor labels, Tensor order, Tensor references, Tensor "
-      "reference_labels, Tensor reference_order, bool own, bool semihard, float margin, bool soft, "
-      "str distance, bool need_embeddings, bool need_references, bool exact) -> (Tensor, Tensor, "
+      "reference_labels, Tensor reference_order, bool in_batch, str negatives, float margin, bool "
+      "soft, "
+      "str distance, bool need_embeddings, bool need_references, bool ieee) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
 }
 

@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// triplet_all with negatives="all". Each distance to a negative, less the margin, is compared with
-// the distances to the positives; how many of them are above it is minus its derivative, and how
-// many negatives are below a positive is the derivative of that one. With k_n and w_p these counts,
-// the hinge losses add up to sum_p w_p d_p - sum_n k_n (d_n - margin), in fp64 exact products.
-#include "triplet_all.h"
+// triplet_all with negatives="all". Each distance d_n to a negative, less the margin, is compared
+// with the distances d_p to the positives. The number k_n of positives above it is minus the
+// derivative by d_n, and the number w_p of negatives below a positive is the derivative by d_p. The
+// hinge losses add up to sum_p w_p d_p - sum_n k_n (d_n - margin), in products that are exact in
+// fp64.
+#include "triplet_all_cpu.h"
 #include "triplet_all_simd.h"
 
 namespace kdk::triplet_all {
 namespace {
 
-static_assert(triplet::kTile <= kStretch);
+static_assert(pairs::kMostTile <= kStretch);
 
 constexpr int64_t kFew = 48;  // positives up to which comparing with each beats bisection
 
@@ -75,12 +76,13 @@ struct Every : Negatives<T> {
         const T slack = sweep.slack(i, j0 + j, d[j]);
         if ((k < P && d[j] - thresholds[k] <= slack) ||
             (k > 0 && thresholds[k - 1] - d[j] <= slack))
-          d[j] = sweep.exact(i, j0 + j);
+          d[j] = sweep.from_difference(i, j0 + j);
       }
     });
   }
 
-  // Of anchor i; puts the weights of its positives times slopes into the order of the references.
+  // Returns the sum of anchor i, and puts the weights of its positives, times slopes, into the
+  // order of the references.
   Sum finish(int64_t i) {
     const int64_t P = positives.count[i], first = positives.offset[i];
     double* w = slots.data() + first;
@@ -93,7 +95,7 @@ struct Every : Negatives<T> {
         result.total += w[k] * d;
         result.nonzero += static_cast<int64_t>(w[k]);
       }
-      weight[positives.position[first + k]] = w[k] * triplet::slope(d, sweep.distance);
+      weight[positives.position[first + k]] = w[k] * pairs::slope(d, sweep.distance);
     }
     std::copy(weight.begin(), weight.end(), w);
     return result;
@@ -116,7 +118,8 @@ std::tuple<Sum, Tensor, Tensor> with_all(Sweep<T>& sweep, const Positives<T>& po
     sum.nonzero += each.nonzero;
   }
   const auto nothing = [](int64_t, double*) {};
-  auto [dx, dr] = gradients(PositivePulls<T>{sweep, positives, loss.slots}, nothing, nothing);
+  auto [dx, dr] =
+      gradients(PositiveContributions<T>{sweep, positives, loss.slots}, nothing, nothing);
   return {sum, dx, dr};
 }
 

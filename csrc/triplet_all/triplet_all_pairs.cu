@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What surrounds the losses: rows in the order of their labels, their distances, and the gradient
-// from weights on distances.
+// These kernels surround those of the losses: they put rows into the order of their labels, make
+// the distances, and make the gradient from weights on distances.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
+#include "../common/rows_math.h"
 #include "triplet_all_cuda.h"
 
 namespace kdk::triplet_all {
@@ -13,9 +14,9 @@ using namespace kdk::cuda;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// How many of n ascending labels are below `label`, or not above it.
-__device__ __forceinline__ int64_t position(const int64_t* labels, int64_t n, int64_t label,
-                                            bool past) {
+// Returns how many of n ascending labels are below `label`, or with `past` not above it.
+__device__ __forceinline__ int64_t count_labels(const int64_t* labels, int64_t n, int64_t label,
+                                                bool past) {
   int64_t low = 0;
   while (n > 0) {
     const int64_t half = n / 2, other = labels[low + half];
@@ -39,17 +40,18 @@ __global__ void __launch_bounds__(kThreads)
   float* to = static_cast<float*>(const_cast<void*>(p.rows.x.data)) + i * p.rows.x.stride;
   for (int64_t d = lane; d < p.rows.x.stride; d += 32)
     to[d] = finite && d < D ? to_float(from[d]) : 0.0f;
-  for (int64_t d = lane; p.rows.pulled != nullptr && d < D; d += 32) p.rows.pulled[i * D + d] = 0;
+  for (int64_t d = lane; p.rows.weighted != nullptr && d < D; d += 32)
+    p.rows.weighted[i * D + d] = 0;
   if (lane == 0) {
     p.rows.norm[i] = finite ? norm : kNaN;
     p.place[row] = i;
     if (p.rows.sums != nullptr) p.rows.sums[i] = 0;
   }
   if (p.begin != nullptr && lane < 2)
-    (lane == 0 ? p.begin : p.end)[i] = position(p.reference_label, p.M, p.label[i], lane == 1);
+    (lane == 0 ? p.begin : p.end)[i] = count_labels(p.reference_label, p.M, p.label[i], lane == 1);
 }
 
-// Whether any thread of the block says so. `shared` may be used again afterwards.
+// Returns whether any thread of the block says so. `shared` may be used again afterwards.
 __device__ __forceinline__ bool any_of(bool says, unsigned char* shared) {
   auto* warps = reinterpret_cast<unsigned*>(shared);
   const unsigned lanes = __ballot_sync(kWarp, says);
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
       for (int row = 0; row < 8; ++row) {
         const int64_t i = i0 + first_row() + 8 * row;
         const float x_norm = i < x.x.rows ? x.norm[i] : 0.0f;
-        const bool pair = i < x.x.rows && j < r.x.rows && !(p.own && p.first + i == j);
+        const bool pair = i < x.x.rows && j < r.x.rows && !(p.in_batch && p.first + i == j);
         f(row, column, x_norm, r_norm, pair);
       }
     }
@@ -95,8 +97,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   near = any_of(near, shared_memory());
   if (near) {
     fill(acc, 0);
-    multiply<Math::kExact, kAlong, kAlong, Terms::kSquaredDifferences>(acc, shared_memory(), x.x,
-                                                                       r.x, 0, i0, j0, 0, x.x.cols);
+    multiply<Math::kIeee, kAlong, kAlong, Terms::kSquaredDifferences>(acc, shared_memory(), x.x,
+                                                                      r.x, 0, i0, j0, 0, x.x.cols);
     squares([&](int row, int column, float x_norm, float r_norm, bool) {
       // a norm that is NaN makes it so
       acc[row / 2][column / 2][row % 2 * 2 + column % 2] += 0 * (x_norm + r_norm);
@@ -108,14 +110,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   const int64_t rows = x.x.rows - i0, columns = r.x.rows - j0;
   for_each_eight(tile, rows, columns, [&](float (&d)[8], int row, int column) {
     KDK_UNROLL
-    for (int e = 0; e < 8; ++e)
-      d[e] = triplet::from_squared<float>(d[e] < 0 ? 0 : d[e], p.distance);
+    for (int e = 0; e < 8; ++e) d[e] = pairs::from_squared<float>(d[e] < 0 ? 0 : d[e], p.distance);
     store_eight(p.d + (i0 + row) * p.stride + j0 + column, d, columns - column, true);
   });
 }
 
-// A block has kOwn rows that are pulled and kColumns of their columns, and goes through the rows
-// that pull kSteps at a time. A thread has 4 x 4.
+// A block has a tile of rows and kColumns of their columns, and goes through the rows that
+// contribute to their gradient kSteps at a time. A thread has 4 x 4 entries.
 constexpr int kColumns = 32, kSteps = 16;
 static_assert(kTile / 4 * (kColumns / 4) == kThreads);
 constexpr int kGroups = kThreads / 32;  // of rows, in sums of 32 columns
@@ -130,18 +131,18 @@ __device__ __forceinline__ Float4 load_four(const Source& x, int64_t i, int64_t 
   return i < x.rows && d < x.stride ? *reinterpret_cast<const Float4*>(row) : Float4{};
 }
 
-__device__ void pull_close(const CloseParams& p, int64_t block) {
+__device__ void subtract_close(const CloseParams& p, int64_t block) {
   auto& shared = *reinterpret_cast<CloseShared*>(shared_memory());
   const DistancesParams& chunk = p.chunk;
-  const Rows& own = p.references ? chunk.references : chunk.anchors;
+  const Rows& rows = p.references ? chunk.references : chunk.anchors;
   const Rows& other = p.references ? chunk.anchors : chunk.references;
-  const int64_t N = own.x.rows, K = other.x.rows, D = own.x.cols;
+  const int64_t N = rows.x.rows, K = other.x.rows, D = rows.x.cols;
   const int64_t across = ceil_div(chunk.references.x.rows, kTile), slabs = ceil_div(D, kColumns);
   const int64_t n0 = block / slabs * kTile, d0 = block % slabs * kColumns;
   const int64_t n = threadIdx.x / (kColumns / 4) * 4, d = threadIdx.x % (kColumns / 4) * 4;
   Float4 x[4], acc[4] = {};
   KDK_UNROLL
-  for (int a = 0; a < 4; ++a) x[a] = load_four(own.x, n0 + n + a, d0 + d);
+  for (int a = 0; a < 4; ++a) x[a] = load_four(rows.x, n0 + n + a, d0 + d);
   bool any = false;
   for (int64_t tile = 0; tile * kTile < K; ++tile) {
     const int64_t at = p.references ? tile * across + n0 / kTile : n0 / kTile * across + tile;
@@ -180,12 +181,12 @@ __device__ void pull_close(const CloseParams& p, int64_t block) {
     KDK_UNROLL
     for (int b = 0; b < 4; ++b) {
       if (n0 + n + a < N && d0 + d + b < D)
-        own.pulled[(n0 + n + a) * D + d0 + d + b] -= acc[a].x[b];
+        rows.weighted[(n0 + n + a) * D + d0 + d + b] -= acc[a].x[b];
     }
   }
 }
 
-// Of the weights on 32 references.
+// Adds the weights of 32 references to their sums.
 __device__ void sum_columns(const CloseParams& p, int64_t block) {
   auto* shared = reinterpret_cast<double*>(shared_memory());  // [kGroups, 32]
   const DistancesParams& chunk = p.chunk;
@@ -203,8 +204,8 @@ __device__ void sum_columns(const CloseParams& p, int64_t block) {
 }
 
 int64_t close_blocks(const CloseParams& p) {
-  const Source& own = p.references ? p.chunk.references.x : p.chunk.anchors.x;
-  return ceil_div(own.rows, kTile) * ceil_div(own.cols, kColumns);
+  const Source& x = p.references ? p.chunk.references.x : p.chunk.anchors.x;
+  return ceil_div(x.rows, kTile) * ceil_div(x.cols, kColumns);
 }
 
 __global__ void __launch_bounds__(kThreads, 2)
@@ -212,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t tiles =
       ceil_div((p.references ? p.chunk.references : p.chunk.anchors).x.rows, kTile);
   const int64_t blocks = tiles * ceil_div(p.chunk.anchors.x.cols, kColumns);
-  if (blockIdx.x < blocks) return pull_close(p, blockIdx.x);
+  if (blockIdx.x < blocks) return subtract_close(p, blockIdx.x);
   sum_columns(p, blockIdx.x - blocks);
 }
 
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto* x = static_cast<const float*>(p.rows.x.data) + i * p.rows.x.stride;
   const double sum = p.rows.sums[i];
   for (int64_t d = threadIdx.x % 32; d < D; d += 32)
-    p.dx[p.rows.order[i] * D + d] = static_cast<float>(sum * x[d] - p.rows.pulled[i * D + d]);
+    p.dx[p.rows.order[i] * D + d] = static_cast<float>(sum * x[d] - p.rows.weighted[i * D + d]);
 }
 
 }  // namespace
@@ -239,8 +240,8 @@ void launch_triplet_all_prepare(const PrepareParams& params, Math math, cudaStre
 void launch_triplet_all_distances(const DistancesParams& params, Math math, cudaStream_t stream) {
   const int64_t tiles =
       ceil_div(params.anchors.x.rows, kTile) * ceil_div(params.references.x.rows, kTile);
-  launch(math == Math::kExact ? triplet_all_product_kernel<Math::kExact>
-                              : triplet_all_product_kernel<Math::kTf32x3>,
+  launch(math == Math::kIeee ? triplet_all_product_kernel<Math::kIeee>
+                             : triplet_all_product_kernel<Math::kTf32x3>,
          grid_of(tiles), kThreads, kSharedBytes, stream, params);
 }
 

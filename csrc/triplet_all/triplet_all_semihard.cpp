@@ -2,15 +2,14 @@
 // triplet_all with negatives="semihard". The sweep keeps, per anchor and positive, the nearest
 // negative beyond that positive, and per anchor the farthest negative; losses and gradients then
 // come from differences of the rows.
-#include "../triplet/triplet_simd.h"
-#include "triplet_all.h"
+#include "triplet_all_cpu.h"
 #include "triplet_all_math.h"
 #include "triplet_all_simd.h"
 
 namespace kdk::triplet_all {
 namespace {
 
-static_assert(triplet::kTile <= kStretch);
+static_assert(pairs::kMostTile <= kStretch);
 
 constexpr int64_t kFew = 16;  // positives up to which a pass for each beats bisection
 
@@ -20,8 +19,8 @@ struct Candidate {
   int64_t j;  // reference in sorted order; -1: none
 };
 
-// A step of anchor i away from, and of reference j towards, the other one.
-struct Pull {
+// What the distance of anchor i to reference j contributes to both gradients.
+struct Contribution {
   int64_t i, j;
   double factor;
 };
@@ -30,8 +29,8 @@ template <typename T>
 struct Semihard : Negatives<T> {
   using Negatives<T>::sweep, Negatives<T>::positives, Negatives<T>::ranges;
   const std::vector<int64_t>& row = sweep.rows.references.row;
-  // By positive in descending order of distance; of one whose tile had many positives only after
-  // the best of those before it has been taken over.
+  // One for each positive, in descending order of distance. Where bisection was used, the nearest
+  // of a positive is right only after the best of the positives before it has been taken over.
   std::vector<Candidate<T>> nearest;
   std::vector<Candidate<T>> farthest;  // of each anchor
 
@@ -78,7 +77,7 @@ struct Semihard : Negatives<T> {
 
   // The least sign d_j above `floor`, or infinity if there is none or `best` beats it.
   T least(const Candidate<T>& best, T sign, T floor, const T* d, int64_t n) const {
-    const T key = triplet::loops<T>().least_above(d, sign, floor, nullptr, nullptr, n);
+    const T key = pairs::loops<T>().least_above(d, sign, floor, nullptr, nullptr, n);
     return best.j >= 0 && key > best.key ? std::numeric_limits<T>::infinity() : key;
   }
 
@@ -96,7 +95,7 @@ struct Semihard : Negatives<T> {
       if (key == std::numeric_limits<T>::infinity()) return;
       for (int64_t j = 0; j < n; ++j) {
         if (d[j] != key || !doubtful(i, j0 + j, key, threshold)) continue;
-        d[j] = sweep.exact(i, j0 + j);
+        d[j] = sweep.from_difference(i, j0 + j);
         settled = settled && d[j] == key;
       }
       for (int64_t j = 0; settled && j < n; ++j) {
@@ -114,7 +113,7 @@ struct Semihard : Negatives<T> {
       int64_t k = at[j];
       if (k == P || (best[k].j >= 0 && d[j] > best[k].key)) continue;
       if (doubtful(i, j0 + j, d[j], thresholds[k])) {
-        d[j] = sweep.exact(i, j0 + j);
+        d[j] = sweep.from_difference(i, j0 + j);
         for (k = 0; k < P && thresholds[k] >= d[j];) ++k;
       }
       if (k < P) offer(best[k], {d[j], j0 + j});
@@ -127,16 +126,17 @@ struct Finish {
   const Semihard<T>& search;
   const Options& options;
   const Positives<T>& positives = search.positives;
-  std::vector<double> weight;  // of the positives, as PositivePulls takes it
-  std::vector<Pull> pulls;     // of the negatives; those of anchor i from positives.offset[i] on
-  std::vector<int64_t> count;  // so many of them
-  std::vector<Sum> sums;       // of each anchor
+  std::vector<double> weight;  // of the positives, as PositiveContributions takes it
+  // Contributions of the negatives: of anchor i, the first count[i] from positives.offset[i] on.
+  std::vector<Contribution> contributions;
+  std::vector<int64_t> count;
+  std::vector<Sum> sums;  // of each anchor
 
   Finish(const Semihard<T>& search_, const Options& options_)
       : search(search_),
         options(options_),
         weight(positives.offset.back()),
-        pulls(positives.offset.back()),
+        contributions(positives.offset.back()),
         count(positives.count.size()),
         sums(positives.count.size()) {}
 
@@ -152,7 +152,7 @@ struct Finish {
       const int64_t j = best.j >= 0 ? best.j : search.farthest[i].j;
       if (j != negative) {
         d_an = sweep.measure(i, j);
-        pulls[first + count[i]++] = {i, j, 0.0};
+        contributions[first + count[i]++] = {i, j, 0.0};
         negative = j;
       }
       const int64_t position = positives.position[first + k];
@@ -161,8 +161,8 @@ struct Finish {
       const auto [loss, slope] = options.soft ? softplus(u) : hinge(u);
       sum.total += loss;
       sum.nonzero += static_cast<T>(loss) > 0;
-      weight[first + position] = slope * triplet::slope(d_ap, sweep.distance);
-      pulls[first + count[i] - 1].factor -= slope * triplet::slope(d_an, sweep.distance);
+      weight[first + position] = slope * pairs::slope(d_ap, sweep.distance);
+      contributions[first + count[i] - 1].factor -= slope * pairs::slope(d_an, sweep.distance);
     }
     sums[i] = sum;
   }
@@ -181,39 +181,42 @@ std::tuple<Sum, Tensor, Tensor> with_semihard(Sweep<T>& sweep, const Positives<T
   parallel_each(B, positives.ops(4.0 * D + 100), [&](int64_t i) { finish.anchor(i); });
   Sum sum;
   std::vector<int64_t> begin(M + 1);
-  const auto each_pull = [&](const auto& f) {  // in the order of the anchors
+  const auto each_contribution = [&](const auto& f) {  // in the order of the anchors
     for (int64_t i = 0; i < B; ++i) {
-      for (int64_t k = 0; k < finish.count[i]; ++k) f(finish.pulls[positives.offset[i] + k]);
+      for (int64_t k = 0; k < finish.count[i]; ++k)
+        f(finish.contributions[positives.offset[i] + k]);
     }
   };
   for (const Sum& each : finish.sums) {
     sum.total += each.total;
     sum.nonzero += each.nonzero;
   }
-  each_pull([&](const Pull& pull) { ++begin[pull.j + 1]; });
+  each_contribution([&](const Contribution& contribution) { ++begin[contribution.j + 1]; });
   std::partial_sum(begin.begin(), begin.end(), begin.begin());
-  std::vector<const Pull*> of_reference(begin[M]);
+  std::vector<const Contribution*> of_reference(begin[M]);
   std::vector<int64_t> next(begin.begin(), begin.end() - 1);
-  each_pull([&](const Pull& pull) { of_reference[next[pull.j]++] = &pull; });
+  each_contribution([&](const Contribution& contribution) {
+    of_reference[next[contribution.j]++] = &contribution;
+  });
 
   const auto add = [&](double factor, const T* x, const T* y, double* sum) {
-    sweep.kernels.pull(factor, x, y, sum, D);
+    sweep.kernels.subtract_difference(factor, x, y, sum, D);
   };
   const auto on_reference = [&](int64_t j, double* sum) {
     for (int64_t k = begin[j]; k < begin[j + 1]; ++k) {
-      const Pull& pull = *of_reference[k];
-      add(pull.factor, sweep.references.row(j), sweep.anchors.row(pull.i), sum);
+      const Contribution& contribution = *of_reference[k];
+      add(contribution.factor, sweep.references.row(j), sweep.anchors.row(contribution.i), sum);
     }
   };
   const auto on_anchor = [&](int64_t i, double* sum) {
     for (int64_t k = 0; k < finish.count[i]; ++k) {
-      const Pull& pull = finish.pulls[positives.offset[i] + k];
-      add(pull.factor, sweep.anchors.row(i), sweep.references.row(pull.j), sum);
+      const Contribution& contribution = finish.contributions[positives.offset[i] + k];
+      add(contribution.factor, sweep.anchors.row(i), sweep.references.row(contribution.j), sum);
     }
-    if (sweep.own()) on_reference(i, sum);
+    if (sweep.in_batch()) on_reference(i, sum);
   };
   auto [dx, dr] =
-      gradients(PositivePulls<T>{sweep, positives, finish.weight}, on_anchor, on_reference);
+      gradients(PositiveContributions<T>{sweep, positives, finish.weight}, on_anchor, on_reference);
   return {sum, dx, dr};
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
 #include "triplet_all_simd.h"
 
 #include <type_traits>
@@ -13,9 +13,6 @@
 namespace kdk::triplet_all::KDK_SIMD_LEVEL {
 namespace {
 
-// as wide as T, so that a loop keeps its number of lanes
-template <typename T>
-using Count = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
 template <typename T>
 using Bits = std::make_unsigned_t<Count<T>>;
 

@@ -24,7 +24,7 @@ def triplet_fwd(
     labels: Tensor,  # [B] int64
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
-    own: bool,
+    in_batch: bool,
     positives: str,
     negatives: str,
     distance: str,
@@ -36,14 +36,14 @@ def triplet_fwd(
     labels, order = labels.sort(stable=True)
     x = embeddings[order]
     sorted_references, reference_order = x, order
-    if own:
+    if in_batch:
         reference_labels = labels
     else:
         reference_labels, reference_order = reference_labels.sort(stable=True)
         sorted_references = references[reference_order]
     return _ops.triplet_fwd(
-        x, labels, order, references, sorted_references, reference_labels, reference_order, own,
-        positives, negatives, distance, ieee(),
+        x, labels, order, references, sorted_references, reference_labels, reference_order,
+        in_batch, positives, negatives, distance, ieee(),
     )  # fmt: skip
 
 
@@ -51,10 +51,10 @@ def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
     *args, distance = args
     embeddings, references = args[2:4]
 
-    def gradient(contributions: Contributions, anchor: bool, pulled: bool) -> Tensor:
+    def gradient(contributions: Contributions, as_anchor: bool, as_chosen: bool) -> Tensor:
         chosen, d, dd, order, begin = contributions
-        return _ops.triplet_bwd(
-            dd, embeddings, references, chosen, d, order, begin, anchor, pulled, distance
+        return _ops.triplet_gradient(
+            dd, embeddings, references, chosen, d, order, begin, as_anchor, as_chosen, distance
         )
 
     return triplet_gradients(gradient, *args)

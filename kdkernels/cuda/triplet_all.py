@@ -19,7 +19,7 @@ def triplet_all_fwd(
     labels: Tensor,  # [B] int64
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
-    own: bool,
+    in_batch: bool,
     negatives: str,
     margin: float,
     soft: bool,
@@ -29,9 +29,9 @@ def triplet_all_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     labels, order = labels.sort(stable=True)
     reference_labels, reference_order = (
-        (labels, order) if own else reference_labels.sort(stable=True)
+        (labels, order) if in_batch else reference_labels.sort(stable=True)
     )
     return _ops.triplet_all_fwd(
-        embeddings, labels, order, references, reference_labels, reference_order, own,
-        negatives == "semihard", margin, soft, distance, need_embeddings, need_references, ieee(),
+        embeddings, labels, order, references, reference_labels, reference_order, in_batch,
+        negatives, margin, soft, distance, need_embeddings, need_references, ieee(),
     )  # fmt: skip

@@ -72,8 +72,8 @@ class KeyQueue(ProcessState):
 
     Example:
         >>> queue = kd.nn.KeyQueue(16384, 128)
-        >>> own = queue.enqueue(teacher)
-        >>> loss = kd.relational_kl(student, teacher, queue.keys, exclude=own)
+        >>> places = queue.enqueue(teacher)
+        >>> loss = kd.relational_kl(student, teacher, queue.keys, exclude=places)
     """
 
     state_names = ("keys", "student_keys", "next", "num_keys")

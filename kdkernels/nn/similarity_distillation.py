@@ -226,8 +226,8 @@ class SimilarityDistillationLoss(nn.Module):
         )
         plain_s, plain_t = of_student[:, 0], of_teacher[:, 0]
         s, t = of_student[:, 1:].flatten(0, 1), of_teacher[:, 1:].flatten(0, 1)
-        own = torch.arange(images, device=t.device).repeat_interleave(others)
-        counts = best_ranked(t, plain_t, own, self.share_of_wrong)
+        positives = torch.arange(images, device=t.device).repeat_interleave(others)
+        counts = best_ranked(t, plain_t, positives, self.share_of_wrong)
         rows = self._divergence(s, t, plain_s, plain_t, reduction="none")
         mean = rows.where(counts, 0.0).sum() / counts.sum().clamp_min(1)
         return mean * (self.student_temperature * self.teacher_temperature)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA, or what stands in for it where kernels run on the host (docs/cuda.md). Kernels include no
-// torch header: nvcc takes seconds for a file without one, and minutes with.
+// This header includes CUDA, or what stands in for it where kernels run on the host (docs/cuda.md).
+// Kernels include no torch header: nvcc takes seconds for a file without one, and minutes for a
+// file with one.
 #pragma once
 
 #if defined(KDK_CUDA_HOST)
@@ -15,6 +16,8 @@
 
 #include <cstdint>
 
+#include "../integers.h"
+
 namespace kdk::cuda {
 
 // Dynamic shared memory of the block, aligned to 128 bytes. Kernels use no other.
@@ -26,7 +29,5 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return bytes;
 #endif
 }
-
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace kdk::cuda

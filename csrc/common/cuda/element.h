@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements of operands in memory.
+// Operands in memory are made of these elements.
 #pragma once
 
 #include <bit>
@@ -39,7 +39,7 @@ inline bf16_t from_float<bf16_t>(float x) {
   if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};  // stays NaN
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-// To the nearest tf32, ties away from zero.
+// Rounds to the nearest tf32, and ties away from zero.
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = bits_of(x);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
@@ -107,17 +107,17 @@ void for_math(Math math, const F& f) {
     case Math::kBFloat16: return f.template operator()<Math::kBFloat16>();
     case Math::kFloat16: return f.template operator()<Math::kFloat16>();
     case Math::kTf32x3: return f.template operator()<Math::kTf32x3>();
-    case Math::kExact: return f.template operator()<Math::kExact>();
+    case Math::kIeee: return f.template operator()<Math::kIeee>();
   }
 }
 
-// The same where features of fp16 come as fp32.
+// Does the same where features of fp16 come as fp32.
 template <typename F>
 void for_wide_math(Math math, const F& f) {
   switch (math) {
     case Math::kBFloat16: return f.template operator()<Math::kBFloat16>();
     case Math::kTf32x3: return f.template operator()<Math::kTf32x3>();
-    default: return f.template operator()<Math::kExact>();
+    default: return f.template operator()<Math::kIeee>();
   }
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between tensors and launches: where a call runs, its memory, and tensors as kernels read them.
+// Glue stands between tensors and launches: it knows the device and stream that a call runs on,
+// allocates its memory, and describes tensors as kernels read them.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -11,6 +12,7 @@
 #include "../stable.h"
 #include "product.h"
 #include "properties.h"
+#include "scaled_rows.h"
 
 #if defined(KDK_CUDA_HOST)
 #define KDK_CUDA_DISPATCH_KEY CPU
@@ -35,7 +37,8 @@ inline cudaStream_t current_stream(int32_t device) {
 }
 #endif
 
-// The device of a tensor, current until this goes, and its current stream.
+// The device of a tensor and its current stream. The device is the current one as long as this
+// object lives.
 class Device {
  public:
   explicit Device(const Tensor& like)
@@ -45,7 +48,7 @@ class Device {
 
   cudaStream_t stream() const { return stream_; }
 
-  // Uninitialised and contiguous.
+  // Returns an uninitialised contiguous tensor.
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
     const Tensor x = kdk::empty(sizes, dtype, type_, index_);
 #if defined(KDK_CUDA_HOST)
@@ -71,12 +74,13 @@ T* data_of(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// With `exact`, fp32 features are multiplied as they are.
-inline Math math_of(const Tensor& x, bool exact) {
+// Returns how features of this dtype are multiplied. With `ieee`, fp32 features are multiplied as
+// they are.
+inline Math math_of(const Tensor& x, bool ieee) {
   switch (x.scalar_type()) {
     case ScalarType::BFloat16: return Math::kBFloat16;
     case ScalarType::Half: return Math::kFloat16;
-    default: return exact ? Math::kExact : Math::kTf32x3;
+    default: return ieee ? Math::kIeee : Math::kTf32x3;
   }
 }
 
@@ -92,16 +96,13 @@ inline Dtype stored_as(ScalarType dtype) {
                                        : Dtype::kFloat;
 }
 
-inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
-  return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
-}
-
-// x, the last axis of unit stride; copied only if it is not so already.
+// Returns x with unit stride along the last axis: x itself where it is so already.
 inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// Of a matrix, or of groups of them, with contiguous rows. `sample_mask` says which rows are read.
+// Describes a matrix, or groups of matrices, with contiguous rows. `sample_mask` says which rows
+// are read.
 inline Source source_of(const Tensor& x, const std::optional<Tensor>& sample_mask = {}) {
   const int64_t dim = x.dim(), size = x.element_size();
   Source source{};
@@ -120,7 +121,21 @@ inline Source source_of(const Tensor& x, const std::optional<Tensor>& sample_mas
   return source;
 }
 
-// Rows first ... first + count of a source.
+// Multiplies row i of x [B, D] by factor i of `factors` [B], both fp32. The result has the dtype
+// asked for.
+inline Tensor scaled_rows(const Device& device, const Tensor& x, const Tensor& factors,
+                          ScalarType dtype) {
+  const Tensor rows = torch::stable::contiguous(x);
+  const int64_t B = rows.size(0), D = rows.size(1);
+  const Tensor out = device.empty({B, D}, dtype);
+  if (out.numel() > 0)
+    launch_scaled_rows({data_of<const float>(rows), data_of<const float>(factors),
+                        factors.stride(0), out.mutable_data_ptr(), B, D},
+                       math_of(out, true), device.stream());
+  return out;
+}
+
+// Returns `count` rows of a source, from row `first` on.
 inline Source rows_of(Source source, int64_t first, int64_t count, Math math) {
   source.data = static_cast<const char*>(source.data) +
                 first * source.stride * static_cast<int64_t>(element_bytes(math));
@@ -129,8 +144,8 @@ inline Source rows_of(Source source, int64_t first, int64_t count, Math math) {
   return source;
 }
 
-// How many of `count` rows are made at a time: whole tiles that stay in half of the L2 cache until
-// the product that follows has read them.
+// Returns how many of `count` rows are made at a time: whole tiles of rows that stay in half of the
+// L2 cache until the product that follows has read them.
 inline int64_t rows_in_l2(int64_t count, int64_t row_bytes) {
   const int64_t fitting = l2_bytes() / 2 / std::max<int64_t>(row_bytes, 1) / kTile * kTile;
   return std::min(count, std::max<int64_t>(kTile, fitting));
@@ -138,7 +153,7 @@ inline int64_t rows_in_l2(int64_t count, int64_t row_bytes) {
 
 // A product and the memory that its splits need; its result has the dtype of its operands unless
 // params.out_dtype says otherwise. The launch before it, on the same stream, sets its
-// tickets to 0.
+// semaphores to 0.
 class Product {
  public:
   Product(const Device& device, int64_t groups, int64_t M, int64_t N, int64_t K, Math math)
@@ -154,17 +169,17 @@ class Product {
     params.split_length = splits.length;
     if (splits.count > 1) {
       partials_ = device.empty({splits.count * groups * tiles * kTile * kTile}, ScalarType::Float);
-      tickets_ = device.empty({ticket_count()}, ScalarType::Int);
+      semaphores_ = device.empty({semaphore_count()}, ScalarType::Int);
       params.partials = data_of<float>(*partials_);
-      params.tickets = data_of<unsigned>(*tickets_);
+      params.semaphores = data_of<unsigned>(*semaphores_);
     }
   }
 
-  int64_t ticket_count() const { return params.splits > 1 ? groups_ * params.tiles : 0; }
+  int64_t semaphore_count() const { return params.splits > 1 ? groups_ * params.tiles : 0; }
 
-  // Where no launch before it does.
-  void clear_tickets() {
-    if (tickets_) torch::stable::zero_(*tickets_);
+  // Sets the semaphores to 0 where no launch before the product does.
+  void clear_semaphores() {
+    if (semaphores_) torch::stable::zero_(*semaphores_);
   }
 
   void launch(Along a_along, const Device& device) const {
@@ -176,7 +191,7 @@ class Product {
  private:
   int64_t groups_;
   Math math_;
-  std::optional<Tensor> partials_, tickets_;
+  std::optional<Tensor> partials_, semaphores_;
 };
 
 }  // namespace kdk::cuda

@@ -10,7 +10,8 @@
 namespace kdk::cuda {
 namespace {
 
-// (v - u <u, v>) / |x| in fp64: the radial part taken away can far exceed what remains.
+// dx = (v - u <u, v>) / |x| is computed in fp64, because the radial part u <u, v> can be much
+// larger than what remains.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     normalise_kernel(const __grid_constant__ NormaliseParams p) {
@@ -19,13 +20,13 @@ __global__ void __launch_bounds__(kThreads)
   if (row >= p.G * p.B) return;
   const T* x = row_of<T>(p.x, row / p.B, row % p.B);
   const float* v = p.v + row * D;
-  double own = 0, radial = 0;
+  double squared = 0, radial = 0;
   for (int64_t d = lane; d < D; d += 32) {
     const double value = to_float(x[d]);
-    own += value * value;
+    squared += value * value;
     radial += value * v[d];
   }
-  const double norm = std::sqrt(warp_sum(own)), inverse = 1 / clamp_min(norm, kEps);
+  const double norm = std::sqrt(warp_sum(squared)), inverse = 1 / clamp_min(norm, kEps);
   const double factor = p.divided ? 1 : inverse;
   // a norm that the clamp holds does not depend on x
   radial = norm < kEps ? 0 : warp_sum(radial) * inverse * inverse;

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operands of products, as glue and kernels both know them.
+// Both glue and kernels know the operands of products by these types.
 #pragma once
 
 #include "device.h"
 
 namespace kdk::cuda {
 
-// How a product of a dtype is made. All accumulate in fp32.
+// How the product of operands of a dtype is made. All accumulate in fp32.
 enum class Math {
   kBFloat16,
   kFloat16,
   kTf32x3,  // fp32 in two tf32 pieces, three products of them: about 2^-21 instead of 2^-11
-  kExact,   // fp32 as it is, without tensor cores
+  kIeee,    // fp32 as it is, without tensor cores
 };
 
-// Of a result in memory.
+// The dtype of a result in memory.
 enum class Dtype { kFloat, kBFloat16, kFloat16 };
 
 inline size_t element_bytes(Math math) {

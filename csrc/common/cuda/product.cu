@@ -22,8 +22,8 @@ __device__ void sum_parts(const PartSums& sums, int64_t block) {
   }
 }
 
-// Adds up the partial tiles of all splits in their order, in whichever block comes last; whether
-// this is that block.
+// Adds up the partial tiles of all splits in their order, in whichever block comes last. Returns
+// whether this block is that one.
 __device__ bool merge_splits(Accumulators& acc, const ProductParams& p, int64_t tile,
                              unsigned char* shared) {
   const int64_t tiles = p.tiles * gridDim.z;
@@ -36,11 +36,11 @@ __device__ bool merge_splits(Accumulators& acc, const ProductParams& p, int64_t 
   });
   __threadfence();
   __syncthreads();
-  auto* ticket = reinterpret_cast<unsigned*>(shared);
-  if (threadIdx.x == 0) *ticket = atomicAdd(p.tickets + tile, 1u);
+  auto* arrival = reinterpret_cast<unsigned*>(shared);
+  if (threadIdx.x == 0) *arrival = atomicAdd(p.semaphores + tile, 1u);
   __syncthreads();
-  const bool last = *ticket + 1 == static_cast<unsigned>(p.splits);
-  __syncthreads();  // the tile is staged where the ticket is
+  const bool last = *arrival + 1 == static_cast<unsigned>(p.splits);
+  __syncthreads();  // the tile is staged where the arrival is
   if (!last) return false;
   __threadfence();
   fill(acc, 0);
