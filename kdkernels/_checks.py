@@ -7,6 +7,8 @@ Each message names the argument, what was expected and what was given.
 from __future__ import annotations
 
 import math
+import numbers
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,20 +109,72 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def number(name: str, value: Any) -> float:
+    """A float, from a number of Python or NumPy or a tensor without dimensions.
+
+    The value of a tensor is taken as a constant, so one that asks for a gradient is refused.
+    """
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, Tensor):
+        _constant(name, value)
+        if value.dtype != torch.bool and not value.is_complex():
+            return float(value)
+        raise TypeError(f"{name} must be a number, got a tensor of {value.dtype}")
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return float(value)
+    if _is_numpy_scalar(value) and value.dtype.kind in "iuf":  # an array without dimensions
+        return float(value)
+    raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def whole(name: str, value: Any) -> int:
+    """An int, from whatever stands for one as an index; no bool."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, Tensor):
+        _constant(name, value)
+        if value.dtype != torch.bool and not value.is_floating_point() and not value.is_complex():
+            return int(value)
+        raise TypeError(f"{name} must be an integer, got a tensor of {value.dtype}")
+    if not isinstance(value, bool) and not (_is_numpy_scalar(value) and value.dtype.kind == "b"):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+
+
+def _constant(name: str, value: Tensor) -> None:
+    """A tensor whose value may be taken as that of an option."""
+    if value.dim() != 0:
+        raise ValueError(
+            f"{name} must be a number or a tensor without dimensions, got shape {list(value.shape)}"
+        )
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} must be a constant, since no gradient comes back to it, got a tensor that "
+            "requires one; give its value, e.g. .item()"
+        )
+
+
+def _is_numpy_scalar(value: Any) -> bool:
+    """Of NumPy, which is not imported for it: a scalar, or an array without dimensions."""
+    return hasattr(value, "__array__") and getattr(value, "shape", None) == ()
+
+
 def positive(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 < value < math.inf:
+    found = number(name, value)
+    if not 0 < found < math.inf:
         raise ValueError(f"{name} must be a positive finite number, got {value}")
-    return float(value)
+    return found
 
 
 def count(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}, got {value}")
-    return value
+    found = whole(name, value)
+    if not low <= found <= high:
+        raise ValueError(f"{name} must be from {low} to {high}, got {found}")
+    return found
 
 
 def flag(name: str, value: Any) -> bool:
@@ -130,11 +184,10 @@ def flag(name: str, value: Any) -> bool:
 
 
 def not_negative(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
+    found = number(name, value)
+    if not 0 <= found < math.inf:
         raise ValueError(f"{name} must be a finite number that is not negative, got {value}")
-    return float(value)
+    return found
 
 
 def integer(name: str, x: Any) -> None:

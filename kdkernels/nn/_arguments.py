@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,11 +16,7 @@ Features = Tensor | Sequence[Tensor]
 
 def weight(value: Any) -> float:
     """A finite factor of a loss, zero allowed."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"weight must be a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"weight must be a finite number that is not negative, got {value}")
-    return float(value)
+    return _checks.not_negative("weight", value)
 
 
 def pairs(student: Features, teacher: Features) -> list[tuple[str, Tensor, Tensor]]:

@@ -30,6 +30,9 @@ MAGIC = b"kdkernels codes\n"
 VERSION = 1
 HEADER_BYTES = 4096
 ALIGNMENT = 64
+# What wrappers put into the names of a state_dict: torch.compile, DataParallel and
+# DistributedDataParallel, FullyShardedDataParallel, and wrappers for activation checkpoints.
+WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 ROWS = 8192  # of codes put in order at a time
 DTYPES = {
     str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,6 +104,12 @@ class CodeCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return CodeCache, (str(self.path),)
 
+    def _is_of(self, teacher: nn.Module) -> bool:
+        if fingerprint(teacher) == self.teacher:
+            return True
+        # files of a wrapped teacher that were written when names still had the wrappers' prefixes
+        return _digest(teacher, lambda name: name) == self.teacher
+
     def _refuse_mismatch(
         self,
         criterion: LSHFeatureMimickingLoss | None,
@@ -123,7 +132,7 @@ class CodeCache:
                         f"criterion must have the hash_{name} that {self.path.name} was made with, "
                         "got other numbers of the same shape"
                     )
-        if teacher is not None and fingerprint(teacher) != self.teacher:
+        if teacher is not None and not self._is_of(teacher):
             raise ValueError(
                 f"teacher must be the one that {self.path.name} was made with (fingerprint "
                 f"{self.teacher[:12]}...), got {fingerprint(teacher)[:12]}..."
@@ -133,9 +142,19 @@ class CodeCache:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """SHA-256 of the names, shapes, dtypes and numbers of everything in the module's state_dict."""
+    """SHA-256 of the names, shapes, dtypes and numbers of everything in the module's state_dict.
+
+    Names are those without wrappers, at any depth: a module has the same fingerprint under
+    `torch.compile`, in `DataParallel`, `DistributedDataParallel` and `FullyShardedDataParallel` (if
+    its state_dict is the full one) and in a wrapper for activation checkpoints.
+    """
+    return _digest(module, lambda name: ".".join(x for x in name.split(".") if x not in WRAPPERS))
+
+
+def _digest(module: nn.Module, plain_name: Callable[[str], str]) -> str:
     digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
+    for full_name, value in module.state_dict().items():
+        name = plain_name(full_name)
         if isinstance(value, Tensor):
             plain = value.detach().cpu().contiguous()
             digest.update(f"{name} {plain.dtype} {list(plain.shape)}\n".encode())

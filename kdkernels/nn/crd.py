@@ -108,14 +108,11 @@ class CRDLoss(ProcessState):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("student_dim", student_dim),
-            ("teacher_dim", teacher_dim),
-            ("num_samples", num_samples),
-            ("dim", dim),
-            ("num_negatives", num_negatives),
-        ):
-            _checks.count(name, value, 1, MOST)
+        student_dim = _checks.count("student_dim", student_dim, 1, MOST)
+        teacher_dim = _checks.count("teacher_dim", teacher_dim, 1, MOST)
+        num_samples = _checks.count("num_samples", num_samples, 1, MOST)
+        dim = _checks.count("dim", dim, 1, MOST)
+        num_negatives = _checks.count("num_negatives", num_negatives, 1, MOST)
         requested_backend(backend)  # an unknown name raises here, not in the first step
         self.weight = _arguments.weight(weight)
         self.num_negatives, self.backend = num_negatives, backend

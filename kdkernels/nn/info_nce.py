@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
-from kdkernels.nn import _arguments
+from kdkernels.nn import _arguments, _temperature
 from kdkernels.nn._state import once
 from kdkernels.nn.key_queue import KeyQueue
 from kdkernels.ops.info_nce import info_nce
@@ -29,10 +29,10 @@ class InfoNCELoss(nn.Module):
       what a query picks from. So the queue's size counts the batch.
 
     The last one is the loss of DisCo and of DistilCSE's contrastive distillation. Their code trains
-    scale = exp(logit_scale) from exp(1), which is one over the temperature here, keeps 65536 keys
-    beside the batch of B, and starts with none:
+    scale = exp(logit_scale) from exp(1), which is one over the temperature here, without a bound,
+    keeps 65536 keys beside the batch of B, and starts with none:
 
-        InfoNCELoss(temperature=math.exp(-1), learn_temperature=True,
+        InfoNCELoss(temperature=math.exp(-1), learn_temperature=True, min_temperature=0,
                     queue=KeyQueue(65536 + B, dim, init="empty"))
 
     with the projection of the student, which is the user's. MoCo's differs: there the queue holds
@@ -50,6 +50,11 @@ class InfoNCELoss(nn.Module):
         temperature: Positive.
         learn_temperature: Train the temperature, as its logarithm, from that start: give the
             parameters of this module to the optimiser.
+        min_temperature: Of a learned temperature; 0.01 is CLIP's bound of 100 for the scale, and 0
+            is none. The temperature is max(exp(log_temperature), min_temperature). At the bound the
+            parameter's derivative is that of exp where it leads up again, and 0 where it would lead
+            further down; so the parameter may come to lie below, by an optimiser's momentum, and
+            comes back.
         normalize: Similarities are cosines; False takes inner products.
         queue: Of past keys, see above; it becomes part of this module.
         backend: See `kdkernels.explain`.
@@ -63,7 +68,7 @@ class InfoNCELoss(nn.Module):
         - output: scalar, fp32 (fp64 for fp64).
 
     Attributes:
-        log_temperature: A parameter without dimensions, or None.
+        log_temperature: A parameter of shape [1], or None. Saved states without a dimension load.
         queue: `KeyQueue`, which moves on in training mode only, or None. In evaluation mode a query
             picks from the batch's keys and a copy of the queue's. See there for several processes
             and for blocks under `torch.utils.checkpoint`, where it moves once.
@@ -87,6 +92,7 @@ class InfoNCELoss(nn.Module):
         *,
         temperature: float = 0.07,
         learn_temperature: bool = False,
+        min_temperature: float = 0.01,
         normalize: bool = True,
         queue: KeyQueue | None = None,
         backend: Backend = "auto",
@@ -102,9 +108,19 @@ class InfoNCELoss(nn.Module):
         if queue is not None and queue.student_keys is not None:
             raise ValueError("queue must keep one side, got one with student_dim")
         self.queue = queue
-        self.log_temperature = None
+        self.min_temperature = _checks.not_negative("min_temperature", min_temperature)
+        self.log_temperature: nn.Parameter | None = None
         if _checks.flag("learn_temperature", learn_temperature):
-            self.log_temperature = nn.Parameter(torch.tensor(math.log(self.temperature)))
+            if self.temperature < self.min_temperature:
+                raise ValueError(
+                    f"temperature must be at least min_temperature, {self.min_temperature:g}, "
+                    f"where it is learned, got {self.temperature:g}"
+                )
+            self.log_temperature = _temperature.parameter(self.temperature)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _temperature.with_dimension(state_dict, f"{prefix}log_temperature")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -123,12 +139,14 @@ class InfoNCELoss(nn.Module):
     def _loss(
         self, queries: Tensor, keys: Tensor, positives: Tensor, num_keys: Tensor | None = None
     ) -> Tensor:
-        learned = self.log_temperature
+        temperature: float | Tensor = self.temperature
+        if self.log_temperature is not None:
+            temperature = _temperature.of(self.log_temperature, self.min_temperature)
         return info_nce(
             queries,
             keys,
             positives,
-            temperature=self.temperature if learned is None else learned.exp(),
+            temperature=temperature,
             normalize=self.normalize,
             num_keys=num_keys,
             backend=self.backend,
@@ -160,9 +178,11 @@ class InfoNCELoss(nn.Module):
         return queue.step((queries, keys), loss, first=enqueue)
 
     def extra_repr(self) -> str:
+        learned = self.log_temperature is not None
+        bound = f", min_temperature={self.min_temperature:g}" if learned else ""
         return (
             f"weight={self.weight:g}, temperature={self.temperature:g}, "
-            f"learn_temperature={self.log_temperature is not None}, normalize={self.normalize}, "
+            f"learn_temperature={learned}{bound}, normalize={self.normalize}, "
             f"backend={self.backend!r}"
         )
 

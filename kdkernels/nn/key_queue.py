@@ -99,7 +99,7 @@ class KeyQueue(ProcessState):
         self.keys = _first(size, dim, init, generator)
         of_student = None
         if student_dim is not None:
-            _checks.count("student_dim", student_dim, 1, MOST)
+            student_dim = _checks.count("student_dim", student_dim, 1, MOST)
             of_student = _first(size, student_dim, init, generator)
         self.student_keys = of_student
         self.next = torch.zeros((), dtype=torch.int64)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,8 @@ class LSHFeatureMimickingLoss(nn.Module):
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Attributes:
-        hash_weight, hash_bias: W and b, buffers, in `state_dict`; None with form="l2".
+        hash_weight, hash_bias: W and b, buffers, in `state_dict`; None with form="l2". The bias is
+            NaN until it is fitted, so that a saved state says by itself whether it was.
         adapter: The linear layer, or None.
 
     Raises:
@@ -104,7 +105,7 @@ class LSHFeatureMimickingLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        self.dim = _checks.count("dim", dim, 1, MOST)
+        self.dim = dim = _checks.count("dim", dim, 1, MOST)
         self.weight = _arguments.weight(weight)
         _checks.choice("form", form, FORMS)
         _checks.choice("bias", bias, BIASES)
@@ -120,10 +121,10 @@ class LSHFeatureMimickingLoss(nn.Module):
             N = 32 * dim if hash_bits is None else _checks.count("hash_bits", hash_bits, 1, MOST)
             spread = _standard_deviation(std, classifier_weight)
             directions = torch.randn(N, dim, generator=generator) * spread
-            offsets = torch.zeros(N)
+            offsets = torch.full((N,), 0.0 if bias == "zero" else torch.nan)
         self.register_buffer("hash_weight", directions)
         self.register_buffer("hash_bias", offsets)
-        self._fitted = directions is None or bias == "zero"
+        self._fitted = bias == "zero"
 
     @property
     def hash_bits(self) -> int:
@@ -163,7 +164,7 @@ class LSHFeatureMimickingLoss(nn.Module):
         """Directions and bias, if they are ready."""
         if self.hash_weight is None or self.hash_bias is None:
             raise ValueError("form must be one with hash bits, got 'l2'")
-        if not self._fitted:
+        if not self._ready():
             raise RuntimeError(
                 f"fit_bias(features) must be called before the first step: bias={self.bias!r}"
             )
@@ -207,12 +208,24 @@ class LSHFeatureMimickingLoss(nn.Module):
             f"hash_bits={self.hash_bits}, bias={self.bias!r}, backend={self.backend!r}"
         )
 
-    def get_extra_state(self) -> Tensor:
-        """Whether the bias is ready."""
-        return torch.tensor(self._fitted)
+    def _ready(self) -> bool:
+        """Whether the bias is there; it is looked at until it is, and not in compiled code."""
+        bias = self.hash_bias
+        if not self._fitted and not torch.compiler.is_compiling() and not bias.is_meta:
+            self._fitted = not bool(bias.isnan().any())
+        return self._fitted
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self._fitted = bool(state)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        name, fitted = f"{prefix}hash_bias", state_dict.pop(f"{prefix}_extra_state", None)
+        found = state_dict.get(name)
+        if self.bias != "zero" and isinstance(found, Tensor) and not found.is_meta:
+            # Once a bias that was not fitted was 0, and a flag beside it said so.
+            if (not bool(fitted)) if fitted is not None else not bool(found.any()):
+                state_dict[name] = torch.full_like(found, torch.nan)
+            self._fitted = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.hash_bias is not None:
+            self._ready()
 
     def _check(
         self, teacher: Tensor | None, codes: Tensor | None, sample_mask: Tensor | None

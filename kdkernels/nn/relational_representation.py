@@ -102,10 +102,10 @@ class RelationalRepresentationLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        for name, value in (("student_dim", student_dim), ("teacher_dim", teacher_dim)):
-            _checks.count(name, value, 1, MOST)
-        _checks.count("dim", dim, 1, MOST)
-        _checks.count("queue_size", queue_size, 1, MOST)
+        student_dim = _checks.count("student_dim", student_dim, 1, MOST)
+        teacher_dim = _checks.count("teacher_dim", teacher_dim, 1, MOST)
+        dim = _checks.count("dim", dim, 1, MOST)
+        queue_size = _checks.count("queue_size", queue_size, 1, MOST)
         _checks.choice("preset", preset, tuple(PRESETS))
         _checks.choice("init", init, INITS)
         _checks.choice("divergence", divergence, DIVERGENCES)

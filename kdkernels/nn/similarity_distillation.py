@@ -142,20 +142,20 @@ class SimilarityDistillationLoss(nn.Module):
             self.views = _checks.count("views", found.views if views is None else views, 2, MOST)
             share = found.share_of_wrong if share_of_wrong is None else share_of_wrong
             self.share_of_wrong = _checks.not_negative("share_of_wrong", share)
-            if share > 1:
+            if self.share_of_wrong > 1:
                 raise ValueError(f"share_of_wrong must be from 0 to 1, got {share}")
             return
         _absent(preset, views=views, share_of_wrong=share_of_wrong)
-        _checks.count("student_dim", student_dim, 1, MOST)
+        student_dim = _checks.count("student_dim", student_dim, 1, MOST)
         teacher_dim = student_dim if teacher_dim is None else teacher_dim
-        _checks.count("teacher_dim", teacher_dim, 1, MOST)
+        teacher_dim = _checks.count("teacher_dim", teacher_dim, 1, MOST)
         if not found.two_queues and teacher_dim != student_dim:
             raise ValueError(
                 f"teacher_dim must be {student_dim} like student_dim for preset {preset!r}, "
                 f"got {teacher_dim}"
             )
         size = found.queue_size if queue_size is None else queue_size
-        _checks.count("queue_size", size, 1, MOST)
+        size = _checks.count("queue_size", size, 1, MOST)
         self.queue = KeyQueue(
             size, teacher_dim, student_dim=student_dim if found.two_queues else None
         )

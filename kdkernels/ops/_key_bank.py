@@ -32,15 +32,16 @@ def check_bank(name: str, keys: Any, rows_name: str, rows: Any) -> None:
 
 
 def temperature(name: str, value: Any, rows: Tensor) -> float | Tensor:
-    """A positive number, or a tensor without dimensions, whose value no check may wait for."""
+    """A positive number, or a tensor of one element without dimensions, whose value no check may
+    wait for."""
     if not isinstance(value, Tensor):
         return _checks.positive(name, value)
     _checks.features(name, value, min_dim=0)
-    if value.dim() != 0:
-        raise ValueError(f"{name} must have no dimension, got shape {list(value.shape)}")
+    if value.dim() > 1 or value.numel() != 1:
+        raise ValueError(f"{name} must have shape [] or [1], got {list(value.shape)}")
     if value.device != rows.device:
         raise ValueError(f"{name} must be on {rows.device} like the rows, got {value.device}")
-    return value
+    return value.reshape(())  # one more dimension would decide on the dtype of what it divides
 
 
 def check_num_keys(num_keys: Any, keys: Tensor) -> None:

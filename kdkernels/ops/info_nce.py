@@ -77,9 +77,9 @@ def info_nce(
         queries: [B, D], fp16, bf16, fp32 or fp64. Any strides.
         keys: [K, D], same dtype and device (under autocast the wider dtype is taken), K at least 1.
         positives: The key of each query, integer [B]; `torch.arange(B)` where keys are the batch's.
-        temperature: A positive number, or a tensor without dimensions, which gets a gradient if it
-            asks for one. A tensor's value is not looked at; one that is not positive makes the loss
-            NaN.
+        temperature: A positive number, or a tensor of shape [] or [1], which gets a gradient of
+            its shape if it asks for one. A tensor's value is not looked at; one that is not
+            positive makes the loss NaN.
         normalize: Divide every query and key by its norm, clamped at 1e-12: similarities are
             cosines. False takes inner products as they are.
         num_keys: How many of the keys count, the first ones, where a queue is not yet full: an

@@ -45,7 +45,8 @@ def _loss_and_gradient(
     logits = logits.div_(temperature)
     log_z = log_partition.to(logits.dtype)
     if B > 0:
-        of_scores = logits.logsumexp((0, 1)) + math.log(N / logits.numel())
+        # not math.log, for which a compiler would make one graph per batch size
+        of_scores = logits.logsumexp((0, 1)) + logits.new_full((), N / logits.numel()).log()
         log_z = torch.where(log_z.isnan(), of_scores, log_z)
     logits -= log_z
     noise = math.log(m / N + NOISE_EPS)

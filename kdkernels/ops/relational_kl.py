@@ -309,9 +309,9 @@ def relational_kl(
         teacher_keys: [K, E], or None where both sides share the keys and D = E.
         own_keys: [B, E], one more key per row that no other row sees, as SEED has its teacher's
             embedding beside the queue; only where both sides share the keys.
-        student_temperature, teacher_temperature: Positive numbers, or tensors of one element and
-            no dimension, which get a gradient if they ask for one. A tensor's value is not looked
-            at; one that is not positive makes the loss NaN.
+        student_temperature, teacher_temperature: Positive numbers, or tensors of shape [] or
+            [1], which get a gradient of their shape if they ask for one. A tensor's value is not
+            looked at; one that is not positive makes the loss NaN.
         normalize: Divide every row and every key by its norm, clamped at 1e-12: similarities are
             cosines. False takes inner products as they are.
         divergence: "kl", or "cross_entropy", which is larger by the entropy of p. The student's

@@ -105,6 +105,7 @@ def triplet_distillation(
         Oki, Abe, Miyao and Kurita, Triplet Loss for Knowledge Distillation, IJCNN 2020,
         arXiv:2004.08116.
     """
+    margin = _checks.not_negative("margin", margin)
     dtype = _check(student, teacher, labels, margin, negatives, generator)
     anchors, rows = _checks.in_dtype(dtype, teacher.detach(), student)
     y = labels.to(torch.int64)
@@ -135,8 +136,10 @@ def _draw(labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Te
     last = torch.searchsorted(ordered, labels, right=True)
     others = B - (last - first)
     device = labels.device if generator is None else generator.device
+    # generator=None beside a size that a compiler does not know is more than torch takes
+    source = {} if generator is None else {"generator": generator}
     # fp64, or rows beyond 2^24 could not all be drawn
-    u = torch.rand(B, generator=generator, device=device, dtype=torch.float64).to(labels.device)
+    u = torch.rand(B, device=device, dtype=torch.float64, **source).to(labels.device)
     draw = torch.minimum((u * others).to(torch.int64), (others - 1).clamp_min(0))
     position = torch.where(draw >= first, draw + (last - first), draw)
     return order[position.clamp_max(max(B - 1, 0))] if B else order, others > 0

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from modules import congruence
@@ -226,3 +228,78 @@ def test_bad_features(
     with pytest.raises(error) as raised:
         module(student, teacher)
     assert message in str(raised.value)
+
+
+# Each class with what it needs, in all settings in which it has further numbers.
+BASES: list[tuple[type[nn.Module], dict[str, Any]]] = [
+    (SP, {}),
+    (IUSP, {}),
+    (CC, {}),
+    (CC, {"preset": "torchdistill", "student_dim": 4, "teacher_dim": 5}),
+    (kd.nn.RKDLoss, {}),
+    (kd.nn.PKTLoss, {}),
+    (kd.nn.DISTLoss, {}),
+    (kd.nn.CorrelationDistanceLoss, {}),
+    (kd.nn.ComparativeLoss, {}),
+    (kd.nn.BatchHardTripletLoss, {}),
+    (kd.nn.BatchSemiHardTripletLoss, {}),
+    (kd.nn.BatchAllTripletLoss, {}),
+    (kd.nn.ContrastiveLoss, {}),
+    (kd.nn.TripletDistillationLoss, {}),
+    (kd.nn.PairDistillationLoss, {}),
+    (kd.nn.CRDLoss, {"student_dim": 4, "teacher_dim": 5, "num_samples": 9}),
+    (kd.nn.RelationalRepresentationLoss, {"student_dim": 4, "teacher_dim": 5, "queue_size": 9}),
+    (kd.nn.SimilarityDistillationLoss, {"student_dim": 4, "queue_size": 9, "preset": "compress"}),
+    (kd.nn.SimilarityDistillationLoss, {"preset": "sskd"}),
+    (kd.nn.InfoNCELoss, {"learn_temperature": True, "temperature": 0.5}),
+    (kd.nn.KeyQueue, {"size": 9, "dim": 4}),
+    (kd.nn.LSHFeatureMimickingLoss, {"dim": 4, "std": 1.0}),
+]
+
+
+def numbers() -> list[Any]:
+    """(class, options, name of a number, its kind), by the annotations of constructors."""
+    found = []
+    for make, base in BASES:
+        for name, parameter in inspect.signature(make).parameters.items():
+            kind = str(parameter.annotation).removesuffix(" | None")
+            refused = "preset" in base and name in {
+                "sskd": {"student_dim", "teacher_dim", "queue_size"},
+                "compress": {"views", "share_of_wrong"},
+            }.get(base["preset"], set())
+            alone = make is CC and not base and name.endswith("_dim")
+            if kind in ("int", "float") and not refused and not alone:
+                found.append(pytest.param(make, base, name, kind, id=f"{make.__name__}-{name}"))
+    return found
+
+
+def test_every_module_has_its_numbers_tried() -> None:
+    classes = {getattr(kd.nn, name) for name in kd.nn.__all__}
+    modules = {found for found in classes if isinstance(found, type)} - {kd.nn.CodeCache}
+    assert {make for make, _ in BASES} == modules
+
+
+def described(module: nn.Module) -> tuple[str, dict[str, list[int]]]:
+    return repr(module), {name: list(x.shape) for name, x in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(("make", "base", "name", "kind"), numbers())
+def test_numbers_of_any_kind_are_taken(
+    make: type[nn.Module], base: dict[str, Any], name: str, kind: str
+) -> None:
+    value = 3 if kind == "int" else 0.5
+    wanted = described(make(**{**base, name: value}))
+    kinds: tuple[Any, ...] = (np.int64, np.int32, np.array, torch.tensor)
+    if kind == "float":
+        kinds = (np.float32, np.float64, np.array, torch.tensor)
+    for convert in kinds:
+        given = convert(value)
+        module = make(**{**base, name: given})
+        assert described(module) == wanted
+        assert all(value is not given for value in vars(module).values())
+    bad: list[Any] = [True, np.True_, "3", torch.ones(2), torch.tensor(True)]
+    if kind == "float":
+        bad.append(torch.tensor(0.5, requires_grad=True))
+    for given in bad:
+        with pytest.raises((TypeError, ValueError), match=rf"^{name} must "):
+            make(**{**base, name: given})

@@ -50,7 +50,58 @@ def test_info_nce_learns_its_temperature() -> None:
 
 def disco() -> nn.Module:
     queue = kd.nn.KeyQueue(18, 4, init="empty")
-    return NCE(temperature=math.exp(-1), learn_temperature=True, queue=queue).double()
+    options = {"learn_temperature": True, "min_temperature": 0}
+    return NCE(temperature=math.exp(-1), queue=queue, **options).double()
+
+
+@pytest.mark.parametrize("low", [0.05, 0.3])
+def test_a_learned_temperature_has_a_bound(low: float) -> None:
+    """The value is that at the bound, and a gradient comes back only where it leads up again."""
+    module = NCE(temperature=0.4, learn_temperature=True, min_temperature=low).double()
+    for log in (math.log(0.4), math.log(low), math.log(low) - 2):
+        signs = set()
+        for sign in (1, -1):  # queries that their keys please, and that they do not
+            keys = rows()
+            queries = (sign * keys + 0.1 * rows()).detach().requires_grad_()
+            with torch.no_grad():
+                module.log_temperature.fill_(log)
+            tau = torch.tensor([max(math.exp(log), low)], dtype=torch.float64, requires_grad=True)
+            expected = kd.info_nce(queries, keys, torch.arange(6), temperature=tau)
+            loss = module(queries, keys)
+            torch.testing.assert_close(loss, expected)
+            got = torch.autograd.grad(loss, (queries, module.log_temperature))
+            wanted = torch.autograd.grad(expected, (queries, tau))
+            torch.testing.assert_close(got[0], wanted[0])
+            by_log = wanted[1] * tau.detach()
+            stays = math.exp(log) <= low and by_log > 0
+            torch.testing.assert_close(got[1], torch.zeros_like(by_log) if stays else by_log)
+            signs.add(by_log.sign().item())
+        assert signs == {1, -1}
+
+
+def test_a_step_too_far_comes_back() -> None:
+    module = NCE(temperature=0.1, learn_temperature=True, min_temperature=0.1)
+    with torch.no_grad():
+        module.log_temperature.sub_(1.0)
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    keys = torch.randn(64, 8)
+    for _ in range(100):
+        optimiser.zero_grad()
+        module(torch.randn(64, 8), keys).backward()
+        optimiser.step()
+    assert module.log_temperature.exp() > 0.1
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_temperature_saved_without_a_dimension_loads(assign: bool) -> None:
+    module = nn.ModuleDict({"loss": NCE(learn_temperature=True)})
+    assert module["loss"].log_temperature.shape == (1,)
+    for shape in ((), (1,)):
+        value = torch.full(shape, -1.5)
+        state = {"loss.log_temperature": value}
+        module.load_state_dict(state, assign=assign)
+        assert torch.equal(module["loss"].log_temperature, torch.tensor([-1.5]))
+        assert state["loss.log_temperature"] is value
 
 
 def test_info_nce_with_a_queue_is_the_loss_of_the_public_code() -> None:
@@ -68,7 +119,7 @@ def test_info_nce_with_a_queue_is_the_loss_of_the_public_code() -> None:
         got = torch.autograd.grad(loss, (student, module.log_temperature))
         wanted = torch.autograd.grad(expected, (student, scale))
         torch.testing.assert_close(got[0], wanted[0])
-        torch.testing.assert_close(got[1], -wanted[1])  # one is minus the other
+        torch.testing.assert_close(got[1], -wanted[1][None])  # one is minus the other
         queue = keys[: 18 - 6]
     assert set(module.state_dict()) == {
         "log_temperature", "queue.keys", "queue.next", "queue.num_keys"
@@ -146,6 +197,9 @@ def test_names_its_options() -> None:
         "InfoNCELoss(weight=2, temperature=0.07, learn_temperature=False, normalize=True, "
         "backend='auto')"
     )
+    assert "learn_temperature=True, min_temperature=0.02, " in repr(
+        NCE(learn_temperature=True, min_temperature=0.02)
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,6 +207,13 @@ def test_names_its_options() -> None:
     [
         ((), {"temperature": float("nan")}, ValueError, "temperature must be a positive"),
         ((), {"learn_temperature": 1}, TypeError, "learn_temperature must be True or False"),
+        (
+            (),
+            {"learn_temperature": True, "temperature": 0.005},
+            ValueError,
+            "temperature must be at least min_temperature, 0.01, where it is learned, got 0.005",
+        ),
+        ((), {"min_temperature": -1.0}, ValueError, "min_temperature must be a finite number"),
         ((), {"normalize": None}, TypeError, "normalize must be True or False"),
         ((), {"queue": 5}, TypeError, "queue must be a KeyQueue or None, got int"),
         (

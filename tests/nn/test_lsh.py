@@ -212,6 +212,43 @@ def test_an_unfitted_bias_is_not_used() -> None:
             call()
 
 
+def saved(fitted: bool, form: str) -> dict[str, Any]:
+    """The state of a module within another, as it is, or as it was with a flag for the bias."""
+    made = kd.nn.LSHFeatureMimickingLoss(16, form="lsh", std=0.5, hash_bits=24)
+    if fitted:
+        made.fit_bias(features(50))
+    state = {f"loss.{name}": value for name, value in made.state_dict().items()}
+    if form != "now":
+        state["loss.hash_bias"] = state["loss.hash_bias"].nan_to_num(0.0)
+        state["loss._extra_state"] = torch.tensor(fitted)
+    return state
+
+
+@pytest.mark.parametrize("form", ["now", "with a flag", "with a flag that was dropped"])
+@pytest.mark.parametrize("fitted", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_saved_bias_is_ready_if_it_was_fitted(
+    form: str, fitted: bool, assign: bool, before: bool
+) -> None:
+    state = saved(fitted, form)
+    if form == "with a flag that was dropped":
+        del state["loss._extra_state"]
+    made = kd.nn.LSHFeatureMimickingLoss(16, form="lsh", std=0.5, hash_bits=24)
+    if before:
+        made.fit_bias(features(9))
+    module = nn.ModuleDict({"loss": made})
+    module.load_state_dict(state, strict=True, assign=assign)
+    assert set(module.state_dict()) == {"loss.hash_weight", "loss.hash_bias"}
+    if fitted:
+        assert torch.equal(made.hash()[1], state["loss.hash_bias"])
+        compiled = torch.compile(made, fullgraph=True, backend="eager")
+        assert compiled(features(8), features(8)).isfinite()
+    else:
+        with pytest.raises(RuntimeError, match=r"fit_bias\(features\) must be called"):
+            made(features(8), features(8))
+
+
 def test_compiles_without_a_graph_break() -> None:
     made = module("lshl2_s")
     results = []

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from modules import congruence, maps
+from modules import CASES, congruence, maps
 from torch import nn
 
 import kdkernels as kd
@@ -108,6 +110,70 @@ def test_each_module_in_torch(name: str) -> None:
     broken = student.detach().clone()
     broken[1, 1] = torch.nan
     assert module(broken, teacher).isnan()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_last_batch_may_be_smaller(name: str) -> None:
+    """Compiled into one graph per kind of size, with the values of eager mode."""
+    case, graphs = CASES[name], []
+    module = case.make().double()
+    eager = copy.deepcopy(module)
+
+    def counted(graph: Any, examples: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend=counted)
+    for B in (6, 9, 7, 10, 4, 8):
+        args, seed = case.inputs(B), torch.get_rng_state()
+        student, results = args[0].requires_grad_(), []
+        for call in (compiled, eager):
+            torch.set_rng_state(seed)
+            loss = call(*args, **case.options(B))
+            results.append((loss, torch.autograd.grad(loss, student)[0]))
+        torch.testing.assert_close(*results)
+    assert len(graphs) < 5
+
+
+# Which modules hand them to operators as they are, so that a graph has them as constants.
+BAKED = {
+    ("CorrelationCongruenceLoss", "gamma"),
+    ("DISTLoss", "beta"),
+    ("DISTLoss", "gamma"),
+    ("DISTLoss", "temperature"),
+    ("CorrelationDistanceLoss", "temperature"),
+    ("BatchSemiHardTripletLoss", "margin"),
+    ("BatchAllTripletLoss", "margin"),
+    ("ContrastiveLoss", "margin"),
+    ("PairDistillationLoss", "margin"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_float_may_follow_a_schedule(name: str) -> None:
+    case = CASES[name]
+    floats = [key for key, value in vars(case.make()).items() if type(value) is float]
+    for key in floats:
+        if (name.split()[0], key) in BAKED:
+            continue
+        graphs = []
+        torch._dynamo.reset()
+        module = case.make().double()
+        eager = copy.deepcopy(module)
+        compiled = torch.compile(
+            module,
+            fullgraph=True,
+            backend=lambda graph, _, graphs=graphs: graphs.append(1) or graph,
+        )
+        for step in range(12):
+            for one in (module, eager):
+                setattr(one, key, 0.2 + 0.06 * step)
+            args, seed = case.inputs(6), torch.get_rng_state()
+            found = compiled(*args, **case.options(6))
+            torch.set_rng_state(seed)
+            torch.testing.assert_close(found, eager(*args, **case.options(6)))
+        assert len(graphs) <= 2, key
 
 
 def test_repr_names_the_meaning() -> None:

@@ -88,7 +88,7 @@ def bad_temperatures(name: str) -> Iterator[tuple[str, Any, type[Exception], str
     for value in (0.0, -0.1, float("nan"), float("inf")):
         yield str(value), value, ValueError, f"{name} must be a positive finite number, got {value}"
     yield "text", "0.1", TypeError, f"{name} must be a number, got str"
-    yield "shape", torch.ones(1), ValueError, f"{name} must have no dimension, got shape [1]"
+    yield "shape", torch.ones(2), ValueError, f"{name} must have shape [] or [1], got [2]"
     yield "integer", torch.tensor(1), TypeError, f"{name} must be float16, bfloat16, float32 or"
 
 
