@@ -44,9 +44,7 @@ def _check(
     if key_labels is not None:
         _checks.labels("key_labels", key_labels, "keys", keys)
         if positives is None:
-            raise ValueError(
-                "positives must be the labels of the queries with key_labels, got None"
-            )
+            raise ValueError("positives must be the queries' labels with key_labels, got None")
     if own_keys is not None:
         _key_bank.check_meeting("own_keys", own_keys, "queries", queries)
         _checks.same_leading("own_keys", own_keys, "queries", queries)

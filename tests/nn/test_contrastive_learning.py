@@ -111,7 +111,7 @@ def test_moco_has_negatives_only_in_its_queue() -> None:
             if len(bank) == 12:
                 assert_same_loss(criterion(queries, queue.keys, own_keys=keys), expected, queries)
         queue.enqueue(F.normalize(keys))
-        bank = torch.cat([F.normalize(keys), bank])[:12]
+        bank = torch.cat([bank, F.normalize(keys)])[-12:]
 
 
 def test_pytorch_metric_learning_computes_the_same() -> None:

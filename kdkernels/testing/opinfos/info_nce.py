@@ -62,13 +62,13 @@ def _samples_of_positives(
     yield Sample("exclude", (x, q, y), {"exclude": (y + 1).int() % 37, "reduction": "none"})
     yield Sample("mask", (x, q, y), {"exclude": free})
     number = torch.tensor(30, device=device)
-    yield Sample("own_keys", (x, q, None), {"own_keys": x.flip(0), "num_keys": number})
+    yield Sample("own_keys", (x, q), {"own_keys": x.flip(0), "num_keys": number})
     options = {"own_keys": x.flip(1), "exclude": mask, "normalize": False, "reduction": "sum"}
-    yield Sample("own_keys_mask", (x, q, None), options)
+    yield Sample("own_keys_mask", (x, q), options)
     # label 5 has no key
     options = {"key_labels": labels, "reduction": "none"}
     yield Sample("labels", (x, q, i % 6), options)
-    x, q, y = x[:, :5], x[:, :5], (i % 6).int()
+    q, y = x.clone(), (i % 6).int()
     yield Sample("labels_in_batch", (x, q, y), {"key_labels": y, "exclude": i, "temperature": 0.5})
     options = {"key_labels": y, "num_keys": torch.tensor(17, device=device), "exclude": i - 1}
     yield Sample("labels_num_keys", (x, q, y), options)
@@ -78,14 +78,14 @@ def _samples_of_positives(
 
 def magnitude(sample: Sample) -> tuple[float, tuple[Tensor, ...]]:
     """As of relational_kl; the weights of several positives are rounded, too."""
-    queries, keys, positives = sample.args
+    queries, keys, *positives = sample.args
     options = sample.kwargs
     q, size, row, key = bank.side(queries, keys, options.get("temperature", 0.07), options)
     share, labels = bank.share(sample), options.get("key_labels")
     weights = size[:, None] * q
     if labels is not None:
         out = reference.not_counting(*q.shape, q.device, options.get("exclude"))
-        found = reference.positive_keys(positives, labels, out).to(q.dtype)
+        found = reference.positive_keys(*positives, labels, out).to(q.dtype)
         weights = weights + found / found.sum(-1, keepdim=True).clamp_min(1)
     return bank.most(size, sample), (share * size * row, share * (weights * key).sum(0))
 
