@@ -41,7 +41,7 @@ def define_operator(
     def run(*args: Any) -> Any:
         *inputs, backend = args
         launch = getattr(_dispatch.select(op, backend, tuple(inputs)), name)
-        with _autocast_off(inputs[0].device.type):
+        with autocast_off(inputs[0].device.type):
             return launch(*inputs)
 
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -50,7 +50,7 @@ def define_operator(
     return getattr(torch.ops.kdkernels, name).default
 
 
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Inside an operator the dtypes are decided: a product there must not be cast down."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

@@ -154,6 +154,12 @@ CASES: dict[str, Case] = {
         lambda: kd.nn.SimilarityDistillationLoss(preset="sskd"), lambda B: _sides(4)(4 * B)
     ),
     "InfoNCELoss": Case(kd.nn.InfoNCELoss, _sides(4)),
+    "InfoNCELoss own_keys": Case(
+        kd.nn.InfoNCELoss, lambda B: (maps(B, 4), maps(9, 4)), lambda B: {"own_keys": maps(B, 4)}
+    ),
+    "NTXentLoss": Case(kd.nn.NTXentLoss, _sides(4)),
+    "SupConLoss": Case(kd.nn.SupConLoss, _labelled),
+    "CLIPLoss": Case(kd.nn.CLIPLoss, _sides(4)),
     "InfoNCELoss queue": Case(_queued, _sides(4)),
     "InfoNCELoss learns": Case(partial(_queued, learn_temperature=True), _sides(4)),
     "LSHFeatureMimickingLoss": Case(

@@ -219,10 +219,8 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
     merge.positives = sweep.positives;
     merge.teacher = call.teacher;
     merge.subtract_entropy = given.subtract_entropy;
-    if (own[0]) {
-      merge.own_student = data_of<const float>(*own[0]) + first;
-      merge.own_teacher = data_of<const float>(*own[1]) + first;
-    }
+    if (own[0]) merge.own_student = data_of<const float>(*own[0]) + first;
+    if (own[1]) merge.own_teacher = data_of<const float>(*own[1]) + first;
     merge.loss = data_of<float>(loss) + first;
     merge.lse_student = data_of<float>(lse_student) + first;
     merge.lse_teacher = data_of<float>(lse_teacher) + first;
@@ -243,6 +241,7 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
     difference.lse_student = merge.lse_student;
     difference.lse_teacher = merge.lse_teacher;
     difference.positives = sweep.positives;
+    difference.teacher = call.teacher;
     difference.scale = sweep.scale[0];
     launch_relational_kl_difference(difference, math, device.stream());
     if (split)

@@ -43,7 +43,7 @@ struct SweepParams {
   int64_t all;               // number of all keys
   const int64_t* num_keys;   // [], how many of them count; null for all
   const int64_t* exclude;    // [B] or null
-  const int64_t* positives;  // [B], where there is no teacher
+  const int64_t* positives;  // [B] or null, where there is no teacher
   bool teacher, subtract_entropy;
   int tiles;
 };
@@ -81,6 +81,7 @@ struct DifferenceParams {
   const float *lse_student, *lse_teacher;  // [B]
   const int64_t* positives;                // [B], subtracted in the teacher's place; or null
   const float* scale;                      // [K] or null
+  bool teacher;
 };
 
 // A launch makes dout times the derivatives by both sides' logits, in the operand's rows. With

@@ -17,7 +17,7 @@ class DifferenceLoader {
   static constexpr int kBytes = 2 * kTileBytes;
 
   __device__ __forceinline__ DifferenceLoader(const DifferenceParams& p, int64_t query0, int64_t k0)
-      : p_(p), load_k_(k0), finish_k_(k0), teacher_(p.positives == nullptr) {
+      : p_(p), load_k_(k0), finish_k_(k0), teacher_(p.teacher) {
     KDK_UNROLL
     for (int c = 0; c < Tile::kCopies; ++c) {
       const int64_t query = query0 + Tile::row(c);

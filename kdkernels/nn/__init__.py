@@ -9,6 +9,7 @@ multiplies by its `weight`, treats the teacher as a constant and keeps all of it
 from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
 from kdkernels.nn.comparative import ComparativeLoss
 from kdkernels.nn.contrastive import ContrastiveLoss
+from kdkernels.nn.contrastive_learning import CLIPLoss, NTXentLoss, SupConLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
 from kdkernels.nn.correlation_distance import CorrelationDistanceLoss
 from kdkernels.nn.crd import CRDLoss
@@ -33,6 +34,7 @@ __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
     "BatchSemiHardTripletLoss",
+    "CLIPLoss",
     "CRDLoss",
     "CodeCache",
     "ComparativeLoss",
@@ -44,12 +46,14 @@ __all__ = [
     "IntraUtteranceSimilarityLoss",
     "KeyQueue",
     "LSHFeatureMimickingLoss",
+    "NTXentLoss",
     "PKTLoss",
     "PairDistillationLoss",
     "RKDLoss",
     "RelationalRepresentationLoss",
     "SimilarityDistillationLoss",
     "SimilarityPreservingLoss",
+    "SupConLoss",
     "TripletDistillationLoss",
     "encode_dataset",
     "fingerprint",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A temperature that is trained: its logarithm, one element, with a bound below."""
+"""Losses with a temperature that may be trained: its logarithm, one element, with a bound below."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from kdkernels import _checks
+from kdkernels._dispatch import Backend, requested_backend
+from kdkernels.nn import _arguments
 
 
 class _Bounded(torch.autograd.Function):
@@ -32,16 +36,64 @@ class _Bounded(torch.autograd.Function):
         return (dout * temperature).masked_fill(lower, 0.0), None
 
 
-def parameter(temperature: float) -> nn.Parameter:  # [1]
-    """Its logarithm, of one dimension since `fully_shard` takes no parameter without."""
-    return nn.Parameter(torch.tensor([math.log(temperature)]))
-
-
-def of(log: Tensor, low: float) -> Tensor:  # [1], [1]
-    return _Bounded.apply(log, low) if low > 0 else log.exp()
-
-
-def with_dimension(state: dict[str, Any], key: str) -> None:
+def _fits(state: dict[str, Any], key: str) -> None:
     """What was saved when the parameter had no dimension fits again."""
     if isinstance(state.get(key), Tensor) and state[key].dim() == 0:
         state[key] = state[key].reshape(1)
+
+
+class TemperedLoss(nn.Module):
+    """Cross-entropy of similarities over a temperature.
+
+    `log_temperature` is a parameter of shape [1], since `fully_shard` takes none without a
+    dimension, or None where the temperature is not learned.
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        temperature: float,
+        learn_temperature: bool,
+        min_temperature: float,
+        normalize: bool,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        requested_backend(backend)  # an unknown name raises here, not in the first step
+        self.weight = _arguments.weight(weight)
+        self.temperature = _checks.positive("temperature", temperature)
+        self.normalize = _checks.flag("normalize", normalize)
+        self.backend = backend
+        self.min_temperature = _checks.not_negative("min_temperature", min_temperature)
+        self.log_temperature: nn.Parameter | None = None
+        if _checks.flag("learn_temperature", learn_temperature):
+            if self.temperature < self.min_temperature:
+                raise ValueError(
+                    f"temperature must be at least min_temperature, {self.min_temperature:g}, "
+                    f"where it is learned, got {self.temperature:g}"
+                )
+            self.log_temperature = nn.Parameter(torch.tensor([math.log(self.temperature)]))
+
+    def _options(self) -> dict[str, Any]:
+        """Of every call of `info_nce`."""
+        temperature: float | Tensor = self.temperature
+        if self.log_temperature is not None:
+            low = self.min_temperature
+            log = self.log_temperature
+            temperature = _Bounded.apply(log, low) if low > 0 else log.exp()
+        return {
+            "temperature": temperature, "normalize": self.normalize, "backend": self.backend
+        }  # fmt: skip
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _fits(state_dict, f"{prefix}log_temperature")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        learned = self.log_temperature is not None
+        bound = f", min_temperature={self.min_temperature:g}" if learned else ""
+        return (
+            f"weight={self.weight:g}, temperature={self.temperature:g}, "
+            f"learn_temperature={learned}{bound}, normalize={self.normalize}, "
+            f"backend={self.backend!r}"
+        )

@@ -31,7 +31,10 @@ CLAMPED = 0.999  # of NORM_EPS / norm: from here on the norm was clamped, up to 
 # without dimensions, on the device; None: all), less the key `exclude` of the row (-1: none).
 # own_student and own_teacher [B], where given, are one more logit of each row on each side. The
 # teacher's probabilities are p = softmax(b). Where teacher is None, p is 1 at the row's key
-# `positives`. Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32:
+# `positives`; where that is None too, at own_student; with neither, p is 0, so that the loss is
+# the log-sum-exp of a. There `exclude` may be a bool mask [B, K] of keys that do not count, which
+# holds no row's positive. Results of the forward, the same for every backend; fp64 for fp64 inputs,
+# else fp32:
 #   loss         [B]     sum_k p_k c_k with c = subtract_entropy log p - log softmax(a)
 #   dloss        [B, D]  its derivative by the student; empty (0) unless need_student
 #   lse_student  [B]     log-sum-exp of a
@@ -101,13 +104,15 @@ def _through_norms(
 
 def _by_own_logits(
     own_student: Tensor,  # [B]
-    own_teacher: Tensor,  # [B]
+    own_teacher: Tensor | None,  # [B]; None: the student's is the positive one
     loss: Tensor,  # [B]
     lse_student: Tensor,  # [B]
     lse_teacher: Tensor,  # [B]
     subtract_entropy: bool,
-) -> tuple[Tensor, Tensor]:  # [B], [B]
+) -> tuple[Tensor, Tensor | None]:  # [B], [B]
     """Derivatives of the loss by these logits, which enter it like those of any key."""
+    if own_teacher is None:
+        return (own_student - lse_student).expm1(), None
     log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
     p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
     return log_q.exp() - p, p * (c - loss)
@@ -164,7 +169,9 @@ class RelationalKLFunction(torch.autograd.Function):
             by_logits = _by_own_logits(
                 own_student, own_teacher, loss, lse_student, lse_teacher, call.subtract_entropy
             )
-            by_own_student, by_own_teacher = (dout * derivative for derivative in by_logits)
+            by_own_student, by_own_teacher = (
+                None if derivative is None else dout * derivative for derivative in by_logits
+            )
         return by_own_student, by_own_teacher, None, None, None, None, *grads
 
 

@@ -35,7 +35,7 @@ def relational_kl(
     keys, teacher_keys = (first(x, num_keys) for x in (keys, teacher_keys))
     a = similarities(student, keys, normalize)
     b = similarities(teacher, keys if teacher_keys is None else teacher_keys, normalize)
-    out = _not_counting(*a.shape, a.device, exclude)
+    out = not_counting(*a.shape, a.device, exclude)
     if own_keys is not None:
         a, b = (
             torch.cat([z, own_similarities(x, own_keys, normalize)], 1)
@@ -52,15 +52,40 @@ def relational_kl(
 def info_nce(
     queries: Tensor,  # [B, D]
     keys: Tensor,  # [K, D]
-    positives: Tensor,  # [B]
+    positives: Tensor | None = None,  # [B]; None: the own keys
     *,
+    key_labels: Tensor | None = None,  # [K]; positives are labels then
+    own_keys: Tensor | None = None,  # [B, D]; one more key per row, a positive one
+    exclude: Tensor | None = None,  # [B], -1 for none, or a mask [B, K]
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
     num_keys: int | Tensor | None = None,
 ) -> Tensor:  # [B]
-    """Cross-entropy of each row against its one positive key, differentiable by autograd."""
-    a = similarities(queries, first(keys, num_keys), normalize) / temperature
-    return F.cross_entropy(a, positives.long(), reduction="none")
+    """Mean cross-entropy of each row against its positive keys, differentiable by autograd."""
+    a = similarities(queries, first(keys, num_keys), normalize)
+    out = not_counting(*a.shape, a.device, exclude)
+    positive = positive_keys(positives, key_labels, out)
+    if own_keys is not None:
+        a = torch.cat([a, own_similarities(queries, own_keys, normalize)], 1)
+        positive, out = F.pad(positive, (0, 1), value=True), F.pad(out, (0, 1))
+    out = out & ~out.all(-1, keepdim=True)  # a row that no key is left for is replaced below
+    log_q = (a / temperature).masked_fill(out, -torch.inf).log_softmax(-1)
+    count = positive.sum(-1)
+    loss = -log_q.masked_fill(~positive, 0.0).sum(-1) / count.clamp_min(1)
+    return loss.where(count > 0, 0.0 if key_labels is not None else torch.nan)
+
+
+def positive_keys(
+    positives: Tensor | None,  # [B]
+    key_labels: Tensor | None,  # [K]
+    out: Tensor,  # [B, K]
+) -> Tensor:  # [B, K]
+    """Which of the keys are positive: by index, or by label."""
+    if positives is None:
+        return torch.zeros_like(out)
+    K = out.shape[1]
+    names = torch.arange(K, device=out.device) if key_labels is None else key_labels[:K]
+    return (positives[:, None] == names) & ~out
 
 
 def first(keys: Tensor | None, num_keys: int | Tensor | None) -> Tensor | None:
@@ -88,9 +113,12 @@ def relational_kl_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log_p, p = _softmax(b, lse_teacher, out)
         c = log_p - log_q if call.subtract_entropy else -log_q
     loss = (p * c).sum(-1)
-    if own_student is not None:
+    if own_teacher is not None:
         log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
         loss = loss + log_p.exp() * (log_p - log_q if call.subtract_entropy else -log_q)
+    elif call.teacher is None and call.positives is None:
+        loss = lse_student if own_student is None else lse_student - own_student
+        loss = loss.where(lse_student != -torch.inf, 0.0)  # no key is left
     dloss = (of_student - p) @ q if need_student else call.student.new_empty(0)
     return loss, dloss, lse_student, lse_teacher
 
@@ -129,27 +157,29 @@ def relational_kl_bwd(
     return dx, dy, dq, dr
 
 
-def _not_counting(
+def not_counting(
     B: int,
     K: int,
     device: torch.device,
-    exclude: Tensor | None,  # [B]
+    exclude: Tensor | None,  # [B], or a mask of at least K columns
     num_keys: Tensor | None = None,  # []
 ) -> Tensor:  # [B, K]
     k = torch.arange(K, device=device)
     out = torch.zeros(B, K, dtype=torch.bool, device=device)
     if exclude is not None:
-        out = exclude[:, None] == k
+        out = exclude[:, :K] if exclude.dtype == torch.bool else exclude[:, None] == k
     return out if num_keys is None else out | (k >= num_keys)
 
 
 def _not_counting_of(call: KeyBankCall) -> Tensor:  # [B, K]
     B, K = len(call.student), len(call.keys)
-    return _not_counting(B, K, call.student.device, call.exclude, call.num_keys)
+    return not_counting(B, K, call.student.device, call.exclude, call.num_keys)
 
 
-def _one_hot(positives: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:  # [B, K]
-    """A positive that names no key that counts makes its row NaN."""
+def _one_hot(positives: Tensor | None, out: Tensor, dtype: torch.dtype) -> Tensor:  # [B, K]
+    """0 without positives. A positive that names no key that counts makes its row NaN."""
+    if positives is None:
+        return torch.zeros_like(out, dtype=dtype)
     hot = (positives[:, None] == torch.arange(out.shape[1], device=out.device)) & ~out
     return hot.to(dtype).where(hot.any(-1, keepdim=True), torch.nan)
 

@@ -53,14 +53,13 @@ def side(
     normalize, own = options.get("normalize", True), options.get("own_keys")
     K, keys = len(keys), reference.first(keys, options.get("num_keys"))
     rows, keys = rows.double(), keys.double()
-    logits = similarities(rows, keys, normalize)
+    logits = similar = similarities(rows, keys, normalize)
     if own is not None:
         logits = torch.cat([logits, reference.own_similarities(rows, own, normalize)], 1)
     logits = logits / temperature
     sizes = logits.abs().amax(-1).clamp_min(1)
-    if "exclude" in options:
-        k = torch.arange(len(keys), device=keys.device)
-        logits[:, : len(keys)].masked_fill_(k == options["exclude"][:, None], -torch.inf)
+    out = reference.not_counting(*similar.shape, keys.device, options.get("exclude"))
+    logits[:, : len(keys)].masked_fill_(out, -torch.inf)
     p = logits.softmax(-1)[:, : len(keys)]
     of_rows, of_keys = (x.norm(dim=-1) for x in (rows, keys))
     if normalize:
