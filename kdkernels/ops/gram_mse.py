@@ -25,7 +25,8 @@ ALGORITHMS = ("auto", "tiled", "factored")
 REDUCTIONS = ("mean", "sum", "none")
 MAX_ORDER = 8  # of the Taylor polynomial; kernels keep its coefficients in a fixed array
 
-# Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32 but for coef.
+# Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32, but for coef
+# and for the factors of fp32 inputs, which are fp64 too.
 #   loss          [G]        sum over i, j of (G_student - G_teacher)_ij^2
 #   coef          [G, 5, B]  fp64; rows a, b_s, b_t, c_s, c_t; with A the student's and
 #                            K the teacher's Gram before its rows are normalised,
@@ -37,6 +38,12 @@ MAX_ORDER = 8  # of the Taylor polynomial; kernels keep its coefficients in a fi
 #   cross         [G, m, n]  factored: T^T S, otherwise empty
 # With normalize="feature", S and T stand for the normalised features throughout. `algorithm` is
 # "resident", "streamed" or "factored" (see `choose_algorithm`).
+
+
+def factor_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of S^T S and its like for features of a dtype: the definition in 16 bits rounds far more than
+    fp32 factors do."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 def _fwd_fake(
@@ -55,7 +62,8 @@ def _fwd_fake(
     n_s, n_t = {"resident": (B, B), "streamed": (0, 0), "factored": (D_s, D_t)}[algorithm]
     m, n = (D_t, D_s) if algorithm == "factored" else (0, 0)
     shapes = ((G,), (G, 5, B), (G, n_s, n_s), (G, n_t, n_t), (G, m, n))
-    dtypes = (acc, torch.float64, acc, acc, acc)
+    factors = factor_dtype(student.dtype) if algorithm == "factored" else acc
+    dtypes = (acc, torch.float64, factors, factors, factors)
     return tuple(student.new_empty(n, dtype=d) for n, d in zip(shapes, dtypes, strict=True))
 
 
