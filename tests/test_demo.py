@@ -204,7 +204,7 @@ def test_cached_codes_are_those_of_the_teacher(tmp_path: Path) -> None:
     loss = cached(student, None, setting.data.y[index], index)
     features = cached.loss.adapter(student.features)
     expected = kd.lsh_bce(features, codes, cached.loss.hash_weight, cached.loss.hash_bias)
-    torch.testing.assert_close(loss, losses.WEIGHT * expected)
+    torch.testing.assert_close(loss, losses.HASH_WEIGHT * expected)
 
 
 def test_hash_bits_are_balanced_and_directions_spread_like_the_head(tmp_path: Path) -> None:

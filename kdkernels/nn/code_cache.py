@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
-from kdkernels.cli.progress import Progress
+from kdkernels._progress import Progress
 from kdkernels.nn._raw import raw_bytes
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
 
@@ -104,16 +104,16 @@ class CodeCache:
     ) -> None:
         if criterion is not None:
             weight, bias = criterion.hash()
-            for name, own, given in (("weight", self.weight, weight), ("bias", self.bias, bias)):
+            for name, kept, given in (("weight", self.weight, weight), ("bias", self.bias, bias)):
                 given = given.detach().cpu()
-                if given.shape != own.shape or given.dtype != own.dtype:
-                    expected = f"{own.dtype} {list(own.shape)}"
+                if given.shape != kept.shape or given.dtype != kept.dtype:
+                    expected = f"{kept.dtype} {list(kept.shape)}"
                     got = f"{given.dtype} {list(given.shape)}"
                     raise ValueError(
                         f"criterion must have the hash_{name} that {self.path.name} was made with, "
                         f"{expected}, got {got}"
                     )
-                if not torch.equal(own, given):
+                if not torch.equal(kept, given):
                     raise ValueError(
                         f"criterion must have the hash_{name} that {self.path.name} was made with, "
                         "got other numbers of the same shape"

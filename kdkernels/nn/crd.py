@@ -20,14 +20,14 @@ class CRDLoss(nn.Module):
     r"""Student and teacher shall tell each other's embedding of a sample from those of others.
 
     Two memories hold an embedding of every sample of the data set, one per side. The student's
-    embedding of a sample is scored against its own row and `num_negatives` random ones of the
-    teacher's memory, the teacher's against the same rows of the student's memory, and both losses
-    of noise contrastive estimation (`kdkernels.ops.noise_contrastive`) are added. The B x K x dim
-    rows are never in memory.
+    embedding of a sample is scored against the row of that sample and `num_negatives` random rows
+    of the teacher's memory, the teacher's embedding against the same rows of the student's memory.
+    Both losses of noise contrastive estimation (`kdkernels.ops.noise_contrastive`) are added. The
+    B x K x dim rows are never in memory.
 
     In training mode both memories are then moved: a row becomes `momentum` times what it was plus
     the rest of the new embedding, with unit norm. Each side's partition is set by its first batch
-    in training mode, and stays; in evaluation mode before that the batch's own is used.
+    in training mode, and stays; in evaluation mode before that, each batch sets it for itself.
 
     As the authors' code does it, with two differences: norms of embeddings are clamped at 1e-12,
     and logarithms replace exponentials, which underflow.
@@ -49,8 +49,8 @@ class CRDLoss(nn.Module):
           the last embedding is kept.
         - negatives: other rows for each sample, integer [B, num_negatives]; None draws them
           uniformly from the whole data set, the sample itself and its class included, as the
-          authors' code does without its "exact" mode. To leave the own class out, as that mode
-          does, draw them where labels are known.
+          authors' code does without its "exact" mode. To leave the class of the
+          sample out, as that mode does, draw them where labels are known.
         - output: scalar, fp32 (fp64 for a module in fp64).
 
     Attributes:

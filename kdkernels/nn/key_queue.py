@@ -57,8 +57,8 @@ class KeyQueue(nn.Module):
 
     Example:
         >>> queue = kd.nn.KeyQueue(16384, 128)
-        >>> own = queue.enqueue(teacher)
-        >>> loss = kd.relational_kl(student, teacher, queue.keys, exclude=own)
+        >>> places = queue.enqueue(teacher)
+        >>> loss = kd.relational_kl(student, teacher, queue.keys, exclude=places)
     """
 
     keys: Tensor

@@ -187,11 +187,12 @@ class SimilarityDistillationLoss(nn.Module):
                     f"{name} must have {keys.shape[1]} columns, its {name}_dim, got {x.shape[1]}"
                 )
         s, t = (_arguments.unit_rows(x, queue.keys) for x in (student, teacher))
-        own = t if found.own_key else None
         if found.two_queues:
             loss = self._divergence(s, t, queue.student_keys, queue.keys, normalize=False)
         else:
-            loss = self._divergence(s, t, queue.keys, own_keys=own, normalize=False)
+            loss = self._divergence(
+                s, t, queue.keys, own_keys=t if found.own_key else None, normalize=False
+            )
         if self.training:
             queue.enqueue(t, s if found.two_queues else None)
         return loss
@@ -211,8 +212,8 @@ class SimilarityDistillationLoss(nn.Module):
         )
         plain_s, plain_t = of_student[:, 0], of_teacher[:, 0]
         s, t = of_student[:, 1:].flatten(0, 1), of_teacher[:, 1:].flatten(0, 1)
-        own = torch.arange(images, device=t.device).repeat_interleave(others)
-        counts = best_ranked(t, plain_t, own, self.share_of_wrong)
+        positives = torch.arange(images, device=t.device).repeat_interleave(others)
+        counts = best_ranked(t, plain_t, positives, self.share_of_wrong)
         rows = self._divergence(s, t, plain_s, plain_t, reduction="none")
         mean = rows.where(counts, 0.0).sum() / counts.sum().clamp_min(1)
         return mean * (self.student_temperature * self.teacher_temperature)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._library import define_operator, first_order
 from kdkernels.ops import _key_bank
 
@@ -33,13 +33,13 @@ def _bwd_fake(dscores: Tensor, x: Tensor, bank: Tensor, indices: Tensor, backend
     return x.new_empty(x.shape)
 
 
-_fwd = define_operator(
+sampled_similarity_fwd = define_operator(
     "sampled_similarity",
     "fwd",
     "(Tensor x, Tensor bank, Tensor indices, str backend) -> Tensor scores",
     _fwd_fake,
 )
-_bwd = define_operator(
+sampled_similarity_bwd = define_operator(
     "sampled_similarity",
     "bwd",
     "(Tensor dscores, Tensor x, Tensor bank, Tensor indices, str backend) -> Tensor dx",
@@ -54,17 +54,17 @@ class SampledSimilarityFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bank: Tensor, indices: Tensor, backend: str) -> Tensor:
         ctx.save_for_backward(x, bank, indices)
         ctx.backend = backend
-        return _fwd(x, bank, indices, backend)
+        return sampled_similarity_fwd(x, bank, indices, backend)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, dscores: Tensor) -> tuple[Any, ...]:
-        return _bwd(dscores, *ctx.saved_tensors, ctx.backend), None, None, None
+        return sampled_similarity_bwd(dscores, *ctx.saved_tensors, ctx.backend), None, None, None
 
 
-def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments of the forward operator."""
-    _key_bank.bank("bank", bank, "x", x)
+def _check(x: Tensor, bank: Tensor, indices: Tensor) -> torch.dtype:
+    """Everything but the numbers inside tensors; returns the dtype of x and bank."""
+    _key_bank.check_bank("bank", bank, "x", x)
     _checks.integer("indices", indices)
     _checks.same_device("indices", indices, "x", x)
     if indices.dim() != 2 or indices.shape[0] != x.shape[0]:
@@ -72,21 +72,31 @@ def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, 
             f"indices must have shape [{x.shape[0]}, K], a row per row of x, "
             f"got {list(indices.shape)}"
         )
-    _key_bank.within("indices", indices, 0, bank.shape[0])
     if bank.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "bank must not require a gradient, which is implemented for x only: detach it, or index"
             " it in torch"
         )
-    x, bank = _key_bank.one_dtype({"x": x, "bank": bank})
-    return x, bank, indices.long()
+    return _checks.common_dtype("bank", bank, "x", x.dtype)
 
 
-def _choices(*_: Any, **__: Any) -> dict[str, str]:
+def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of the forward operator."""
+    dtype = _check(x, bank, indices)
+    _key_bank.within("indices", indices, 0, bank.shape[0])
+    return *_checks.in_dtype(dtype, x, bank), indices.long()
+
+
+def _operator_args(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Any, ...]:
+    dtype = _check(x, bank, indices)
+    return form(x, dtype=dtype), form(bank, dtype=dtype), form(indices, dtype=torch.int64)
+
+
+def _choices(**_: Any) -> dict[str, str]:
     return {}
 
 
-@explained_by(prepared, _choices)
+@explained_by(_operator_args, _choices)
 def sampled_similarity(
     x: Tensor,  # [B, D]
     bank: Tensor,  # [N, D]

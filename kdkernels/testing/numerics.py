@@ -91,9 +91,8 @@ def compare(
     worst = int(error.nan_to_num(nan=torch.inf).argmax())
     largest = error.nan_to_num(nan=torch.inf).flatten()[worst].item()
     low_error = (low - hi).abs().max().item()
-    if (
-        not low_error < torch.inf
-    ):  # the definition itself overflows in this dtype; it excuses nothing
+    # where the definition itself overflows in this dtype, it excuses nothing
+    if not low_error < torch.inf:
         low_error = 0.0
     if dtype == torch.float64:
         budget = FP64_RELATIVE * scale

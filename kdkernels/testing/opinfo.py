@@ -88,9 +88,8 @@ class OpInfo:
     name: str  # of the public function, and what sets this use of it apart
     op: str  # basename of the operator, or the pair of them
     function: Callable[..., Any]  # public; takes backend=
-    definition: Callable[
-        ..., Any
-    ]  # literal mathematics in torch with the same arguments, less backend and algorithm
+    # literal mathematics in torch with the same arguments, less backend and algorithm
+    definition: Callable[..., Any]
     diff_args: tuple[str, ...]  # what can require a gradient: the first floating-point arguments
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
     bad_inputs: Callable[[torch.device], Iterable[BadInput]]

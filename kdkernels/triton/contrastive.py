@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.triton._common import on_device
-from kdkernels.triton._labelled_call import Call, in_order
-from kdkernels.triton._labelled_kernels import distance_tile, pull_weight, store_close
-from kdkernels.triton.triplet import supports
+from kdkernels.triton.common.distances import distance_tile, pull_weight
+from kdkernels.triton.common.launch import on_device, supports
+from kdkernels.triton.common.pairs import Call, in_order
+from kdkernels.triton.common.pairs_kernels import store_close
 
 __all__ = ["contrastive_fwd", "supports"]
 

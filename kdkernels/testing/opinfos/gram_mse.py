@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels._similarity import NORM_EPS
 from kdkernels.ops.gram_mse import choose_algorithm, gram_mse
 from kdkernels.reference import gram_mse as reference
 from kdkernels.testing.opinfo import (
@@ -64,9 +65,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         return draw(B, D_s, seed=1) / D_s**0.25, draw(B, D_t, seed=2) / D_t**0.25
 
     for name, shape in SHAPES.items():
-        yield Sample(
-            name, pair(*shape), cancels=name == "one_row"
-        )  # a single row normalises to 1 on both sides
+        # a single row normalises to 1 on both sides
+        yield Sample(name, pair(*shape), cancels=name == "one_row")
     for form in FORMS:
         label = "-".join(str(value) for value in form.values())
         yield Sample(f"{label}-wide", pair(9, 17, 23), form)
@@ -148,11 +148,11 @@ def magnitude(sample: Sample) -> tuple[float, tuple[float, ...]]:
             slope = sum(p * c[p] * gram ** (p - 1) for p in range(1, len(c)))
         if normalize in ("row_l2", "row_l1"):
             norm = gram.norm(p=int(normalize[-1]), dim=-1, keepdim=True)
-            slope = slope / norm.clamp_min(reference.EPS)
+            slope = slope / norm.clamp_min(NORM_EPS)
         half = 2 * scale * (gram_s.abs() + gram_t.abs()) * slope.abs()
         terms = (half + half.mT) @ unit.abs()
         if normalize == "feature":
-            terms = terms / x.norm(dim=-1, keepdim=True).clamp_min(reference.EPS)
+            terms = terms / x.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS)
         return terms.max().item()
 
     return size, (gradient(s, units[0]), gradient(t, units[1]))
