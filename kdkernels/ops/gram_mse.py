@@ -162,26 +162,47 @@ def _multiply_adds(B: int, D_s: int, D_t: int, normalize: str) -> tuple[float, f
     return tiled, factored
 
 
+def _factored_counts(dtype: torch.dtype, device: torch.device) -> float:
+    """How many multiply-adds of the tiled algorithm one of the factored algorithm counts as.
+
+    On the CPU fp32 features are multiplied with factors in fp64, at half of the rate of fp32,
+    unless they turn out to be unrelated. GPUs multiply in fp64 at anything from the rate of fp32 to
+    1 / 64 of it: 8 is in the middle. (Where they may use tf32 instead, a compiled graph cannot
+    tell.)
+    """
+    if dtype != torch.float32:
+        return 1.0
+    return 8.0 if device.type == "cuda" else 2.0
+
+
 def _fits(B: int, D_s: int, D_t: int) -> bool:
     """Whether a B x B Gram is no larger than the features it comes from."""
     return max(D_s, D_t) >= B
 
 
 def choose_algorithm(
-    B: int, D_s: int, D_t: int, *, normalize: str, kernel: str, algorithm: str
+    B: int,
+    D_s: int,
+    D_t: int,
+    *,
+    normalize: str,
+    kernel: str,
+    algorithm: str,
+    factored_counts: float = 1.0,
 ) -> str:
     """ "resident", "streamed" (the two forms of "tiled") or "factored": what a call runs.
 
     `resident` keeps both B x B Grams from the forward for the backward, where they are no larger
     than the features; `streamed` computes their tiles again; `factored` replaces every B x B
-    product by D x D ones. "auto" takes what needs fewer multiply-adds.
+    product by D x D ones. "auto" takes what needs fewer multiply-adds, where those of `factored`
+    count `factored_counts` times.
     """
     obstacle = _no_factors(normalize, kernel)
     if algorithm == "factored" and obstacle is not None:
         raise ValueError(f"algorithm must be 'tiled' or 'auto' here, got 'factored': {obstacle}")
     if algorithm == "auto" and obstacle is None:
         tiled, factored = _multiply_adds(B, D_s, D_t, normalize)
-        algorithm = "factored" if factored < tiled else "tiled"
+        algorithm = "factored" if factored_counts * factored < tiled else "tiled"
     if algorithm == "factored":
         return "factored"
     return "resident" if _fits(B, D_s, D_t) else "streamed"
@@ -213,7 +234,10 @@ def _check(
             f"normalize must be 'feature' or 'none' with kernel='rbf_taylor', got {normalize!r}"
         )
     B, D_s, D_t = student.shape[-2], student.shape[-1], teacher.shape[-1]
-    chosen = choose_algorithm(B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm)
+    chosen = choose_algorithm(
+        B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm,
+        factored_counts=_factored_counts(dtype, student.device),
+    )  # fmt: skip
     return dtype, normalize, kernel, gamma, order, chosen
 
 
@@ -230,10 +254,16 @@ def _choices(
     student: Tensor, teacher: Tensor, normalize: str, kernel: str, algorithm: str, **_: Any
 ) -> dict[str, str]:
     B, D_s, D_t = student.shape[-2], student.shape[-1], teacher.shape[-1]
-    chosen = choose_algorithm(B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm)
+    counts = _factored_counts(torch.promote_types(student.dtype, teacher.dtype), student.device)
+    chosen = choose_algorithm(
+        B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm,
+        factored_counts=counts,
+    )  # fmt: skip
     name = chosen if chosen == "factored" else f"tiled, {chosen}"
     tiled, factored = _multiply_adds(B, D_s, D_t, normalize)
     reason = f"{tiled / 1e9:.3g} G multiply-adds tiled, {factored / 1e9:.3g} G factored"
+    if counts != 1:
+        reason += f", which count {counts:g} times: fp32 features are multiplied in fp64"
     if algorithm != "auto":
         reason = "asked for"
     return {"algorithm": f"{name} ({_no_factors(normalize, kernel) or reason})"}
@@ -274,7 +304,8 @@ def gram_mse(
         gamma, order: Of "rbf_taylor": gamma > 0, order from 1 to 8.
         algorithm: "tiled" sweeps tiles of the Grams, "factored" replaces them by D x D products
             (normalize="row_l2", "feature" or "none" with the linear kernel), "auto" takes the one
-            with fewer multiply-adds.
+            with fewer multiply-adds. Those of "factored" are in fp64 for fp32 features, and count
+            accordingly.
         reduction: "mean" over B^2 entries and all groups; "sum" of the squared differences,
             undivided; "none" gives the mean over B^2 of each group, shape [...].
         backend: See `kdkernels.explain`.
