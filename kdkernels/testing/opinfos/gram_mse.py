@@ -253,6 +253,12 @@ BENCH = (
     _shape("square", 2048, 2048, "pooled ResNet-50 features where neither algorithm has an edge"),
     _shape("embeddings", 8192, 128, "large-batch metric learning"),
     _shape("pooled", 8192, 512, "pooled ResNet-18/34 features at large batch"),
+    _shape(
+        "pooled_relu",
+        8192,
+        512,
+        "the same after a ReLU, with a student near its teacher: its factors are fp64",
+    ),
     _shape("huge", 65536, 256, "a batch whose Grams would need over 50 GB in eager mode"),
     _shape("pooled_2048", 8192, 2048, "pooled ResNet-50 features at large batch", "cuda"),
     _shape(
@@ -267,11 +273,14 @@ BENCH = (
 
 def bench_sample(shape: BenchShape, device: torch.device, dtype: torch.dtype) -> Sample:
     B, D = shape.sizes["B"], shape.sizes["D"]
-    return Sample(
-        shape.name,
-        tuple(randn(B, D, seed=seed, device=device, dtype=dtype) for seed in (1, 2)),
-        dict(shape.kwargs),
-    )
+    if shape.name == "pooled_relu":
+        sides = [
+            network_features(B, D, seed=1, device=device, dtype=dtype, distance=distance)
+            for distance in (0.1, 0.0)
+        ]
+    else:
+        sides = [randn(B, D, seed=seed, device=device, dtype=dtype) for seed in (1, 2)]
+    return Sample(shape.name, tuple(sides), dict(shape.kwargs))
 
 
 def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
