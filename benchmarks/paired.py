@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_SECONDS = 0.03
-# Named shapes whose call takes longer on two cores than a paired run should.
-MOST_SECONDS = 3.0
 
 
 class Checkout:
@@ -102,11 +100,13 @@ def _seconds(call: Any, count: int) -> float:
     return time.perf_counter() - begin
 
 
-def compare(before: Checkout, after: Checkout, op: str, shape: str, seconds: float) -> dict | None:
+def compare(
+    before: Checkout, after: Checkout, op: str, shape: str, seconds: float, longest: float
+) -> dict | None:
     """Microseconds per call of both checkouts and their ratio; None for a shape too slow."""
     for checkout in (before, after):
         first = checkout.ask(what="prepare", op=op, shape=shape)
-    if first > MOST_SECONDS:
+    if first > longest:
         return None
     one = min(checkout.ask(what="block", count=1) for checkout in (before, after))
     count = max(1, min(10_000, round(BLOCK_SECONDS / max(one, 1e-7))))
@@ -142,6 +142,12 @@ def main() -> int:
     parser.add_argument("after", type=Path, nargs="?", default=Path("."), help="default: this one")
     parser.add_argument("--op", nargs="+", help="ops to time (default: all)")
     parser.add_argument("--seconds", type=float, default=4.0, help="for each shape (default: 4)")
+    parser.add_argument(
+        "--longest",
+        type=float,
+        default=3.0,
+        help="seconds of a call beyond which a shape is left out",
+    )
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -156,11 +162,11 @@ def main() -> int:
     for op, shape, sizes in facts[1]["shapes"]:
         if (args.op and op not in args.op) or [op, shape, sizes] not in facts[0]["shapes"]:
             continue
-        found = compare(before, after, op, shape, args.seconds)
+        found = compare(before, after, op, shape, args.seconds, args.longest)
         row = {"op": op, "shape": shape, "sizes": sizes, **(found or {"skipped": "too slow"})}
         rows.append(row)
         if found is None:
-            print(f"{op:24} {shape:16} left out: a call takes more than {MOST_SECONDS:g} s")
+            print(f"{op:24} {shape:16} left out: a call takes more than {args.longest:g} s")
             continue
         ratio = found["ratio"]
         print(

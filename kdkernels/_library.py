@@ -71,8 +71,32 @@ class _Refusal(torch.autograd.Function):
         )
 
 
+def keep_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, which refuses tensors that were made under `torch.inference_mode()`.
+
+    Such a tensor has no version counter and asks for no gradient, so `ctx` itself may hold it; a
+    change of it before the backward goes unnoticed, as everywhere in torch.
+    """
+    if torch.compiler.is_compiling():  # Dynamo cannot trace is_inference (torch 2.13)
+        ctx.unwatched = None
+        ctx.save_for_backward(*tensors)
+        return
+    unwatched = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.unwatched = unwatched or None
+    ctx.save_for_backward(*(None if i in unwatched else x for i, x in enumerate(tensors)))
+
+
+def _kept(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What `keep_for_backward` was given. To be called once in a backward: saved tensors that
+    `torch.utils.checkpoint` computes again may be read once only."""
+    if ctx.unwatched is None:
+        return ctx.saved_tensors
+    return tuple(ctx.unwatched.get(i, x) for i, x in enumerate(ctx.saved_tensors))
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a backward without recording it, and refuse to differentiate what it returns.
+    """Run `backward(ctx, kept, *douts)` without recording it, with the tensors that
+    `keep_for_backward` was given, and refuse to differentiate what it returns.
 
     `torch.autograd.function.once_differentiable` refuses only if the incoming gradient requires
     grad (torch 2.13); with create_graph=True it lets the dependence on the saved inputs vanish
@@ -81,11 +105,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(ctx: Any, *douts: Tensor) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, *douts)
-        saved = (tensor for tensor in ctx.saved_tensors if tensor is not None)
-        sources = [tensor for tensor in (*saved, *douts) if tensor.requires_grad]
+            return backward(ctx, _kept(ctx), *douts)
+        kept = _kept(ctx)
+        sources = [x for x in (*kept, *douts) if x is not None and x.requires_grad]
         with torch.no_grad():
-            grads = backward(ctx, *douts)
+            grads = backward(ctx, kept, *douts)
         if not sources:
             return grads
         return tuple(grad if grad is None else _Refusal.apply(grad, *sources) for grad in grads)

@@ -95,6 +95,17 @@ def test_no_op_of_the_triton_backend_imports_another() -> None:
     assert across == []
 
 
+def test_every_module_of_kernels_sees_the_language() -> None:
+    """Triton's interpreter refuses a kernel whose module has no `tl`, unless tests patch it."""
+    blind = [
+        str(path.relative_to(ROOT))
+        for path in python_files(PACKAGE / "triton")
+        if "@triton.jit" in (text := path.read_text())
+        and "import triton.language as tl" not in text
+    ]
+    assert blind == []
+
+
 def test_the_backends_import_no_other_backend() -> None:
     across = [
         f"{path.relative_to(ROOT)} imports {name}"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 import re
@@ -87,7 +88,7 @@ def _requiring(case: Case, need: bool) -> list[Any]:
 @pytest.mark.parametrize("need", [False, True], ids=["constant", "differentiable"])
 @each_case(
     pick=lambda found: found,
-    dtypes=(torch.float16, torch.float32, torch.float64),
+    dtypes=(torch.float16, torch.float64),
     backends=("reference",),
 )
 def test_explain_computes_nothing_and_describes_what_runs(
@@ -149,6 +150,14 @@ def test_explain_computes_nothing_for_functions_without_an_opinfo() -> None:
     assert operations.seen == []
     assert (mined.function, encoded.backend) == ("mine_triplets", "reference")
     assert drawn.choices == {"negatives": "drawn, no kernel runs"}
+
+
+@pytest.mark.parametrize("backend", _dispatch.BACKENDS)
+def test_an_op_without_a_kernel_is_named(backend: str) -> None:
+    reason = importlib.import_module(f"kdkernels.{backend}").unavailable()
+    assert _dispatch.implementation("no_op", backend) == (
+        reason or f"no_op has no {backend} kernel"
+    )
 
 
 def test_explain_refuses_an_unknown_function() -> None:

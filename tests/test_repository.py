@@ -87,10 +87,10 @@ def test_every_op_has_all_of_its_files(op: str) -> None:
 
 def test_every_module_has_its_test() -> None:
     """The test of kdkernels/nn/<module>.py is tests/nn/test_<module>.py; what several modules share
-    is tested in test_modules.py and test_errors.py."""
+    is tested in test_modules.py, test_errors.py and test_state.py."""
     modules = {path.stem for path in (ROOT / "kdkernels" / "nn").glob("[!_]*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "nn").glob("*.py")}
-    assert tests == modules | {"modules", "errors"}
+    assert tests == modules | {"modules", "errors", "state"}
 
 
 def _targets(text: str) -> list[str]:

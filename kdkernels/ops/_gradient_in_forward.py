@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._library import first_order
+from kdkernels._library import first_order, keep_for_backward
 
 
 class GradientInForward(torch.autograd.Function):
@@ -25,7 +25,7 @@ class GradientInForward(torch.autograd.Function):
         loss, *others = operator(*args)
         others, gradients = others[:-count], others[-count:]
         # the inputs only so that a change of them or a second derivative is refused
-        ctx.save_for_backward(*gradients, *args[:count])
+        keep_for_backward(ctx, *gradients, *args[:count])
         ctx.count, ctx.scale, ctx.dtype = count, scale, args[0].dtype
         loss = loss if scale == 1.0 else loss * scale
         if not others:
@@ -35,12 +35,11 @@ class GradientInForward(torch.autograd.Function):
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor, *_: Any) -> Any:
         dout = dout if ctx.scale == 1.0 else dout * ctx.scale
-        gradients = ctx.saved_tensors[: ctx.count]
         _, _, _, *need = ctx.needs_input_grad
         grads = [None] * len(need)
-        for i, gradient in enumerate(gradients):
+        for i, gradient in enumerate(kept[: ctx.count]):
             if need[i]:
                 grads[i] = (dout * gradient).to(ctx.dtype)
         return None, None, None, *grads

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._library import define_operator, first_order, keep_for_backward
 
 NORMALIZATIONS = ("row_l2", "row_l1", "feature", "none")
 KERNELS = ("linear", "rbf_taylor")
@@ -108,16 +108,15 @@ class GramMSEFunction(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> Tensor:
         loss, *residuals = _fwd(_grouped(student), _grouped(teacher), *options)
-        ctx.save_for_backward(student, teacher, *residuals)
+        keep_for_backward(ctx, student, teacher, *residuals)
         ctx.scale, ctx.options = scale, options
-        if reduction == "none":
-            return (loss * scale).reshape(student.shape[:-2])
-        return (loss * scale if len(loss) == 1 else loss.sum(0, keepdim=True) * scale).reshape(())
+        # the result must not be a view: users change losses in place
+        return (loss.reshape(student.shape[:-2]) if reduction == "none" else loss.sum()) * scale
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        student, teacher, *residuals = ctx.saved_tensors
+    def backward(ctx: Any, kept: tuple[Tensor, ...], dout: Tensor) -> tuple[Any, ...]:
+        student, teacher, *residuals = kept
         s, t = _grouped(student), _grouped(teacher)
         dloss = (dout * ctx.scale).reshape(-1).expand(len(s))
         need_student, need_teacher = ctx.needs_input_grad[:2]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._library import define_operator, first_order, keep_for_backward
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -100,15 +100,15 @@ class LSHBCEFunction(torch.autograd.Function):
             scale /= max(student.shape[0], 1)
         elif reduction == "mean":
             count = sample_mask.sum().clamp_min(1)
-        ctx.save_for_backward(student, codes, weight, bias, sample_mask, dloss, count)
+        keep_for_backward(ctx, student, codes, weight, bias, sample_mask, dloss, count)
         ctx.scale, ctx.backend = scale, backend
         loss = loss * scale if reduction == "none" else loss.sum() * scale
         return loss if count is None else loss / count
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        *tensors, count = ctx.saved_tensors
+    def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
+        *tensors, count = kept
         dout = dout * ctx.scale if count is None else dout * ctx.scale / count
         dout = dout.expand(tensors[0].shape[0])
         need = [ctx.needs_input_grad[i] for i in (0, 2, 3)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._library import define_operator, first_order, keep_for_backward
 
 PRODUCTS = ("dot", "cosine")  # metrics whose gradient does not need their value
 METRICS = (*PRODUCTS, "euclidean", "sqeuclidean", "rbf")
@@ -62,16 +62,16 @@ class PairwiseFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor | None, metric: str, gamma: float, backend: str
     ) -> Tensor:
         out = _fwd(x, y, metric, gamma, backend)
-        ctx.save_for_backward(x, y, None if metric in PRODUCTS else out)
+        keep_for_backward(ctx, x, y, None if metric in PRODUCTS else out)
         ctx.options = metric, gamma, backend
         return out
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
         metric, gamma, backend = ctx.options
         need_x, need_y = ctx.needs_input_grad[:2]
-        dx, dy = _bwd(dout, *ctx.saved_tensors, metric, gamma, need_x, need_y, backend)
+        dx, dy = _bwd(dout, *kept, metric, gamma, need_x, need_y, backend)
         return dx if need_x else None, dy if need_y else None, None, None, None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._key_bank_call import KeyBankCall
-from kdkernels._library import define_operator, first_order
+from kdkernels._library import define_operator, first_order, keep_for_backward
 from kdkernels._similarity import NORM_EPS
 from kdkernels.ops import _key_bank
 
@@ -107,7 +107,7 @@ def _by_own_logits(
     lse_teacher: Tensor,  # [B]
     subtract_entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """Derivatives of the loss, those of any key's logits."""
+    """Derivatives of the loss by these logits, which enter it like those of any key."""
     log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
     p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
     return log_q.exp() - p, p * (c - loss)
@@ -133,20 +133,18 @@ class RelationalKLFunction(torch.autograd.Function):
         # operator receives the student in the place of the keys.
         kept = call if sweep_again else KeyBankCall(call.student, None, call.student)
         *tensors, _ = kept
-        ctx.save_for_backward(own_student, own_teacher, loss, *others, *tensors)
+        keep_for_backward(ctx, own_student, own_teacher, loss, *others, *tensors)
         ctx.scale = 1 / max(call.student.shape[0], 1) if reduction == "mean" else 1.0
         ctx.subtract_entropy, ctx.backend = call.subtract_entropy, backend
-        return loss if reduction == "none" else loss.sum() * ctx.scale
+        # a copy, since the backward reads the losses and users change theirs in place
+        return loss.clone() if reduction == "none" else loss.sum() * ctx.scale
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        own_student, own_teacher, loss, dloss, lse_student, lse_teacher, *tensors = (
-            ctx.saved_tensors
-        )
+    def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
+        own_student, own_teacher, loss, dloss, lse_student, lse_teacher, *tensors = kept
         call = KeyBankCall(*tensors, ctx.subtract_entropy)
-        _, _, _, _, _, _, *need = ctx.needs_input_grad
-        need = KeyBankCall(*need)
+        need = KeyBankCall(*ctx.needs_input_grad[-len(KeyBankCall._fields) :])
         dout = (dout * ctx.scale).expand(call.student.shape[0])
         dstudent, dteacher, dkeys, dteacher_keys = _bwd(
             dout, *call, loss, dloss, lse_student, lse_teacher, need.student, need.teacher,
@@ -161,13 +159,13 @@ class RelationalKLFunction(torch.autograd.Function):
             else None,
             subtract_entropy=None,
         )
-        down_student = down_teacher = None
+        by_own_student = by_own_teacher = None
         if own_student is not None:
-            by_student, by_teacher = _by_own_logits(
+            by_logits = _by_own_logits(
                 own_student, own_teacher, loss, lse_student, lse_teacher, call.subtract_entropy
             )
-            down_student, down_teacher = dout * by_student, dout * by_teacher
-        return down_student, down_teacher, None, None, None, None, *grads
+            by_own_student, by_own_teacher = (dout * derivative for derivative in by_logits)
+        return by_own_student, by_own_teacher, None, None, None, None, *grads
 
 
 def _check(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._library import define_operator, first_order, keep_for_backward
 from kdkernels.ops import _key_bank
 
 # The operators know x [B, D] and bank [N, D] of one dtype and indices [B, K] int64:
@@ -52,14 +52,14 @@ class SampledSimilarityFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bank: Tensor, indices: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(x, bank, indices)
+        keep_for_backward(ctx, x, bank, indices)
         ctx.backend = backend
         return sampled_similarity_fwd(x, bank, indices, backend)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dscores: Tensor) -> tuple[Any, ...]:
-        return sampled_similarity_bwd(dscores, *ctx.saved_tensors, ctx.backend), None, None, None
+    def backward(ctx: Any, kept: tuple[Tensor, ...], dscores: Tensor) -> tuple[Any, ...]:
+        return sampled_similarity_bwd(dscores, *kept, ctx.backend), None, None, None
 
 
 def _check(x: Tensor, bank: Tensor, indices: Tensor) -> torch.dtype:

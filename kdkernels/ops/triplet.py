@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._library import define_operator, first_order, keep_for_backward
 from kdkernels.ops._labelled import both_sides, forms_of_both_sides, labelled_rows
 
 STRATEGIES = ("hardest", "semihard", "easiest")
@@ -85,15 +85,17 @@ class TripletFunction(torch.autograd.Function):
         rows = both_sides(embeddings, labels, references, reference_labels)
         results = _fwd(*rows, positives, negatives, distance, backend)
         inputs = (embeddings,) if references is None else (embeddings, references)
-        ctx.save_for_backward(*inputs, *results)
+        keep_for_backward(ctx, *inputs, *results)
         ctx.options = (distance, backend)
         ctx.mark_non_differentiable(results[0], results[1])
         return results
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, _p: Any, _n: Any, dd_ap: Tensor, dd_an: Tensor) -> tuple[Any, ...]:
-        embeddings, *rest = ctx.saved_tensors
+    def backward(
+        ctx: Any, kept: tuple[Tensor, ...], _p: Any, _n: Any, dd_ap: Tensor, dd_an: Tensor
+    ) -> tuple[Any, ...]:
+        embeddings, *rest = kept
         in_batch = len(rest) == 4
         references, *results = (embeddings, *rest) if in_batch else rest
         need_embeddings, need_references = ctx.needs_input_grad[0], ctx.needs_input_grad[2]

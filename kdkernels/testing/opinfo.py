@@ -111,6 +111,9 @@ class OpInfo:
     selects: bool = False
     # The result has the dtype of the features; of a loss it is fp32, fp64 for fp64.
     keeps_dtype: bool = False
+    # Whether the backward reads the result of a sample, as that of torch.exp does: changing it in
+    # place before the backward is then refused by autograd. None: never.
+    keeps_result: Callable[[Sample], bool] | None = None
     # Minus infinity is a value like others: the logit of a class that is ruled out.
     takes_minus_inf: bool = False
     # What `bench.BASELINES` names, less what makes no sense for the op.

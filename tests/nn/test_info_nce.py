@@ -97,6 +97,25 @@ def test_info_nce_with_a_queue_goes_on_from_saved_state() -> None:
     assert torch.equal(losses[0], losses[1])
 
 
+def test_two_views_leave_the_other_view_of_an_image_out() -> None:
+    """Of each query the keys are those of one view of the batch, and the queue before it."""
+    module = NCE(temperature=0.3, queue=kd.nn.KeyQueue(18, 4, init="empty")).double()
+    queue = torch.zeros(0, 4, dtype=torch.float64)
+    for _ in range(5):
+        s1, t1, s2, t2 = (rows() for _ in range(4))
+        expected = 0
+        for s, t in ((s1, t2), (s2, t1)):
+            keys = torch.cat([F.normalize(t).detach(), queue[: 18 - 6]])
+            expected = expected + F.cross_entropy(F.normalize(s) @ keys.T / 0.3, torch.arange(6))
+        loss = module(s1, t2, update=False) + module(s2, t1)
+        torch.testing.assert_close(loss, expected)
+        for got, wanted in zip(
+            *(torch.autograd.grad(x, (s1, s2)) for x in (loss, expected)), strict=True
+        ):
+            torch.testing.assert_close(got, wanted)
+        queue = torch.cat([F.normalize(t1).detach(), queue])[:18]
+
+
 def test_info_nce_compiles_into_one_graph() -> None:
     queries, keys = rows(), rows(9)
     module = NCE(learn_temperature=True).double()

@@ -10,10 +10,10 @@ from kdkernels.testing.aot.recorder import Calls
 from kdkernels.triton.pairwise import pairwise_bwd, pairwise_fwd
 
 # label -> N, M or None for the rows themselves, D, metric, whether y needs a gradient
-_CORE = {"pairwise-own": (4096, None, 256, "euclidean", False)}
+_CORE = {"pairwise-in_batch": (4096, None, 256, "euclidean", False)}
 _MORE = {
     "pairwise-bank": (256, 65536, 512, "cosine", False),
-    "pairwise-odd_own": (333, None, 37, "euclidean", False),
+    "pairwise-odd_in_batch": (333, None, 37, "euclidean", False),
     "pairwise-odd": (333, 101, 37, "rbf", True),
 }
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.ops.pairwise import METRICS, pairwise
+from kdkernels.ops.pairwise import METRICS, PRODUCTS, pairwise
 from kdkernels.reference import pairwise as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, Eager, OpInfo, Sample, randn
 
@@ -171,6 +171,7 @@ OPINFOS = [
         cost=cost,
         memory=memory,
         keeps_dtype=True,
+        keeps_result=lambda sample: sample.kwargs.get("metric", "cosine") not in PRODUCTS,
         algorithm_options=(),
         peers=("torchmetrics", "scikit-learn", "pykeops"),
         eager=Eager(function=eager, prepare=lambda sample: sample),

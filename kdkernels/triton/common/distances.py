@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances between rows, tile by tile, and how weights on them pull the rows.
+"""Distances between rows, tile by tile, and what weights on them give the gradient of the rows.
 
 Features are contiguous. Everything accumulates in fp32.
 """
@@ -40,7 +40,7 @@ def distance_tile(
     offs_m,  # [m] rows of x
     offs_n,  # [n] rows of r
     D,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     DISTANCE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -49,9 +49,10 @@ def distance_tile(
 ):
     """([m, n] distances; whether two of these rows are close).
 
-    NaN where a row is not finite; with OWN meaningless between a row and itself. From products,
-    but where rows are close from differences: then the products cancel. Sorted by label, such rows
-    share few tiles. Coincident rows are at distance 0.
+    A distance is NaN where a row is not finite; with IN_BATCH that of a row to itself means
+    nothing. Distances come from products, but from differences where rows are close, since the
+    products cancel there. Rows that are sorted by label are close in few tiles. Coincident rows are
+    at distance 0.
     """
     # int64: a row number times D passes 2**31 on large inputs
     x_ptrs = x_ptr + offs_m.to(tl.int64) * D
@@ -62,7 +63,7 @@ def distance_tile(
     # in this order, so that nothing is rounded to the digits of the sum of the norms
     d2 = (x_norm[:, None] - acc) + (r_norm[None, :] - acc)
     near = d2 < (x_norm[:, None] + r_norm[None, :]) * CLOSE
-    if OWN:
+    if IN_BATCH:
         near = near & (offs_m[:, None] != offs_n[None, :])
     close = tl.max(near.to(tl.int32))
     if close > 0:
@@ -82,7 +83,7 @@ def distance_tile(
 
 
 @triton.jit
-def pull_weight(weight, d, DISTANCE: tl.constexpr):
+def gradient_weight(weight, d, DISTANCE: tl.constexpr):
     """w of d(sum)/dx = w (x - r), given the derivative of the sum by the distance d of x and r; 0
     between coincident points."""
     if DISTANCE == EUCLIDEAN:

@@ -22,7 +22,7 @@ def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:
     """The gradient of features from `v`, that of the unit vectors x / |x| divided by |x|."""
     G, B, D = x.shape
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _gram_mse_bwd_kernel_normalise[(G * cdiv(B, ROWS),)](
+    _normalise_gradient_kernel[(G * cdiv(B, ROWS),)](
         x_ptr=x, v_ptr=v, dx_ptr=dx, B=B, D=D, stride_g=x.stride(0), stride_b=x.stride(1),
         stride_d=x.stride(2), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
@@ -30,7 +30,7 @@ def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:
 
 
 @triton.jit
-def _gram_mse_bwd_kernel_normalise(
+def _normalise_gradient_kernel(
     x_ptr,  # [G, B, D] features
     v_ptr,  # [G, B, D] fp32: the gradient of the unit vectors u = x / |x|, divided by |x|
     dx_ptr,  # [G, B, D]

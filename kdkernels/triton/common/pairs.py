@@ -28,7 +28,7 @@ class Pairs:
         distance: str,
         sides: int = 1,
     ) -> None:
-        self.own = r is None
+        self.in_batch = r is None
         self.distance = DISTANCES[distance]
         self.x = x.contiguous()
         self.r = self.x if r is None else r.contiguous()
@@ -53,18 +53,21 @@ class Pairs:
         tile = self.config.distances
         return {
             "x_ptr": self.x, "r_ptr": self.r, "x_norm_ptr": self.x_norm, "r_norm_ptr": self.r_norm,
-            "B": self.B, "M": self.M, "D": self.D, "OWN": self.own, "DISTANCE": self.distance,
-            "PRECISION": self.config.distance_precision, **tile.launch(),
+            "B": self.B, "M": self.M, "D": self.D, "IN_BATCH": self.in_batch,
+            "DISTANCE": self.distance, "PRECISION": self.config.distance_precision, **tile.launch(),
         }  # fmt: skip
 
     def tiles(self, rows: int) -> tuple[int, int]:
         """Of the distances of so many anchors: down, across."""
         return cdiv(rows, self.config.distances.m), cdiv(self.M, self.config.distances.n)
 
-    def pull(self, w: Tensor, first: int, close: Tensor, *, references: bool = False) -> Tensor:
-        """How weights w [rows, M] of a chunk pull its anchors, [rows, D], or the references,
-        [M, D]: the sum of w_ik (x_i - r_k) over k, or that of w_ik (r_k - x_i) over i."""
-        tile, step = self.config.pull, self.config.distances
+    def gradient_of(
+        self, w: Tensor, first: int, close: Tensor, *, references: bool = False
+    ) -> Tensor:
+        """The gradient that weights w [rows, M] of a chunk give its anchors, [rows, D], or the
+        references, [M, D]: the sum of w_ik (x_i - r_k) over k, or that of w_ik (r_k - x_i) over i.
+        """
+        tile, step = self.config.gradient, self.config.distances
         x, r, close_n, close_k = self.x[first : first + len(w)], self.r, step.m, step.n
         if references:
             x, r, close_n, close_k = r, x, close_k, close_n
@@ -74,16 +77,16 @@ class Pairs:
         length = split_length(K, self.config.splits(N, self.D, K), close_k)
         splits = cdiv(K, length)
         out = self.new(splits, N, self.D)
-        kernels._labelled_pull_kernel[(tile.count(N, self.D), splits)](
+        kernels._pairs_gradient_kernel[(tile.count(N, self.D), splits)](
             w_ptr=w, x_ptr=x, r_ptr=r, close_ptr=close, out_ptr=out, N=N, K=K, D=self.D,
-            split_length=length, TRANSPOSED=references, PRECISION=self.config.pull_precision,
+            split_length=length, TRANSPOSED=references, PRECISION=self.config.gradient_precision,
             CLOSE_N=close_n, CLOSE_K=close_k, **tile.launch(),
         )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
 
 
 class Call(Pairs):
-    """The rows of one call, sorted. With `own` the references are the embeddings."""
+    """The rows of one call, sorted. With `in_batch` the references are the embeddings."""
 
     def __init__(
         self,
@@ -91,15 +94,15 @@ class Call(Pairs):
         labels: Tensor,  # [B] int64
         references: Tensor,  # [M, D]
         reference_labels: Tensor,  # [M] int64
-        own: bool,
+        in_batch: bool,
         distance: str,
     ) -> None:
         self.labels, self.order = labels.sort(stable=True)
         self.reference_labels, self.reference_order = self.labels, self.order
-        if not own:
+        if not in_batch:
             self.reference_labels, self.reference_order = reference_labels.sort(stable=True)
         super().__init__(
-            embeddings[self.order], None if own else references[self.reference_order], distance
+            embeddings[self.order], None if in_batch else references[self.reference_order], distance
         )
 
     @cached_property
@@ -114,7 +117,7 @@ class Call(Pairs):
     def distances(self, first: int, rows: int, d: Tensor) -> Tensor:
         """Those of a chunk into `d`, [rows, M]; which of their tiles have close rows, int32."""
         close = self.new(*self.tiles(rows), dtype=torch.int32)
-        kernels._labelled_distances_kernel[(close.numel(),)](
+        kernels._pairs_distances_kernel[(close.numel(),)](
             d_ptr=d, close_ptr=close, first=first, rows=rows, **self.distance_arguments()
         )
         return close

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distances between labelled rows, tile by tile, and how weights on them pull the rows.
+"""Distances between labelled rows, tile by tile, and the gradient that weights on them
+give the rows.
 
 Features are contiguous, in the order of their labels. Everything accumulates in fp32.
 """
@@ -21,7 +22,7 @@ def store_close(close_ptr, close, m_blocks, n_blocks):
 
 
 @triton.jit
-def _labelled_distances_kernel(
+def _pairs_distances_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
     x_norm_ptr,  # [B] fp32, squared
@@ -33,7 +34,7 @@ def _labelled_distances_kernel(
     B,
     M,
     D,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     DISTANCE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -45,7 +46,7 @@ def _labelled_distances_kernel(
     offs_n = (tl.program_id(0) // m_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     d, close = distance_tile(
         x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, tl.minimum(first + local, B - 1),
-        tl.minimum(offs_n, M - 1), D, OWN, DISTANCE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        tl.minimum(offs_n, M - 1), D, IN_BATCH, DISTANCE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     offs = local.to(tl.int64)[:, None] * M + offs_n[None, :]
     tl.store(d_ptr + offs, d, mask=(local < rows)[:, None] & (offs_n < M)[None, :])
@@ -53,7 +54,7 @@ def _labelled_distances_kernel(
 
 
 @triton.jit
-def _labelled_pull_kernel(
+def _pairs_gradient_kernel(
     w_ptr,  # [N, K] fp32 weights; [K, N] if TRANSPOSED
     x_ptr,  # [N, D]
     r_ptr,  # [K, D]

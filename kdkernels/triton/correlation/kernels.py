@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 # The table of numbers per row, fp32 [7, B]: maxima and sums of both softmaxes, rho, and
-# the factors own and other of the gradient.
-MAX, SUM, RHO, OWN, OTHER = (tl.constexpr(index) for index in (0, 2, 4, 5, 6))
+# the factors self_ and other of the gradient.
+MAX, SUM, RHO, SELF, OTHER = (tl.constexpr(index) for index in (0, 2, 4, 5, 6))
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def _add_logits(z, most, total):
 
 @triton.jit
 def _correlate(aa, bb, ab, eps):
-    """(rho, own, other): d rho / d a = other b - own a"""
+    """(rho, self_, other): d rho / d a = other b - self_ a"""
     norm_a = tl.sqrt_rn(aa)
     norm_b = tl.sqrt_rn(bb)
     den = norm_a * norm_b + eps
@@ -82,7 +82,7 @@ def _correlation_rows_kernel(
         aa += tl.sum(tl.where(valid, a * a, 0.0), 1)
         bb += tl.sum(tl.where(valid, b * b, 0.0), 1)
         ab += tl.sum(tl.where(valid, a * b, 0.0), 1)
-    rho, own, other = _correlate(aa, bb, ab, eps)
+    rho, self_, other = _correlate(aa, bb, ab, eps)
     at = rows_ptr + offs_m
     width = B.to(tl.int64)
     tl.store(at + MAX * width, max_s, mask=mask_m)
@@ -90,7 +90,7 @@ def _correlation_rows_kernel(
     tl.store(at + SUM * width, sum_s, mask=mask_m)
     tl.store(at + (SUM + 1) * width, sum_t, mask=mask_m)
     tl.store(at + RHO * width, rho, mask=mask_m)
-    tl.store(at + OWN * width, own, mask=mask_m)
+    tl.store(at + SELF * width, self_, mask=mask_m)
     tl.store(at + OTHER * width, other, mask=mask_m)
 
 
@@ -184,7 +184,7 @@ def _correlation_merge_kernel(
     t_ptr,  # [B, C]
     rows_ptr,  # [7, B] fp32
     moments_ptr,  # [splits, 5, C] fp32
-    columns_ptr,  # [5, C] fp32: means, rho, own, other
+    columns_ptr,  # [5, C] fp32: means, rho, self_, other
     B,
     C,
     temperature,
@@ -227,12 +227,12 @@ def _correlation_merge_kernel(
         )
         mean_a += tl.sum(first_a, 0)
         mean_b += tl.sum(first_b, 0)
-    rho, own, other = _correlate(aa, bb, ab, eps)
+    rho, self_, other = _correlate(aa, bb, ab, eps)
     at = columns_ptr + offs_c
     tl.store(at, mean_a, mask=mask_c)
     tl.store(at + C, mean_b, mask=mask_c)
     tl.store(at + 2 * C, rho, mask=mask_c)
-    tl.store(at + 3 * C, own, mask=mask_c)
+    tl.store(at + 3 * C, self_, mask=mask_c)
     tl.store(at + 4 * C, other, mask=mask_c)
 
 
@@ -252,14 +252,14 @@ def _derivatives(
         t_ptr, rows_ptr, offs_m, offs_c, valid, B, temperature, stride_tm, stride_tc, 1
     )
     width = B.to(tl.int64)
-    own = row_scale * tl.load(rows_ptr + OWN * width + offs_m, mask=mask_m, other=0.0)
+    self_ = row_scale * tl.load(rows_ptr + SELF * width + offs_m, mask=mask_m, other=0.0)
     other = row_scale * tl.load(rows_ptr + OTHER * width + offs_m, mask=mask_m, other=0.0)
-    dy = (a - centre) * own[:, None] - (b - centre) * other[:, None]
+    dy = (a - centre) * self_[:, None] - (b - centre) * other[:, None]
     mean_a = tl.load(columns_ptr + offs_c, mask=mask_c, other=0.0)
     mean_b = tl.load(columns_ptr + C + offs_c, mask=mask_c, other=0.0)
-    own = column_scale * tl.load(columns_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
+    self_ = column_scale * tl.load(columns_ptr + 3 * C + offs_c, mask=mask_c, other=0.0)
     other = column_scale * tl.load(columns_ptr + 4 * C + offs_c, mask=mask_c, other=0.0)
-    dy += (a - mean_a[None, :]) * own[None, :] - (b - mean_b[None, :]) * other[None, :]
+    dy += (a - mean_a[None, :]) * self_[None, :] - (b - mean_b[None, :]) * other[None, :]
     return tl.where(valid, a, 0.0), tl.where(valid, dy, 0.0)
 
 

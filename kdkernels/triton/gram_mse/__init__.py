@@ -100,9 +100,9 @@ def gram_mse_bwd(
                 scales = call.scales()
                 rows = factored.row_factors(call, coef, need) if call.rows_normalised else {}
                 for side in sides:
-                    own_row, cross_row = rows.get(("ss", "tt")[side], coef), rows.get("ts", coef)
+                    row_factor, cross_row = rows.get(("ss", "tt")[side], coef), rows.get("ts", coef)
                     grads[side] = factored.gradient(
-                        call, side, dout, coef, grams[side], cross, (own_row, cross_row), scales
+                        call, side, dout, coef, grams[side], cross, (row_factor, cross_row), scales
                     )
     return tuple(
         features[side].new_empty(features[side].shape if needed else (0,)) if grad is None else grad

@@ -165,9 +165,9 @@ def _gram_mse_bwd_kernel_factored(
     dout_ptr,  # [G], stride_dout apart
     x_ptr,  # [G, B, D_x] features of the side that is differentiated
     y_ptr,  # [G, B, D_y] features of the other side
-    own_ptr,  # [G, D_x, D_x] fp32: X^T X
+    gram_ptr,  # [G, D_x, D_x] fp32: X^T X
     cross_ptr,  # [G, D_y, D_x] fp32, strides stride_k and stride_n: Y^T X
-    own_row_ptr,  # [G, D_x, D_x] fp32: X^T diag(b) X; not for UNIFORM
+    row_factor_ptr,  # [G, D_x, D_x] fp32: X^T diag(b) X; not for UNIFORM
     cross_row_ptr,  # [G, D_y, D_x] fp32, strides likewise: Y^T diag(a) X; not for UNIFORM
     a_ptr,  # [G, B] fp32 or fp64, groups stride_coef apart; not for UNIFORM
     b_ptr,  # [G, B] likewise
@@ -203,13 +203,13 @@ def _gram_mse_bwd_kernel_factored(
     mask_m = offs_m < B
     x_ptr += g * stride_xg
     y_ptr += g * stride_yg
-    own_offs = g * D_x * D_x
+    factor_offs = g * D_x * D_x
     cross_offs = g * D_x * D_y
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = _features_by_factor(
         acc,
         x_ptr,
-        own_ptr + own_offs,
+        gram_ptr + factor_offs,
         offs_m,
         offs_n,
         B,
@@ -243,7 +243,7 @@ def _gram_mse_bwd_kernel_factored(
         acc = _features_by_factor(
             acc,
             x_ptr,
-            own_row_ptr + own_offs,
+            row_factor_ptr + factor_offs,
             offs_m,
             offs_n,
             B,
@@ -275,10 +275,10 @@ def forward(call: Call) -> tuple[Tensor, ...]:
     full = add_splits(call, parts)
     factors = full["ss"], full["tt"], full["ts"]
     if not call.rows_normalised:
-        own_s, own_t, cross = (
+        square_s, square_t, cross = (
             torch.linalg.vector_norm(f, dim=(1, 2), dtype=torch.float64).square() for f in factors
         )
-        return (own_s + own_t - 2 * cross).clamp_min(0).float(), uniform_coef(call), *factors
+        return (square_s + square_t - 2 * cross).clamp_min(0).float(), uniform_coef(call), *factors
     n_s, n_t = cdiv(D_s, tile.n), cdiv(D_t, tile.n)
     stats = torch.zeros((max(n_s, n_t), G, 3, B), dtype=torch.float32, device=call.student.device)
     _gram_mse_fwd_kernel_factored[(G * cdiv(B, tile.m) * (n_s + n_t),)](
@@ -294,7 +294,7 @@ def gradient(
     side: int,  # 0: student, 1: teacher
     dout: Tensor,  # [G]
     coef: Tensor,
-    own: Tensor,  # [G, D_x, D_x]
+    gram: Tensor,  # [G, D_x, D_x]
     cross: Tensor,  # [G, D_t, D_s]
     row_factors: tuple[
         Tensor, Tensor
@@ -309,9 +309,9 @@ def gradient(
         (cross.stride(1), cross.stride(2)) if side == 0 else (cross.stride(2), cross.stride(1))
     )
     _gram_mse_bwd_kernel_factored[(G * tile.count(B, D_x),)](
-        dout_ptr=dout, x_ptr=x, y_ptr=y, own_ptr=own, cross_ptr=cross, own_row_ptr=row_factors[0],
-        cross_row_ptr=row_factors[1], a_ptr=coef, b_ptr=coef[:, 1 + side],
-        scale_x_ptr=scales[side] if call.scaled else coef,
+        dout_ptr=dout, x_ptr=x, y_ptr=y, gram_ptr=gram, cross_ptr=cross,
+        row_factor_ptr=row_factors[0], cross_row_ptr=row_factors[1], a_ptr=coef,
+        b_ptr=coef[:, 1 + side], scale_x_ptr=scales[side] if call.scaled else coef,
         scale_y_ptr=scales[1 - side] if call.scaled else coef, dx_ptr=dx, B=B, D_x=D_x, D_y=D_y,
         stride_dout=dout.stride(0), stride_coef=coef.stride(0), stride_xg=x.stride(0),
         stride_xb=x.stride(1), stride_xd=x.stride(2), stride_yg=y.stride(0), stride_yb=y.stride(1),

@@ -303,13 +303,13 @@ def store_coefficients(
         norm_t = tl.sqrt(q2)
     r = tl.where(norm_s < EPS, EPS, norm_s)
     q = tl.where(norm_t < EPS, EPS, norm_t)
-    own_s = r2 / r / r
-    own_t = q2 / q / q
+    square_s = r2 / r / r
+    square_t = q2 / q / q
     cross = x / r / q
     # <dG_i, G_i> / 2, which the normalisation takes back from the gradient; nothing where the
     # clamp holds the norm
-    back_s = tl.where(norm_s >= EPS, own_s - cross, 0.0)
-    back_t = tl.where(norm_t >= EPS, own_t - cross, 0.0)
+    back_s = tl.where(norm_s >= EPS, square_s - cross, 0.0)
+    back_t = tl.where(norm_t >= EPS, square_t - cross, 0.0)
     if L1:
         b_s = 2.0 / r / r
         b_t = 2.0 / q / q
@@ -320,7 +320,7 @@ def store_coefficients(
         b_t = 2.0 * (1.0 - back_t) / q / q
         c_s = tl.zeros_like(r)
         c_t = tl.zeros_like(q)
-    loss = own_s + own_t - 2.0 * cross
+    loss = square_s + square_t - 2.0 * cross
     loss = tl.where(loss < 0.0, 0.0, loss)  # the where keeps NaN
     mask = rows < B
     tl.store(loss_ptr + rows, loss.to(tl.float32), mask=mask)

@@ -113,7 +113,7 @@ def _gram_mse_fwd_kernel_resident(
 def _gram_mse_bwd_kernel_resident(
     dout_ptr,  # [G], stride_dout apart
     x_ptr,  # [G, B, D] features of the side that is differentiated
-    own_ptr,  # [G, B, B] fp32, its Gram
+    gram_ptr,  # [G, B, B] fp32, its Gram
     other_ptr,  # [G, B, B] fp32
     coef_ptr,  # [G, 5, B] fp32 or fp64
     scale_ptr,  # [G, B] fp32: 1 / |x_i|
@@ -158,10 +158,10 @@ def _gram_mse_bwd_kernel_resident(
         offs_j = j + tl.arange(0, BLOCK_K)
         mask_j = offs_j < B
         mask = mask_m[:, None] & mask_j[None, :]
-        own = tl.load(own_ptr + gram_offs + offs_j[None, :], mask=mask, other=0.0)
+        gram = tl.load(gram_ptr + gram_offs + offs_j[None, :], mask=mask, other=0.0)
         other = tl.load(other_ptr + gram_offs + offs_j[None, :], mask=mask, other=0.0)
         w = gram_weights(
-            own,
+            gram,
             other,
             coef_ptr,
             offs_m,
@@ -211,7 +211,7 @@ def gradient(
     side: int,  # 0: student, 1: teacher
     dout: Tensor,  # [G]
     coef: Tensor,
-    own: Tensor,  # [G, B, B]
+    gram: Tensor,  # [G, B, B]
     other: Tensor,  # [G, B, B]
     scales: Tensor,
 ) -> Tensor:
@@ -219,7 +219,7 @@ def gradient(
     G, B, D = x.shape
     dx = call.new(G, B, D, dtype=torch.float32 if call.scaled else x.dtype)
     _gram_mse_bwd_kernel_resident[(G * tile.count(B, D),)](
-        dout_ptr=dout, x_ptr=x, own_ptr=own, other_ptr=other, coef_ptr=coef,
+        dout_ptr=dout, x_ptr=x, gram_ptr=gram, other_ptr=other, coef_ptr=coef,
         scale_ptr=scales[side] if call.scaled else x, dx_ptr=dx, B=B, D=D,
         stride_dout=dout.stride(0), stride_g=x.stride(0), stride_b=x.stride(1),
         stride_d=x.stride(2), SIDE=side, **call.epilogue, PRECISION=call.config.precision.weights,

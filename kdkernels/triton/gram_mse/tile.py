@@ -61,7 +61,7 @@ def _pair_sum(row_ptr, offs_m, offs_n, B):
 
 @triton.jit
 def gram_weights(
-    own,  # tile of the Gram that is differentiated
+    gram,  # tile of the Gram that is differentiated
     other,
     coef_ptr,  # [5, B]: rows a, b_s, b_t, c_s, c_t; their dtype is that of the arithmetic
     offs_m,
@@ -77,19 +77,19 @@ def gram_weights(
 ):
     """The tile W of dX = W X: dloss/dA + (dloss/dA)^T."""
     if FORM == TAYLOR:
-        z = _exponent(own, two_gamma, two_gamma_low)
+        z = _exponent(gram, two_gamma, two_gamma_low)
         error = _polynomial(z, ORDER)
         error -= _polynomial(_exponent(other, two_gamma, two_gamma_low), ORDER)
         w = slope_factor * error * _slope(z, ORDER)
     elif FORM == PLAIN:
-        w = 4.0 * (own - other)
+        w = 4.0 * (gram - other)
     else:
         b_ptr = coef_ptr + (1 + SIDE) * B
         c_ptr = coef_ptr + (3 + SIDE) * B
         a = _pair_sum(coef_ptr, offs_m, offs_n, B)
-        w = _pair_sum(b_ptr, offs_m, offs_n, B) * own + a * other
+        w = _pair_sum(b_ptr, offs_m, offs_n, B) * gram + a * other
         if L1:
             c = _pair_sum(c_ptr, offs_m, offs_n, B)
-            w += tl.where(own > 0.0, c, tl.where(own < 0.0, -c, 0.0))
+            w += tl.where(gram > 0.0, c, tl.where(gram < 0.0, -c, 0.0))
         w = w.to(tl.float32)
     return w

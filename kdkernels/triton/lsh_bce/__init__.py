@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
-from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
+from kdkernels.triton.common.launch import arch_of, cdiv, given, on_device, supports
 from kdkernels.triton.common.product import multiply
 from kdkernels.triton.lsh_bce import kernels
 from kdkernels.triton.lsh_bce.config import ELEMENTS, LshBceConfig, pick_config
@@ -32,7 +32,7 @@ def lsh_bce_encode(
     tile = config.project
     with on_device(features):
         kernels._lsh_bce_encode_kernel[(tile.count(B, N),)](
-            x_ptr=features, w_ptr=weight, b_ptr=features if bias is None else bias,
+            x_ptr=features, w_ptr=weight, b_ptr=given(bias, features),
             codes_ptr=codes, B=B, N=N, D=D,
             stride_xm=features.stride(0), stride_xd=features.stride(1),
             stride_wn=weight.stride(0), stride_wd=weight.stride(1),
@@ -48,20 +48,20 @@ def lsh_bce_fwd(
     weight: Tensor,  # [N, D]
     bias: Tensor | None,  # [N]
     sample_mask: Tensor | None,  # [B]
-    with_dloss: bool,
+    need_student: bool,
 ) -> tuple[Tensor, Tensor]:
     (B, D), N = student.shape, weight.shape[0]
     fp32 = {"dtype": torch.float32, "device": student.device}
     if B == 0 or N == 0:
-        return torch.zeros(B, **fp32), torch.zeros((B, D) if with_dloss else (0,), **fp32)
+        return torch.zeros(B, **fp32), torch.zeros((B, D) if need_student else (0,), **fp32)
     config = _config(student)
     partial = torch.empty((cdiv(N, config.project.n), B), **fp32)
-    dloss = torch.empty((B, D) if with_dloss else (0,), **fp32)
-    row_bytes = N * student.itemsize if with_dloss else 0
+    dloss = torch.empty((B, D) if need_student else (0,), **fp32)
+    row_bytes = N * student.itemsize if need_student else 0
     step = config.chunk(B, row_bytes, config.project.m)
     with on_device(student):
         mask = _loadable(sample_mask)
-        dz = student.new_empty((step, N)) if with_dloss else None
+        dz = student.new_empty((step, N)) if need_student else None
         for first in range(0, B, step):
             rows = slice(first, min(first + step, B))
             keep = None if mask is None else mask[rows]
@@ -167,17 +167,13 @@ def _project(
     (B, D), N = student.shape, weight.shape[0]
     tile = config.project
 
-    def given(x: Tensor | None) -> Tensor:
-        """An argument that a kernel does not use is some tensor."""
-        return codes if x is None else x
-
     def stride(x: Tensor | None) -> int:
         return 0 if x is None else x.stride(0)
 
     kernels._lsh_bce_project_kernel[(tile.count(B, N),)](
-        s_ptr=student, codes_ptr=codes, w_ptr=weight, b_ptr=given(bias),
-        keep_ptr=given(keep), factor_ptr=given(factor),
-        loss_ptr=given(loss), dz_ptr=given(dz), db_ptr=given(db),
+        s_ptr=student, codes_ptr=codes, w_ptr=weight, b_ptr=given(bias, codes),
+        keep_ptr=given(keep, codes), factor_ptr=given(factor, codes),
+        loss_ptr=given(loss, codes), dz_ptr=given(dz, codes), db_ptr=given(db, codes),
         B=B, N=N, D=D,
         stride_sm=student.stride(0), stride_sd=student.stride(1),
         stride_cm=codes.stride(0), stride_cn=codes.stride(1),

@@ -31,7 +31,7 @@ def pairwise_fwd(
 ) -> Tensor:
     rows, others = _groups(x), None if y is None else _groups(y)
     (G, N, D), M = rows.shape, (rows if others is None else others).shape[1]
-    out = x.new_empty((G, N, M))
+    out = x.new_empty((*x.shape[:-1], M))
     if out.numel() > 0:
         with on_device(x):
             config = _config(x, metric)
@@ -42,10 +42,10 @@ def pairwise_fwd(
             kernels._pairwise_fwd_kernel[(G * tiles,)](
                 x_ptr=rows, y_ptr=rows if others is None else others, x_norm_ptr=norms,
                 y_norm_ptr=norms if others is None else _norms(others, metric), out_ptr=out,
-                N=N, M=M, D=D, gamma=gamma, OWN=others is None, METRIC=_METRICS[metric],
+                N=N, M=M, D=D, gamma=gamma, IN_BATCH=others is None, METRIC=_METRICS[metric],
                 PRODUCT=metric in _PRODUCTS, PRECISION=config.value_precision, **tile.launch(),
             )  # fmt: skip
-    return out[0] if x.dim() == 2 else out
+    return out
 
 
 def pairwise_bwd(
@@ -84,7 +84,7 @@ def _gradient(
     config: PairwiseConfig,
     metric: str,
     gamma: float,
-    own: bool,
+    in_batch: bool,
 ) -> Tensor:  # [G, N, D]
     (x, x_norm), (y, y_norm) = side, other
     (G, N, D), M, tile = x.shape, y.shape[1], config.gradient
@@ -97,8 +97,9 @@ def _gradient(
         dout_ptr=dout, out_ptr=values, x_ptr=x, y_ptr=y, x_norm_ptr=x_norm, y_norm_ptr=y_norm,
         dx_ptr=parts, G=G, N=N, M=M, D=D, gamma=gamma, split_length=length,
         stride_dg=dout.stride(0), stride_dn=dout.stride(1), stride_dm=dout.stride(2),
-        stride_on=values.stride(1), stride_om=values.stride(2), OWN=own, METRIC=_METRICS[metric],
-        PRODUCT=metric in _PRODUCTS, PRECISION=config.gradient_precision, **tile.launch(),
+        stride_on=values.stride(1), stride_om=values.stride(2), IN_BATCH=in_batch,
+        METRIC=_METRICS[metric], PRODUCT=metric in _PRODUCTS,
+        PRECISION=config.gradient_precision, **tile.launch(),
     )  # fmt: skip
     dx = parts[0] if splits == 1 else parts.sum(0)
     return normalise_gradient(x, dx) if metric == "cosine" else dx.to(x.dtype)

@@ -29,16 +29,16 @@ def _pairwise_fwd_kernel(
     M,
     D,
     gamma,
-    OWN: tl.constexpr,  # y is x: only tiles on and above the diagonal have a program
+    IN_BATCH: tl.constexpr,  # y is x: only tiles on and above the diagonal have a program
     METRIC: tl.constexpr,
     PRODUCT: tl.constexpr,  # METRIC is DOT or COSINE
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,  # BLOCK_M if OWN
+    BLOCK_N: tl.constexpr,  # BLOCK_M if IN_BATCH
     BLOCK_K: tl.constexpr,
 ):
     n_blocks = tl.cdiv(N, BLOCK_M)
-    if OWN:
+    if IN_BATCH:
         tiles = n_blocks * (n_blocks + 1) // 2
         i, j = upper_tile(tl.program_id(0) % tiles)
     else:
@@ -65,16 +65,16 @@ def _pairwise_fwd_kernel(
             value *= tl.load(y_norm_ptr + at_n)[None, :]
     else:
         value, _ = distance_tile(
-            x_ptr, y_ptr, x_norm_ptr, y_norm_ptr, at_m, at_n, D, OWN,
+            x_ptr, y_ptr, x_norm_ptr, y_norm_ptr, at_m, at_n, D, IN_BATCH,
             EUCLIDEAN if METRIC == EUCLIDEAN else SQEUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        if OWN:  # itself; NaN stays
+        if IN_BATCH:  # itself; NaN stays
             itself = (offs_m[:, None] == offs_n[None, :]) & (value >= 0.0)
             value = tl.where(itself, 0.0, value)
         if METRIC == RBF:
             value = tl.exp(-gamma * value)
     inside = (offs_m < N)[:, None] & (offs_n < M)[None, :]
-    if OWN:
+    if IN_BATCH:
         if i == j:  # the order of sums in a product may differ between (m, n) and (n, m)
             value = tl.where(offs_m[:, None] <= offs_n[None, :], value, tl.trans(value))
         mirrored = tl.trans(value).to(out_ptr.dtype.element_ty)
@@ -98,7 +98,7 @@ def _weights(
     stride_dm,
     stride_on,
     stride_om,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     METRIC: tl.constexpr,
     PRODUCT: tl.constexpr,
 ):
@@ -107,7 +107,7 @@ def _weights(
     mask = (offs_m < N) & (offs_k < last)
     w = tl.load(dout_ptr + offs_m * stride_dn + offs_k * stride_dm, mask=mask, other=0.0)
     w = w.to(tl.float32)
-    if OWN:
+    if IN_BATCH:
         back = tl.load(dout_ptr + offs_k * stride_dn + offs_m * stride_dm, mask=mask, other=0.0)
         w += back.to(tl.float32)
     near = w != w
@@ -116,7 +116,7 @@ def _weights(
     if METRIC == COSINE:
         w *= y_norm
     if not PRODUCT:
-        if OWN:
+        if IN_BATCH:
             w = tl.where(offs_m == offs_k, 0.0, w)
         value = tl.load(out_ptr + offs_m * stride_on + offs_k * stride_om, mask=mask, other=0.0)
         value = value.to(tl.float32)
@@ -155,7 +155,7 @@ def _pairwise_bwd_kernel(
     stride_dm,
     stride_on,  # of out, whose groups lie N * M apart
     stride_om,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     METRIC: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -163,7 +163,7 @@ def _pairwise_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """The gradient of x, or with sides exchanged that of y; if OWN, through both sides.
+    """The gradient of x, or with sides exchanged that of y; if IN_BATCH, through both sides.
 
     COSINE: of the unit rows, divided by the norms.
     """
@@ -193,7 +193,7 @@ def _pairwise_bwd_kernel(
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
         w, near = _weights(
             dout_ptr, out_ptr, x_norm, y_norm_ptr, offs_m, offs_k[None, :], N, last, gamma,
-            stride_dn, stride_dm, stride_on, stride_om, OWN, METRIC, PRODUCT,
+            stride_dn, stride_dm, stride_on, stride_om, IN_BATCH, METRIC, PRODUCT,
         )  # fmt: skip
         if not PRODUCT:
             any_near = tl.maximum(any_near, tl.max(near.to(tl.int32)))
@@ -212,15 +212,15 @@ def _pairwise_bwd_kernel(
                 offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
                 _, near = _weights(
                     dout_ptr, out_ptr, x_norm, y_norm_ptr, offs_m, offs_k[None, :], N, last, gamma,
-                    stride_dn, stride_dm, stride_on, stride_om, OWN, METRIC, PRODUCT,
+                    stride_dn, stride_dm, stride_on, stride_om, IN_BATCH, METRIC, PRODUCT,
                 )  # fmt: skip
                 if tl.max(near.to(tl.int32)) > 0:
                     for at in range(k, tl.minimum(k + BLOCK_K, last)):
                         column = (at + tl.arange(0, 1)).to(tl.int64)[None, :]
-                        pull, close = _weights(
+                        weight, close = _weights(
                             dout_ptr, out_ptr, x_norm, y_norm_ptr, offs_m, column, N, last, gamma,
-                            stride_dn, stride_dm, stride_on, stride_om, OWN, METRIC, PRODUCT,
+                            stride_dn, stride_dm, stride_on, stride_om, IN_BATCH, METRIC, PRODUCT,
                         )  # fmt: skip
                         y_at = tl.load(y_ptr + column * D + offs_d, mask=offs_d < D, other=0.0)
-                        acc += tl.where(close, pull, 0.0) * (x - y_at.to(tl.float32))
+                        acc += tl.where(close, weight, 0.0) * (x - y_at.to(tl.float32))
     tl.store(dx_ptr + (split * G + g) * N * D + offs_m * D + offs_d, acc, mask=mask)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
-from kdkernels.triton.common.launch import arch_of, cdiv, on_device, split_length, supports
+from kdkernels.triton.common.launch import arch_of, cdiv, given, on_device, split_length, supports
 from kdkernels.triton.common.product import multiply
 from kdkernels.triton.pkt import kernels
 from kdkernels.triton.pkt.config import ELEMENTS, PktConfig, pick_config
@@ -28,7 +28,7 @@ NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
 class _Side:
     x: Tensor  # [B, D], as its products take it
     wide: Tensor  # [B, D] fp32
-    own: Tensor  # [B] 1 - |u|, or squared norms
+    self_term: Tensor  # [B] 1 - |u|, or squared norms
     # of cosine only
     norm: Tensor | None = None  # [B]
     scale: Tensor | None = None  # [B] 1 / (|x| + eps)
@@ -53,9 +53,9 @@ def pkt_fwd(
     with on_device(student):
         make = _cosine_side if cosine else _student_t_side
         sides = [make(x, eps) for x in (student, teacher)]
-        rows = torch.zeros((7, B), **fp32)  # see `_pkt_kernels`
+        rows = torch.zeros((7, B), **fp32)  # see `kernels.py`
         for i, side in enumerate(sides):
-            rows[2 + i] = side.own
+            rows[2 + i] = side.self_term
             if side.scale is not None:
                 rows[i] = side.scale
         tiles = _Tiles(config, *(side.x for side in sides), rows, kernel, divergence)
@@ -138,7 +138,7 @@ class _Tiles:
         splits = sums.shape[1]
         kernels._pkt_tiles_kernel[(cdiv(last - first, tile.m), splits)](
             s_ptr=self.student, t_ptr=self.teacher, rows_ptr=self.rows, sums_ptr=sums,
-            w_ptr=sums if weights is None else weights, first=first, last=last,
+            w_ptr=given(weights, sums), first=first, last=last,
             B=B, D_s=D_s, D_t=D_t, split_n=split_length(B, splits, tile.n), splits=splits,
             stride_sm=self.student.stride(0), stride_sd=self.student.stride(1),
             stride_tm=self.teacher.stride(0), stride_td=self.teacher.stride(1),

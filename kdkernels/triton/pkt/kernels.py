@@ -11,7 +11,7 @@ from kdkernels.triton.common.dots import dot
 from kdkernels.triton.common.exp_math import two_atanh
 
 # Rows of the table of numbers per feature row, fp32 [7, B], of student and teacher.
-SCALE, OWN, INVERSE, LOST = (tl.constexpr(index) for index in (0, 2, 4, 6))
+SCALE, SELF, INVERSE, LOST = (tl.constexpr(index) for index in (0, 2, 4, 6))
 
 
 @triton.jit
@@ -49,13 +49,13 @@ def _apart(offs_m, offs_n):
 
 
 @triton.jit
-def _similarities(product, scale_i, scale_j, own_i, own_j, offs_m, offs_n, COSINE: tl.constexpr):
+def _similarities(product, scale_i, scale_j, self_i, self_j, offs_m, offs_n, COSINE: tl.constexpr):
     if COSINE:
         k = 0.5 * (product * scale_i[:, None] * scale_j[None, :] + 1.0)
-        floor = 0.5 * (own_i[:, None] + own_j[None, :] - own_i[:, None] * own_j[None, :])
+        floor = 0.5 * (self_i[:, None] + self_j[None, :] - self_i[:, None] * self_j[None, :])
         return tl.where(k < floor, floor, k)  # keeps NaN
     else:
-        d2 = own_i[:, None] + own_j[None, :] - 2.0 * product
+        d2 = self_i[:, None] + self_j[None, :] - 2.0 * product
         # At least 0, and 0 on the diagonal, where NaN stays. By arithmetic: a mask per element
         # takes more scalar registers than AMD GPUs have.
         d2 = 0.5 * (d2 + tl.abs(d2)) * _apart(offs_m, offs_n)
@@ -90,7 +90,8 @@ def _slope(p, q, KL: tl.constexpr):
 def _pkt_tiles_kernel(
     s_ptr,  # [B, D_s]
     t_ptr,  # [B, D_t]
-    rows_ptr,  # [7, B] fp32: scales, own, inverse sums of both sides, what a row's slopes lose
+    # [7, B] fp32: scales, self terms and inverse sums of both sides, what the slopes of a row lose
+    rows_ptr,
     sums_ptr,  # [3, splits, B] fp32: sums of K of both sides, or losses and r; sums of weights
     w_ptr,  # [rows, B], or unused: weights of a chunk of rows
     first,  # of the chunk
@@ -119,8 +120,8 @@ def _pkt_tiles_kernel(
     mask_m = offs_m < last
     of_row = rows_ptr + offs_m
     width = B.to(tl.int64)
-    own_s = tl.load(of_row + OWN * width, mask=mask_m, other=0.0)
-    own_t = tl.load(of_row + (OWN + 1) * width, mask=mask_m, other=0.0)
+    self_s = tl.load(of_row + SELF * width, mask=mask_m, other=0.0)
+    self_t = tl.load(of_row + (SELF + 1) * width, mask=mask_m, other=0.0)
     scale_s = tl.load(of_row + SCALE * width, mask=mask_m, other=0.0)
     scale_t = tl.load(of_row + (SCALE + 1) * width, mask=mask_m, other=0.0)
     if LOSS or WEIGHTS:
@@ -135,20 +136,20 @@ def _pkt_tiles_kernel(
         valid = mask_m[:, None] & mask_n[None, :]
         of_col = rows_ptr + offs_n
         scale_j = tl.load(of_col + SCALE * width, mask=mask_n, other=0.0)
-        own_j = tl.load(of_col + OWN * width, mask=mask_n, other=0.0)
+        self_j = tl.load(of_col + SELF * width, mask=mask_n, other=0.0)
         product = _products(
             s_ptr, offs_m, offs_n, B, D_s, stride_sm, stride_sd,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        k_s = _similarities(product, scale_s, scale_j, own_s, own_j, offs_m, offs_n, COSINE)
+        k_s = _similarities(product, scale_s, scale_j, self_s, self_j, offs_m, offs_n, COSINE)
         other_scale_j = tl.load(of_col + (SCALE + 1) * width, mask=mask_n, other=0.0)
-        other_own_j = tl.load(of_col + (OWN + 1) * width, mask=mask_n, other=0.0)
+        other_self_j = tl.load(of_col + (SELF + 1) * width, mask=mask_n, other=0.0)
         product = _products(
             t_ptr, offs_m, offs_n, B, D_t, stride_tm, stride_td,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         k_t = _similarities(
-            product, scale_t, other_scale_j, own_t, other_own_j, offs_m, offs_n, COSINE
+            product, scale_t, other_scale_j, self_t, other_self_j, offs_m, offs_n, COSINE
         )
         if SUMS:
             first_sum += tl.sum(tl.where(valid, k_s, 0.0), 1)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """relational_kl on Triton: the operators and their launches.
 
-Configurations and kernels are in the modules `_relational_kl_*` beside this one. Rows are fp32,
+Configurations and kernels are in the modules beside this one. Rows are fp32,
 keys fp16, bf16 or fp32; products accumulate in fp32. Weights exist for a chunk of rows, or of keys,
 at a time, no larger than half of the L2 cache or one row of tiles. Nothing waits for the device.
 """
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
-from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
+from kdkernels._key_bank_call import KeyBankCall
+from kdkernels.triton.common.launch import arch_of, cdiv, given, on_device, supports
 from kdkernels.triton.common.product import multiply
 from kdkernels.triton.relational_kl import bwd_kernels, kernels
 from kdkernels.triton.relational_kl.config import MERGED, RelationalKLConfig, pick_config
@@ -22,110 +23,100 @@ from kdkernels.triton.relational_kl.config import MERGED, RelationalKLConfig, pi
 __all__ = ["relational_kl_bwd", "relational_kl_fwd", "supports"]
 
 
-def relational_kl_fwd(
-    student: Tensor,  # [B, D]
-    teacher: Tensor | None,  # [B, E]
-    keys: Tensor,  # [K, D]
-    teacher_keys: Tensor | None,  # [K, E]
-    key_scale: Tensor | None,  # [K]
-    teacher_key_scale: Tensor | None,  # [K]
-    positives: Tensor | None,  # [B]
-    exclude: Tensor | None,  # [B]
-    num_keys: Tensor | None,  # []
-    subtract_entropy: bool,
-    own_student: Tensor | None,  # [B]
-    own_teacher: Tensor | None,  # [B]
-    with_dloss: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def relational_kl_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *call, own_student, own_teacher, need_student = args
+    call = KeyBankCall(*call)
+    student, keys = call.student, call.keys
     (B, D), K = student.shape, keys.shape[0]
     loss, lse_student, lse_teacher = (student.new_empty(B) for _ in range(3))
-    dloss = student.new_empty((B, D) if with_dloss else (0,))
+    dloss = student.new_empty((B, D) if need_student else (0,))
     if B == 0:
         return loss, dloss, lse_student, lse_teacher
-    student, teacher = _contiguous(student), _contiguous(teacher)
+    student, teacher = _contiguous(student), _contiguous(call.teacher)
     config = _config(B, keys)
     tile, sides = config.logits, 1 if teacher is None else 2
     tiles = cdiv(K, tile.n)
     weight_bytes = sides * K * config.weight_dtype.itemsize
-    step = config.chunk(B, weight_bytes if with_dloss else 0, tile.m)
+    step = config.chunk(B, weight_bytes if need_student else 0, tile.m)
     stats = student.new_empty((3 if teacher is None else 5) * tiles * step)
-    weights = keys.new_empty((sides, step * K if with_dloss else 0), dtype=config.weight_dtype)
-    bank = _Bank(keys, teacher_keys, key_scale, teacher_key_scale)
+    weights = keys.new_empty((sides, step * K if need_student else 0), dtype=config.weight_dtype)
+    bank = _Bank(keys, call.teacher_keys, call.key_scale, call.teacher_key_scale)
     with on_device(student):
         for first in range(0, B, step):
             rows = slice(first, min(first + step, B))
             count = rows.stop - first
             x, y, positive, excluded, own_s, own_t = (
                 None if part is None else part[rows]
-                for part in (student, teacher, positives, exclude, own_student, own_teacher)
+                for part in (
+                    student,
+                    teacher,
+                    call.positives,
+                    call.exclude,
+                    own_student,
+                    own_teacher,
+                )
             )
             flags = {
                 "TEACHER": teacher is not None,
-                "HAS_EXCLUDE": exclude is not None,
-                "HAS_NUM_KEYS": num_keys is not None,
-                "ENTROPY": subtract_entropy,
+                "HAS_EXCLUDE": call.exclude is not None,
+                "HAS_NUM_KEYS": call.num_keys is not None,
+                "ENTROPY": call.subtract_entropy,
             }
             indices = {
                 "positives_ptr": _given(positive, x),
                 "exclude_ptr": _given(excluded, x),
-                "num_keys_ptr": _given(num_keys, x),
+                "num_keys_ptr": _given(call.num_keys, x),
             }
             kernels._relational_kl_weights_kernel[(cdiv(count, tile.m) * tiles,)](
                 ws_ptr=weights, wt_ptr=weights[-1], stats_ptr=stats, B=count, K=K,
-                **_sides(x, y, bank), **indices, **flags, STORE=with_dloss,
+                **_sides(x, y, bank), **indices, **flags, STORE=need_student,
                 PRECISION=config.of_logits, **tile.launch(),
             )  # fmt: skip
             kernels._relational_kl_merge_kernel[(cdiv(count, MERGED),)](
                 stats_ptr=stats, own_s_ptr=_given(own_s, x), own_t_ptr=_given(own_t, x),
                 HAS_OWN=own_s is not None, loss_ptr=loss[rows], lse_s_ptr=lse_student[rows],
                 lse_t_ptr=lse_teacher[rows], B=count, K=K, tiles=tiles,
-                **indices, **flags, FACTORS=with_dloss, BLOCK=MERGED,
+                **indices, **flags, FACTORS=need_student, BLOCK=MERGED,
             )  # fmt: skip
-            if with_dloss and D > 0:
+            if need_student and D > 0:
                 _softmax_product(
-                    config, weights, stats, keys, key_scale, num_keys, dloss[rows], sides == 2
+                    config,
+                    weights,
+                    stats,
+                    keys,
+                    call.key_scale,
+                    call.num_keys,
+                    dloss[rows],
+                    sides == 2,
                 )
-    if with_dloss and positives is not None:
-        _subtract_positives(dloss, keys, key_scale, positives, num_keys)
+    if need_student and call.positives is not None:
+        _subtract_positives(dloss, keys, call.key_scale, call.positives, call.num_keys)
     return loss, dloss, lse_student, lse_teacher
 
 
-def relational_kl_bwd(
-    dout: Tensor,  # [B]
-    student: Tensor,  # [B, D]
-    teacher: Tensor | None,  # [B, E]
-    keys: Tensor,  # [K, D]
-    teacher_keys: Tensor | None,  # [K, E]
-    key_scale: Tensor | None,  # [K]
-    teacher_key_scale: Tensor | None,  # [K]
-    positives: Tensor | None,  # [B]
-    exclude: Tensor | None,  # [B]
-    num_keys: Tensor | None,  # []
-    subtract_entropy: bool,
-    loss: Tensor,  # [B]
-    dloss: Tensor,  # [B, D] or empty
-    lse_student: Tensor,  # [B]
-    lse_teacher: Tensor,  # [B]
-    need_student: bool,
-    need_teacher: bool,
-    need_keys: bool,
-    need_teacher_keys: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def relational_kl_bwd(dout: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (
+        *call, loss, dloss, lse_student, lse_teacher, need_student, need_teacher, need_keys,
+        need_teacher_keys,
+    ) = args  # fmt: skip
+    call = KeyBankCall(*call)
+    student, keys = call.student, call.keys
+
     def result(like: Tensor | None, needed: bool) -> Tensor:
         return student.new_empty(like.shape if needed else (0,))
 
     dx = (dout[:, None] * dloss).contiguous() if need_student else student.new_empty(0)
-    dy, dq = result(teacher, need_teacher), result(keys, need_keys)
-    dr = result(teacher_keys, need_teacher_keys)
+    dy, dq = result(call.teacher, need_teacher), result(keys, need_keys)
+    dr = result(call.teacher_keys, need_teacher_keys)
     B = student.shape[0]
     if B == 0:
         return dx, dy, dq.zero_(), dr.zero_()
     config = _config(B, keys)
     rows = _Rows(
-        _contiguous(student), _contiguous(teacher), positives, exclude, dout, loss, lse_student,
-        lse_teacher, num_keys, subtract_entropy,
+        _contiguous(student), _contiguous(call.teacher), call.positives, call.exclude, dout, loss,
+        lse_student, lse_teacher, call.num_keys, call.subtract_entropy,
     )  # fmt: skip
-    bank = _Bank(keys, teacher_keys, key_scale, teacher_key_scale)
+    bank = _Bank(keys, call.teacher_keys, call.key_scale, call.teacher_key_scale)
     with on_device(student):
         if dy.numel() > 0:
             _teacher_gradient(config, rows, bank, dy)
@@ -194,8 +185,8 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _given(x: Tensor | None, other: Tensor) -> Tensor:
-    """An argument that a kernel does not use is some tensor."""
-    return other if x is None else x.contiguous()
+    """`given` for kernels that take contiguous tensors."""
+    return given(_contiguous(x), other)
 
 
 def _sides(x: Tensor, y: Tensor | None, bank: _Bank) -> dict[str, Any]:
@@ -250,10 +241,10 @@ def _subtract_positives(
     wrong = named != positives
     if num_keys is not None:
         wrong |= named >= num_keys
-    own = keys[named].to(dloss.dtype)
-    own = own if scale is None else own * scale[named, None]
-    own.masked_fill_(wrong[:, None], torch.nan)
-    dloss -= own
+    named_keys = keys[named].to(dloss.dtype)
+    named_keys = named_keys if scale is None else named_keys * scale[named, None]
+    named_keys.masked_fill_(wrong[:, None], torch.nan)
+    dloss -= named_keys
 
 
 def _derivatives(

@@ -72,7 +72,7 @@ def _distance(student: Tensor, teacher: Tensor, need: bool) -> tuple[Tensor, Ten
         w = s.new(chunks[0][1], B)
         for first, rows in chunks:
             *_, close = sweep(first, rows, w[:rows], shared)
-            gradient[first : first + rows] = s.pull(w[:rows], first, close)
+            gradient[first : first + rows] = s.gradient_of(w[:rows], first, close)
         gradient *= inverse_s * scale
     return (loss * scale).float(), gradient
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Launch configurations of rkd_angle: data, chosen by one pure function. Those of rkd_distance are
-in `_labelled_config`."""
+in `common/pairs_config.py`."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import EUCLIDEAN, distance_tile, pull_weight
+from kdkernels.triton.common.distances import EUCLIDEAN, distance_tile, gradient_weight
 from kdkernels.triton.common.pairs_kernels import store_close
 
 
@@ -27,7 +27,7 @@ def _rkd_sum_kernel(
     B,
     M,  # B
     D,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     DISTANCE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -42,7 +42,7 @@ def _rkd_sum_kernel(
     if tl.min(row) < tl.max(column):
         d, _ = distance_tile(
             x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, tl.minimum(row, B - 1), tl.minimum(column, B - 1),
-            D, OWN, DISTANCE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            D, IN_BATCH, DISTANCE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         column = tl.where(column < M, column, -1)
         total = tl.sum(tl.where(row[:, None] < column[None, :], d, 0.0))
@@ -97,7 +97,7 @@ def _rkd_pairs_kernel(
         e = h - d_t * tl.load(inverse_t_ptr)
         g = huber_slope(e)
         if WEIGHTS:
-            w = pull_weight(g - tl.load(shared_ptr), d, EUCLIDEAN)
+            w = gradient_weight(g - tl.load(shared_ptr), d, EUCLIDEAN)
             inside = (local < rows)[:, None] & (column < B)[None, :]
             tl.store(w_ptr + local.to(tl.int64)[:, None] * B + column[None, :], w, mask=inside)
             store_close(close_ptr, close, m_blocks, tl.cdiv(B, BLOCK_N))

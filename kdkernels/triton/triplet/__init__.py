@@ -30,7 +30,7 @@ def triplet_fwd(
     labels: Tensor,  # [B] int64
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
-    own: bool,
+    in_batch: bool,
     positives: str,
     negatives: str,
     distance: str,
@@ -42,7 +42,7 @@ def triplet_fwd(
         return positive.fill_(-1), negative.fill_(-1), d_ap.zero_(), d_an.zero_()
     with on_device(embeddings):
         keys, rows = _winners(
-            embeddings, labels, references, reference_labels, own, positives, negatives
+            embeddings, labels, references, reference_labels, in_batch, positives, negatives
         )
         kernels._triplet_distances_kernel[(cdiv(B, ROWS),)](
             x_ptr=embeddings, r_ptr=references, key_ptr=keys, row_ptr=rows, positive_ptr=positive,
@@ -58,7 +58,7 @@ def _winners(
     labels: Tensor,  # [B]
     r: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M]
-    own: bool,
+    in_batch: bool,
     positives: str,
     negatives: str,
 ) -> tuple[Tensor, Tensor]:  # keys and rows, [2, splits, B]
@@ -66,7 +66,7 @@ def _winners(
     (B, D), M = x.shape, len(r)
     config = pick_config(B, M, dtype=x.dtype, arch=arch_of(x), fp32_matmul=fp32_matmul())
     x_norm = _squared_norms(x)
-    r_norm = x_norm if own else _squared_norms(r)
+    r_norm = x_norm if in_batch else _squared_norms(r)
     keys = _new(x, 2, config.splits, B)
     rows = _new(x, 2, config.splits, B, dtype=torch.int32)
 
@@ -76,7 +76,7 @@ def _winners(
             x_ptr=x, r_ptr=r, x_norm_ptr=x_norm, r_norm_ptr=r_norm, x_label_ptr=labels,
             r_label_ptr=reference_labels, key_ptr=keys, row_ptr=rows, floor_key_ptr=keys[bound],
             floor_row_ptr=rows[bound], B=B, M=M, D=D, splits=config.splits,
-            split_length=config.split_length, **_strides(x, r), OWN=own,
+            split_length=config.split_length, **_strides(x, r), IN_BATCH=in_batch,
             POSITIVE=signs.get(_POSITIVE, 0), NEGATIVE=signs.get(_NEGATIVE, 0), FLOOR=floor,
             PRECISION=config.precision, **config.tile.launch(),
         )  # fmt: skip
@@ -113,7 +113,7 @@ def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
     embeddings, references = args[2:4]
     B, D = embeddings.shape
 
-    def gradient(contributions: Contributions, anchor: bool, pulled: bool) -> Tensor:
+    def gradient(contributions: Contributions, anchor: bool, was_chosen: bool) -> Tensor:
         chosen, d, dd, order, begin = contributions
         out = embeddings.new_empty((B if anchor else len(references), D))
         if out.numel() > 0:
@@ -121,7 +121,7 @@ def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
                 x_ptr=embeddings, r_ptr=references, dout_ptr=out, chosen_ptr=chosen, d_ptr=d,
                 dd_ptr=dd, order_ptr=order, begin_ptr=begin, B=B, D=D,
                 **_strides(embeddings, references), DISTANCE=DISTANCES[distance], ANCHOR=anchor,
-                CHOSEN=pulled, ENTRIES=ENTRIES, COLUMNS=COLUMNS, num_warps=4,
+                CHOSEN=was_chosen, ENTRIES=ENTRIES, COLUMNS=COLUMNS, num_warps=4,
             )  # fmt: skip
         return out
 

@@ -10,7 +10,7 @@ import torch
 from kdkernels.triton.common.dots import pick_precision
 from kdkernels.triton.common.launch import MOST_SPLITS, Arch, Tile, cdiv, fill_device, split_length
 
-ENTRIES = 16  # pulls on one row that are loaded together
+ENTRIES = 16  # contributions to one row that are loaded together
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def _triplet_mine_kernel(
     stride_xd,
     stride_rm,
     stride_rd,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     POSITIVE: tl.constexpr,  # 1 looks for the nearest, -1 for the farthest, 0 not at all
     NEGATIVE: tl.constexpr,
     FLOOR: tl.constexpr,  # 0 without bound; else the sign that turns its keys into keys of this
@@ -168,7 +168,7 @@ def _triplet_mine_kernel(
         same = x_label[:, None] == r_label[None, :]
         if POSITIVE != 0:
             candidate = same
-            if OWN:
+            if IN_BATCH:
                 candidate = candidate & (offs_m[:, None] != offs_n[None, :])
             best_p, row_p = _improve(
                 best_p, row_p, d2, forced, candidate, floor, offs_n, POSITIVE, FLOOR != 0
@@ -305,14 +305,14 @@ def _triplet_bwd_kernel(
             some = ks < last
             entry = tl.load(order_ptr + ks, mask=some, other=0)
             d = tl.load(d_ptr + entry, mask=some, other=0.0)
-            pull = tl.load(dd_ptr + entry, mask=some, other=0.0) * _slope(d, DISTANCE)
+            weight = tl.load(dd_ptr + entry, mask=some, other=0.0) * _slope(d, DISTANCE)
             anchor = tl.where(entry < B, entry, entry - B)
-            pulled = some[:, None] & mask[None, :]
+            contributes = some[:, None] & mask[None, :]
             y = tl.load(
                 x_ptr + anchor[:, None] * stride_xb + cols[None, :] * stride_xd,
-                mask=pulled,
+                mask=contributes,
                 other=0.0,
             ).to(tl.float32)
-            acc += tl.where(pulled, pull[:, None] * (r_i[None, :] - y), 0.0)
+            acc += tl.where(contributes, weight[:, None] * (r_i[None, :] - y), 0.0)
         total += tl.sum(acc, 0)
     tl.store(dout_ptr + i * D + cols, total.to(dout_ptr.dtype.element_ty), mask=mask)

@@ -2,7 +2,7 @@
 """triplet_all on Triton: the operator.
 
 Anchors are taken in chunks: their distances, then losses and weights from each row of distances,
-then how the weights pull the rows. Kernels are in `_triplet_all_kernels`, what this shares with
+then the gradient that the weights give the rows. Kernels are in `kernels.py`, what this shares with
 contrastive in the modules `_labelled_*`. Features are fp16, bf16 or fp32; everything accumulates in
 fp32. Nothing waits for the device.
 """
@@ -24,7 +24,7 @@ def triplet_all_fwd(
     labels: Tensor,  # [B] int64
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
-    own: bool,
+    in_batch: bool,
     negatives: str,
     margin: float,
     soft: bool,
@@ -33,14 +33,14 @@ def triplet_all_fwd(
     need_references: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, M = len(embeddings), len(references)
-    need_references = need_references and not own
+    need_references = need_references and not in_batch
     dx = embeddings.new_zeros(embeddings.shape if need_embeddings else (0,), dtype=torch.float32)
     dr = references.new_zeros(references.shape if need_references else (0,), dtype=torch.float32)
     if B == 0 or M == 0:
         return dx.new_zeros(()), labels.new_zeros(()), labels.new_zeros(()), dx, dr
     weights, semihard = need_embeddings or need_references, negatives == "semihard"
     with on_device(embeddings):
-        call = Call(embeddings, labels, references, reference_labels, own, distance)
+        call = Call(embeddings, labels, references, reference_labels, in_batch, distance)
         losses = call.new(B, dtype=torch.float64)
         nonzero = call.new(B, dtype=torch.int64)
         chunks = list(call.chunks())
@@ -55,7 +55,7 @@ def triplet_all_fwd(
             close = call.distances(first, rows, d)
             arguments = {
                 "d_ptr": d, "w_ptr": w, "chosen_ptr": chosen, "begin_ptr": call.begin,
-                "end_ptr": call.end, "margin": margin, "first": first, "M": M, "OWN": own,
+                "end_ptr": call.end, "margin": margin, "first": first, "M": M, "IN_BATCH": in_batch,
                 "SEMIHARD": semihard, "SOFT": soft, "DISTANCE": call.distance,
                 "POSITIVES": call.config.positives, "NEGATIVES": call.config.negatives,
                 "num_warps": 8,
@@ -69,10 +69,10 @@ def triplet_all_fwd(
             grid = (rows, cdiv(M, call.config.negatives))
             kernels._triplet_all_negatives_kernel[grid](**arguments)
             if need_embeddings:
-                dx[first : first + rows] += call.pull(w[:rows], first, close)
-            if need_references or (own and need_embeddings):
-                pulled = dx if own else dr
-                pulled += call.pull(w[:rows], first, close, references=True)
+                dx[first : first + rows] += call.gradient_of(w[:rows], first, close)
+            if need_references or (in_batch and need_embeddings):
+                gradient = dx if in_batch else dr
+                gradient += call.gradient_of(w[:rows], first, close, references=True)
         return (
             losses.sum().float(),
             nonzero.sum(),
@@ -86,4 +86,4 @@ def _valid(call: Call, semihard: bool) -> Tensor:
     """Number of triplets."""
     same = call.end - call.begin
     others = call.M - same
-    return ((same - int(call.own)) * (others.clamp_max(1) if semihard else others)).sum()
+    return ((same - int(call.in_batch)) * (others.clamp_max(1) if semihard else others)).sum()

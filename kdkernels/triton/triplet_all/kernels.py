@@ -12,27 +12,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import pull_weight
+from kdkernels.triton.common.distances import gradient_weight
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _stretch(begin_ptr, end_ptr, anchor, M, OWN: tl.constexpr):
+def _stretch(begin_ptr, end_ptr, anchor, M, IN_BATCH: tl.constexpr):
     """(begin, end, whether the anchor has triplets) of an anchor."""
     begin = tl.load(begin_ptr + anchor).to(tl.int32)
     end = tl.load(end_ptr + anchor).to(tl.int32)
     positives = end - begin
-    if OWN:
+    if IN_BATCH:
         positives -= 1
     return begin, end, (positives > 0) & (M - end + begin > 0)
 
 
 @triton.jit
-def _positives(row_ptr, offs, end, anchor, kept, OWN: tl.constexpr):
+def _positives(row_ptr, offs, end, anchor, kept, IN_BATCH: tl.constexpr):
     """(distances; which of them are of positives)."""
     some = (offs < end) & kept
-    if OWN:
+    if IN_BATCH:
         some = some & (offs != anchor)
     return tl.load(row_ptr + offs, mask=some, other=-float("inf")), some
 
@@ -71,7 +71,7 @@ def _triplet_all_positives_kernel(
     margin,
     first,
     M,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     SEMIHARD: tl.constexpr,
     SOFT: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -81,7 +81,7 @@ def _triplet_all_positives_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * M
     anchor = first + tl.program_id(0)
-    begin, end, kept = _stretch(begin_ptr, end_ptr, anchor, M, OWN)
+    begin, end, kept = _stretch(begin_ptr, end_ptr, anchor, M, IN_BATCH)
     if SEMIHARD:  # the farthest negative; equal ones go to the lowest original row
         far = tl.full((NEGATIVES,), -float("inf"), tl.float32)
         far_row = tl.full((NEGATIVES,), _NO_ROW, tl.int32)
@@ -98,7 +98,7 @@ def _triplet_all_positives_kernel(
     nonzero = tl.full((), 0, tl.int64)
     for p in range(begin, end, POSITIVES):
         offs_p = p + tl.arange(0, POSITIVES)
-        d_p, some_p = _positives(d_ptr + row, offs_p, end, anchor, kept, OWN)
+        d_p, some_p = _positives(d_ptr + row, offs_p, end, anchor, kept, IN_BATCH)
         if SEMIHARD:
             near = tl.full((POSITIVES, NEGATIVES), float("inf"), tl.float32)
             near_row = tl.full((POSITIVES, NEGATIVES), _NO_ROW, tl.int32)
@@ -138,7 +138,7 @@ def _triplet_all_positives_kernel(
         nonzero += tl.sum(count, 0).to(tl.int64)
         if WEIGHTS:
             slope = tl.where(loss == loss, slope, loss)
-            w = tl.where(some_p, pull_weight(slope, d_p, DISTANCE), 0.0)
+            w = tl.where(some_p, gradient_weight(slope, d_p, DISTANCE), 0.0)
             tl.store(w_ptr + row + offs_p, w, mask=offs_p < end)
     tl.store(loss_ptr + anchor, losses)
     tl.store(nonzero_ptr + anchor, nonzero)
@@ -154,7 +154,7 @@ def _triplet_all_negatives_kernel(
     margin,
     first,
     M,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     SEMIHARD: tl.constexpr,
     SOFT: tl.constexpr,
     DISTANCE: tl.constexpr,
@@ -163,19 +163,19 @@ def _triplet_all_negatives_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * M
     anchor = first + tl.program_id(0)
-    begin, end, kept = _stretch(begin_ptr, end_ptr, anchor, M, OWN)
+    begin, end, kept = _stretch(begin_ptr, end_ptr, anchor, M, IN_BATCH)
     offs_n = tl.program_id(1) * NEGATIVES + tl.arange(0, NEGATIVES)
     d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, kept, M)
     slope_pn = tl.zeros((POSITIVES, NEGATIVES), tl.float32)
     for p in range(begin, end, POSITIVES):
         offs_p = p + tl.arange(0, POSITIVES)
-        d_p, some_p = _positives(d_ptr + row, offs_p, end, anchor, kept, OWN)
+        d_p, some_p = _positives(d_ptr + row, offs_p, end, anchor, kept, IN_BATCH)
         _, slope = _loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
         if SEMIHARD:
             chosen = tl.load(chosen_ptr + row + offs_p, mask=some_p, other=-1)
             slope = tl.where(chosen[:, None] == offs_n[None, :], slope, 0.0)
         slope_pn += slope
-    w = tl.where(some_n, pull_weight(-tl.sum(slope_pn, 0), d_n, DISTANCE), 0.0)
+    w = tl.where(some_n, gradient_weight(-tl.sum(slope_pn, 0), d_n, DISTANCE), 0.0)
     w = tl.where(d_n == d_n, w, d_n)
     past = (offs_n < begin) | (offs_n >= end)
     tl.store(w_ptr + row + offs_n, w, mask=past & (offs_n < M))
