@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The factored algorithm: every B x B product becomes products with D x D factors, swept by panels
-// of rows. For fp32 features it runs in fp64 unless the two sides are unrelated;
-// docs/ops/gram_mse.md
-// ("Accuracy") has the reason.
+// of rows. For fp32 features it runs in fp64 unless the two sides are unrelated.
+// docs/ops/gram_mse.md ("Accuracy") has the reason.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -201,12 +200,13 @@ bool look_unrelated(Matrix<const float> s, Matrix<const float> t) {
   return loss >= 2 * kUnrelated * rows;  // false for NaN
 }
 
-// The same of all rows, from their coefficients: b_s b_t / a^2 is the squared cosine.
+// The same of all rows, from their coefficients: b_s b_t / a^2 is the squared cosine, and a row's
+// b / a is negative where the cosine is positive. Both are free of dout, which multiplies a and b.
 bool are_unrelated(const double* a, const double* b_side, const double* b_other, int64_t B) {
   double difference = 0;
   for (int64_t i = 0; i < B; ++i) {
-    const double cosine = std::sqrt(b_side[i] / a[i] * (b_other[i] / a[i]));
-    difference += 1 - (b_side[i] < 0 ? -cosine : cosine);
+    const double side = b_side[i] / a[i], cosine = std::sqrt(side * (b_other[i] / a[i]));
+    difference += 1 - (side > 0 ? -cosine : cosine);
   }
   return difference >= kUnrelated * B;
 }
