@@ -10,6 +10,7 @@ Derivation: docs/ops/gram_mse.md.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
+from kdkernels._gpu import fp32_matmul
 from kdkernels._library import define_operator, first_order, keep_for_backward
 
 NORMALIZATIONS = ("row_l2", "row_l1", "feature", "none")
@@ -161,16 +163,21 @@ def _multiply_adds(B: int, D_s: int, D_t: int, normalize: str) -> tuple[float, f
     return tiled, factored
 
 
-def _factored_counts(dtype: torch.dtype, device: torch.device) -> float:
-    """How many multiply-adds of the tiled algorithm one of the factored algorithm counts as.
+def weight_of_factored(dtype: torch.dtype, device: torch.device, backend: str = "auto") -> float:
+    """How many multiply-adds of the tiled algorithm one of the factored algorithm counts as, for
+    features of a dtype on a backend that was asked for; infinity if it has no kernel for factors.
 
     On the CPU fp32 features are multiplied with factors in fp64, at half of the rate of fp32,
     unless they turn out to be unrelated. GPUs multiply in fp64 at anything from the rate of fp32 to
-    1 / 64 of it: 8 is in the middle. (Where they may use tf32 instead, a compiled graph cannot
-    tell.)
+    1 / 64 of it: 8 is in the middle.
     """
+    if backend == "cuda":
+        return math.inf
     if dtype != torch.float32:
         return 1.0
+    # Dynamo cannot trace the setting of torch (2.13): a compiled graph takes it to be the default
+    if backend == "triton" and (torch.compiler.is_compiling() or fp32_matmul() == "highest"):
+        return math.inf
     return 8.0 if device.type == "cuda" else 2.0
 
 
@@ -216,6 +223,7 @@ def _check(
     order: int,
     algorithm: str,
     reduction: str,
+    backend: str,
 ) -> tuple[Any, ...]:
     """The dtype of both sides, and the options as the operators take them."""
     _checks.features("student", student)
@@ -235,13 +243,13 @@ def _check(
     B, D_s, D_t = student.shape[-2], student.shape[-1], teacher.shape[-1]
     chosen = choose_algorithm(
         B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm,
-        factored_counts=_factored_counts(dtype, student.device),
+        factored_counts=weight_of_factored(dtype, student.device, backend),
     )  # fmt: skip
     return dtype, normalize, kernel, gamma, order, chosen
 
 
 def _operator_args(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Any, ...]:
-    dtype, *checked = _check(student, teacher, **options)
+    dtype, *checked = _check(student, teacher, **options, backend=requested_backend("auto"))
 
     def grouped(x: Tensor) -> TensorForm:
         return form(x, dtype=dtype, shape=(x.shape[:-2].numel(), *x.shape[-2:]))
@@ -253,7 +261,9 @@ def _choices(
     student: Tensor, teacher: Tensor, normalize: str, kernel: str, algorithm: str, **_: Any
 ) -> dict[str, str]:
     B, D_s, D_t = student.shape[-2], student.shape[-1], teacher.shape[-1]
-    counts = _factored_counts(torch.promote_types(student.dtype, teacher.dtype), student.device)
+    dtype = _checks.common_dtype("teacher", teacher, "student", student.dtype)
+    backend = requested_backend("auto")
+    counts = weight_of_factored(dtype, student.device, backend)
     chosen = choose_algorithm(
         B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm,
         factored_counts=counts,
@@ -261,7 +271,9 @@ def _choices(
     name = chosen if chosen == "factored" else f"tiled, {chosen}"
     tiled, factored = _multiply_adds(B, D_s, D_t, normalize)
     reason = f"{tiled / 1e9:.3g} G multiply-adds tiled, {factored / 1e9:.3g} G factored"
-    if counts != 1:
+    if counts == math.inf:
+        reason = f"{backend} has no kernel for factors of {str(dtype)[6:]} features here"
+    elif counts != 1:
         reason += f", which count {counts:g} times: fp32 features are multiplied in fp64"
     if algorithm != "auto":
         reason = "asked for"
@@ -304,7 +316,7 @@ def gram_mse(
         algorithm: "tiled" sweeps tiles of the Grams, "factored" replaces them by D x D products
             (normalize="row_l2", "feature" or "none" with the linear kernel), "auto" takes the one
             with fewer multiply-adds. Those of "factored" are in fp64 for fp32 features, and count
-            accordingly.
+            accordingly. A backend that is asked for and has no such kernel gets "tiled".
         reduction: "mean" over B^2 entries and all groups; "sum" of the squared differences,
             undivided; "none" gives the mean over B^2 of each group, shape [...].
         backend: See `kdkernels.explain`.
@@ -323,8 +335,9 @@ def gram_mse(
         Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019, arXiv:1904.01802
         ("rbf_taylor").
     """
+    backend = requested_backend(backend)
     dtype, *options = _check(
-        student, teacher, normalize, kernel, gamma, order, algorithm, reduction
+        student, teacher, normalize, kernel, gamma, order, algorithm, reduction, backend
     )
     student, teacher = _checks.in_dtype(dtype, student, teacher)
     if teacher is student:  # Dynamo passes no tensor to a Function twice (torch 2.13)
@@ -333,6 +346,4 @@ def gram_mse(
     scale = 1.0 if reduction == "sum" else 1.0 / max(B * B, 1)
     if reduction == "mean":
         scale /= max(student.shape[:-2].numel(), 1)
-    return GramMSEFunction.apply(
-        student, teacher, reduction, scale, (*options, requested_backend(backend))
-    )
+    return GramMSEFunction.apply(student, teacher, reduction, scale, (*options, backend))

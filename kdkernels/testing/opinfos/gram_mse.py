@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS
-from kdkernels.ops.gram_mse import choose_algorithm, gram_mse
+from kdkernels.ops.gram_mse import choose_algorithm, gram_mse, weight_of_factored
 from kdkernels.reference import gram_mse as reference
 from kdkernels.testing.opinfo import (
     BadInput,
@@ -308,6 +308,7 @@ def memory(shape: BenchShape, dtype: torch.dtype, variant: str) -> float:
         normalize="row_l2",
         kernel="linear",
         algorithm=shape.kwargs.get("algorithm", "auto"),
+        factored_counts=weight_of_factored(dtype, torch.device(shape.device or "cpu"), variant),
     )
     if chosen == "factored":
         wide = acc if narrow else 8  # the reference copies features to fp64, kernels some of them
