@@ -241,7 +241,8 @@ class Plan:
 
 
 def plan(function: str, *args: Any, **kwargs: Any) -> Plan:
-    """Checks the arguments of a public function, without `backend`, and describes its operator's.
+    """Checks the arguments of a public function and describes those of its operator, less the
+    backend. Choices may depend on the backend that the call asks for.
 
     Raises:
         ValueError: unknown function, or arguments that the function itself would refuse.
@@ -253,8 +254,9 @@ def plan(function: str, *args: Any, **kwargs: Any) -> Plan:
     planner = _planners[function]
     bound = inspect.signature(planner.public).bind(*args, **kwargs)
     bound.apply_defaults()
-    named = {name: value for name, value in bound.arguments.items() if name != "backend"}
-    return Plan(planner.op(**named), planner.operator_args(**named), planner.choices(**named))
+    named = dict(bound.arguments)
+    with use_backend(requested_backend(named.pop("backend", "auto"))):
+        return Plan(planner.op(**named), planner.operator_args(**named), planner.choices(**named))
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any)
     Example:
         >>> print(kd.explain("gram_mse", student, teacher))
     """
-    planned = plan(function, *args, **kwargs)
+    planned = plan(function, *args, **kwargs, backend=backend)
     op, device = planned.op, planned.device
     chosen = select_name(op, requested_backend(backend), planned.operator_args)
     order = device_order(device)

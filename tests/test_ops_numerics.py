@@ -60,7 +60,9 @@ def _crossings() -> list[pytest.param]:
         pytest.param(case, other, id=f"{case.id}-backward_on_{other}")
         for case in found
         for other in _dispatch.BACKENDS
-        if other != case.backend and case.on(other).id in runnable
+        if other != case.backend
+        and case.on(other).id in runnable
+        and case.on(other).operator_args() == case.operator_args()
     ]
 
 

@@ -54,6 +54,18 @@ void scale(const T* x, T factor, T* y, int64_t n) {
   for (int64_t j = 0; j < n; ++j) y[j] = factor * x[j];
 }
 
+template <typename T>
+void widen(const T* x, double factor, double* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = factor * static_cast<double>(x[j]);
+}
+
+template <typename T>
+void narrow(const double* x, T* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = static_cast<T>(x[j]);
+}
+
 template <typename T, typename Sum>
 void add(const T* x, Sum* y, int64_t n) {
 #pragma omp simd
@@ -83,9 +95,17 @@ void normalize_backward(const T* x, T* dx, int64_t n) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {
-      dot<T>,    squared_difference<T>, add_offsets<T>, subtract<T>,          scale<T>,
-      add<T, T>, add<T, double>,        normalize<T>,   normalize_backward<T>};
+  static constexpr Loops<T> table = {dot<T>,
+                                     squared_difference<T>,
+                                     add_offsets<T>,
+                                     subtract<T>,
+                                     scale<T>,
+                                     widen<T>,
+                                     narrow<T>,
+                                     add<T, T>,
+                                     add<T, double>,
+                                     normalize<T>,
+                                     normalize_backward<T>};
   return table;
 }
 

@@ -8,6 +8,7 @@ form, as derived in docs/ops/gram_mse.md, whose names (r, q, x, a, b, c, C, K, M
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,18 +28,29 @@ def gram_mse(
     order: int = 2,
 ) -> Tensor:  # [...]
     """Sum over i, j of (G_student - G_teacher)_ij^2 per group, differentiable by autograd."""
+    options: dict[str, Any] = {
+        "normalize": normalize, "kernel": kernel, "gamma": gamma, "order": order
+    }  # fmt: skip
+    return (gram(student, **options) - gram(teacher, **options)).square().sum((-2, -1))
 
-    def gram(x: Tensor) -> Tensor:
-        if normalize == "feature":
-            x = F.normalize(x, dim=-1)
-        g = x @ x.mT
-        if kernel == "rbf_taylor":
-            g = sum(c * g**p for p, c in enumerate(taylor_coefficients(gamma, order)))
-        if normalize in ("row_l2", "row_l1"):
-            g = F.normalize(g, p=int(normalize[-1]), dim=-1)
-        return g
 
-    return (gram(student) - gram(teacher)).square().sum((-2, -1))
+def gram(
+    x: Tensor,  # [..., B, D]
+    *,
+    normalize: str = "row_l2",
+    kernel: str = "linear",
+    gamma: float = 0.4,
+    order: int = 2,
+) -> Tensor:  # [..., B, B]
+    """G of one side."""
+    if normalize == "feature":
+        x = F.normalize(x, dim=-1)
+    g = x @ x.mT
+    if kernel == "rbf_taylor":
+        g = sum(c * g**p for p, c in enumerate(taylor_coefficients(gamma, order)))
+    if normalize in ("row_l2", "row_l1"):
+        g = F.normalize(g, p=int(normalize[-1]), dim=-1)
+    return g
 
 
 def taylor_coefficients(gamma: float, order: int) -> list[float]:
@@ -57,9 +69,11 @@ def gram_mse_fwd(
     order: int,
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    s, t = _prepare(student, normalize), _prepare(teacher, normalize)
+    s, t = (_prepare(x, normalize, algorithm) for x in (student, teacher))
+    acc = torch.promote_types(student.dtype, torch.float32)
     if algorithm == "factored":
-        return _factored_fwd(s, t, normalize)
+        loss, *residuals = _factored_fwd(s, t, normalize)
+        return loss.to(acc), *residuals
     gram_s, gram_t = s @ s.mT, t @ t.mT
     if kernel == "rbf_taylor":
         coefficients = taylor_coefficients(gamma, order)
@@ -77,7 +91,7 @@ def gram_mse_fwd(
         loss, coef = (gram_s - gram_t).square().sum((1, 2)), _uniform_coef(s)
     if algorithm == "streamed":  # two tensors, since an operator's results may not alias
         gram_s, gram_t = s.new_empty(len(s), 0, 0), s.new_empty(len(s), 0, 0)
-    return loss.to(s.dtype), coef, gram_s, gram_t, s.new_empty(len(s), 0, 0)
+    return loss.to(acc), coef, gram_s, gram_t, s.new_empty(len(s), 0, 0)
 
 
 def gram_mse_bwd(
@@ -96,7 +110,7 @@ def gram_mse_bwd(
     order: int,
     algorithm: str,
 ) -> tuple[Tensor, Tensor]:
-    s, t = _prepare(student, normalize), _prepare(teacher, normalize)
+    s, t = (_prepare(x, normalize, algorithm) for x in (student, teacher))
     a, b_s, b_t, c_s, c_t = coef.unsqueeze(-1).unbind(1)  # each [G, B, 1], fp64
     if algorithm == "streamed":
         gram_student, gram_teacher = s @ s.mT, t @ t.mT
@@ -133,9 +147,14 @@ def gram_mse_bwd(
     )
 
 
-def _prepare(x: Tensor, normalize: str) -> Tensor:
-    """Features in the accumulation dtype, normalised if the Gram is that of unit vectors."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+def _prepare(x: Tensor, normalize: str, algorithm: str) -> Tensor:
+    """Features in the dtype that products are made in, normalised if the Gram is that of unit
+    vectors.
+
+    Factors of fp32 features are fp64: docs/numerics.md has the reason.
+    """
+    wide = algorithm == "factored" and x.dtype == torch.float32
+    x = x.to(torch.promote_types(x.dtype, torch.float64 if wide else torch.float32))
     return F.normalize(x, dim=-1, eps=NORM_EPS) if normalize == "feature" else x
 
 
@@ -189,4 +208,4 @@ def _factored_fwd(
     else:
         norm2 = [f.square().sum((1, 2), dtype=torch.float64) for f in (gram_s, gram_t, cross)]
         loss, coef = (norm2[0] + norm2[1] - 2 * norm2[2]).clamp_min(0), _uniform_coef(s)
-    return loss.to(s.dtype), coef, gram_s, gram_t, cross
+    return loss, coef, gram_s, gram_t, cross

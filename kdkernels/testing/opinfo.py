@@ -162,6 +162,30 @@ def randn(*shape: int, seed: int, device: torch.device, dtype: torch.dtype) -> T
     return torch.randn(*shape, generator=rng(seed), dtype=torch.float64).to(device, dtype)
 
 
+def network_features(
+    *shape: int,  # [..., B, D]
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    offset: float = 1.0,
+    spread: float = 0.3,
+    distance: float = 0.0,
+) -> Tensor:
+    """Features as networks give them: after a ReLU, pooled, around a mean that all rows share.
+    Normal numbers hide what rounding does to them.
+
+    Feature j has the mean `offset` + u_j, u_j uniform in [0, 1), and the deviation `spread`, before
+    the ReLU. `distance` is the deviation of noise that is added there: it makes the features of a
+    student where the same call without it makes those of its teacher.
+    """
+
+    def noise(k: int) -> Tensor:
+        return torch.randn(*shape, generator=rng(3 * seed + k), dtype=torch.float64)
+
+    mean = offset + torch.rand(shape[-1], generator=rng(3 * seed), dtype=torch.float64)
+    return torch.relu(mean + spread * noise(1) + distance * noise(2)).to(device, dtype)
+
+
 @cache
 def opinfos() -> tuple[OpInfo, ...]:
     """Every OpInfo of the package, found in `kdkernels/testing/opinfos/`."""
