@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdkernels import _checks
 
@@ -49,13 +50,28 @@ def flat_pair(
     student: Tensor,  # [B, ...]
     teacher: Tensor,  # [B, ...]
 ) -> tuple[Tensor, Tensor]:  # [B, D_s], [B, D_t]
-    """Everything but the batch axis flattened."""
+    """Everything but the batch axis flattened, in the dtype that both have in common."""
     for name, x in (("student", student), ("teacher", teacher)):
         _checks.features(name + suffix, x)
     if student.shape[0] != teacher.shape[0]:
         expected = f"{student.shape[0]} rows like student{suffix}"
         raise ValueError(f"teacher{suffix} must have {expected}, got {teacher.shape[0]}")
-    return student.flatten(1), teacher.flatten(1)
+    _checks.same_device(f"teacher{suffix}", teacher, f"student{suffix}", student)
+    return _checks.same_dtype(student.flatten(1), teacher.flatten(1))
+
+
+def embedded(
+    linear: nn.Linear,
+    x: Tensor,  # [B, D]
+) -> Tensor:  # [B, out_features]
+    """A linear layer of features in any dtype: the wider of theirs and the layer's is taken. Under
+    autocast the layer decides, except about fp64, which autocast leaves as it is."""
+    wide = _checks.common_dtype(x.dtype, linear.weight.dtype)
+    autocast = torch.is_autocast_enabled(x.device.type) and wide != torch.float64
+    if autocast or linear.weight.dtype == wide:
+        return linear(x if autocast else x.to(wide))
+    bias = None if linear.bias is None else linear.bias.to(wide)
+    return F.linear(x.to(wide), linear.weight.to(wide), bias)
 
 
 def unit_rows(

@@ -51,7 +51,7 @@ class CorrelationCongruenceLoss(nn.Module):
 
     Shape:
         - student: [B, ...], flattened to [B, student_dim].
-        - teacher: [B, ...], flattened to [B, teacher_dim], same B and dtype. Detached.
+        - teacher: [B, ...], flattened to [B, teacher_dim], same B. Detached.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Attributes:
@@ -156,7 +156,7 @@ def _embed(
     if x.shape[1] != linear.in_features:
         expected = f"{linear.in_features} features per sample ({name}_dim)"
         raise ValueError(f"{name} must have {expected}, got {x.shape[1]}")
-    return linear(x)
+    return _arguments.embedded(linear, x)
 
 
 def _neighbour_products(

@@ -64,7 +64,7 @@ class CorrelationDistanceLoss(nn.Module):
 
     Shape:
         - student: logits, [B, C].
-        - teacher: logits, [B, C], same dtype. Detached.
+        - teacher: logits, [B, C]. Detached.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:

@@ -40,7 +40,7 @@ class DISTLoss(nn.Module):
     Shape:
         - student: logits, [B, C]. A batch of one has no relations within classes: that term is
           constant.
-        - teacher: logits, [B, C], same dtype. Detached.
+        - teacher: logits, [B, C]. Detached.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:

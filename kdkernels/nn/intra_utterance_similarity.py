@@ -38,7 +38,7 @@ class IntraUtteranceSimilarityLoss(nn.Module):
 
     Shape:
         - student: [utterances, frames, D_s], or a list or tuple of such tensors, one per layer.
-        - teacher: [utterances, frames, D_t], as many layers, same dtype. Detached. Where the
+        - teacher: [utterances, frames, D_t], as many layers. Detached. Where the
           networks differ in frame rate, pool one of them first.
         - output: scalar, fp32 (fp64 for fp64 features).
 

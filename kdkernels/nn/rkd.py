@@ -68,7 +68,7 @@ class RKDLoss(nn.Module):
 
     Shape:
         - student: [B, ...], or a list or tuple of such tensors, one per layer.
-        - teacher: the same number of layers with the same B and dtype; other dimensions are free.
+        - teacher: the same number of layers with the same B; other dimensions are free.
           Detached.
         - output: scalar, fp32 (fp64 for fp64 features).
 

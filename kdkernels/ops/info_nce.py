@@ -31,7 +31,7 @@ def _check(
     by = _key_bank.temperature("temperature", temperature, queries)
     _checks.flag("normalize", normalize)
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
-    return _checks.common_dtype("keys", keys, "queries", queries.dtype), by
+    return _checks.common_dtype(queries.dtype, keys.dtype), by
 
 
 def _operator_args(
@@ -75,7 +75,7 @@ def info_nce(
 
     Args:
         queries: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        keys: [K, D], same dtype and device (under autocast the wider dtype is taken), K at least 1.
+        keys: [K, D], on the same device, K at least 1; the wider dtype is taken where they differ.
         positives: The key of each query, integer [B]; `torch.arange(B)` where keys are the batch's.
         temperature: A positive number, or a tensor of shape [] or [1], which gets a gradient of
             its shape if it asks for one. A tensor's value is not looked at; one that is not

@@ -4,16 +4,20 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from modules import CASES, congruence, maps
+import torch.nn.functional as F
+from modules import CASES, assert_same_loss, congruence, maps, process_state
 from torch import nn
 
 import kdkernels as kd
+from kdkernels.nn import _arguments
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,59 @@ def test_the_last_batch_may_be_smaller(name: str) -> None:
             results.append((loss, torch.autograd.grad(loss, student)[0]))
         torch.testing.assert_close(*results)
     assert len(graphs) < 5
+
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def floating_state(module: nn.Module) -> list[torch.Tensor]:
+    found = [*module.parameters(), *module.buffers(), *process_state(module).values()]
+    return [x for x in found if x.is_floating_point()]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, FP32), (FP32, BF16), (BF16, BF16), (FP64, FP32)], ids=str
+)
+def test_mixed_dtypes_give_what_the_widest_gives(
+    name: str, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Of student, teacher and what the module has of its own, which stays in fp32 here."""
+    case = CASES[name]
+    module, turn = case.make().float(), itertools.cycle(dtypes)
+    args = [x.to(next(turn)) if x.is_floating_point() else x for x in case.inputs(6)]
+    floats = [x for x in args if x.is_floating_point()]
+    wide = functools.reduce(
+        torch.promote_types, [x.dtype for x in (*floats, *floating_state(module))]
+    )
+    widened = [x.to(wide) if x.is_floating_point() else x for x in args]
+    seed, results = torch.get_rng_state(), []
+    for call, given in ((copy.deepcopy(module), args), (module, widened)):
+        torch.set_rng_state(seed)
+        student = given[0].requires_grad_()
+        loss = call(*given, **case.options(6))
+        results.append((loss, torch.autograd.grad(loss, student)[0]))
+    (loss, grad), (wanted, wanted_grad) = results
+    assert loss.dtype == wanted.dtype
+    assert grad.dtype == args[0].dtype
+    torch.testing.assert_close((loss, grad), (wanted, wanted_grad.to(grad.dtype)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("of_layer", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_takes_any_dtype(
+    of_layer: torch.dtype, dtype: torch.dtype, bias: bool
+) -> None:
+    linear = nn.Linear(5, 3, bias=bias, dtype=of_layer)
+    wide = torch.promote_types(of_layer, dtype)
+    x = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    parameters = [p.to(wide) for p in linear.parameters()]
+    out, wanted = _arguments.embedded(linear, x), F.linear(x.to(wide), *parameters)
+    assert_same_loss(out.square().sum(), wanted.square().sum(), x, *linear.parameters())
+    with torch.autocast("cpu", dtype=BF16):
+        out = _arguments.embedded(linear, x)
+    assert out.dtype == (FP64 if wide == FP64 else BF16)
 
 
 # Which modules hand them to operators as they are, so that a graph has them as constants.

@@ -66,7 +66,6 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
     yield bad("one_dim", (x[0], q, i), ValueError, "queries must have at least 2 dimensions")
     yield bad("width", (x, q[:, :3], i), ValueError, "keys must have 4 columns like queries, got 3")
     yield bad("no_keys", (x, q[:0], i), ValueError, "keys must have at least 1 row")
-    yield bad("dtype", (x, q.double(), i), TypeError, "keys must be torch.float32 like queries")
     yield bad("positives_dtype", (x, q, x[:, 0]), TypeError, "positives must be an integer tensor")
     yield bad("positives_shape", (x, q, i[:7]), ValueError, "positives must have shape [8] like")
     if device.type == "cpu":
