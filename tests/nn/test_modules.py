@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +140,70 @@ def test_the_last_batch_may_be_smaller(name: str) -> None:
             results.append((loss, torch.autograd.grad(loss, student)[0]))
         torch.testing.assert_close(*results)
     assert len(graphs) < 5
+
+
+def takes_layers(name: str) -> bool:
+    forward = inspect.signature(type(CASES[name].make()).forward)
+    hint = forward.parameters["student"].annotation if "student" in forward.parameters else ""
+    trained = name.startswith("CorrelationCongruenceLoss") and not name.endswith("paper")
+    return hint == "Features" and not trained
+
+
+LAYERED = [name for name in CASES if takes_layers(name)]
+
+
+def test_these_modules_take_layers() -> None:
+    assert {name.split()[0].removesuffix("Loss") for name in LAYERED} == {
+        "SimilarityPreserving",
+        "IntraUtteranceSimilarity",
+        "RKD",
+        "CorrelationCongruence",
+        "PKT",
+        "DIST",
+        "CorrelationDistance",
+        "Comparative",
+    }
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict, OrderedDict])
+@pytest.mark.parametrize("name", LAYERED)
+def test_the_losses_of_layers_are_summed(name: str, kind: type) -> None:
+    case = CASES[name]
+    module, layers = case.make().double(), [case.inputs(B) for B in (6, 4, 6)]
+    students = [student.requires_grad_() for student, _ in layers]
+    separate = sum(module(*pair) for pair in layers)
+    if issubclass(kind, dict):
+        names = ("layer2", 7, "head")
+        sides = [kind(zip(names, side, strict=True)) for side in zip(*layers, strict=True)]
+        sides[1] = {key: sides[1][key] for key in reversed(names)}  # pairs are by name
+    else:
+        sides = [kind(side) for side in zip(*layers, strict=True)]
+    assert_same_loss(module(*sides), separate, *students)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_argument_that_is_none_is_named(name: str) -> None:
+    """As a hook that did not fire gives it."""
+    case = CASES[name]
+    parameters = inspect.signature(type(case.make()).forward).parameters
+    args = case.inputs(6)
+    for i, parameter in enumerate(list(parameters)[1 : len(args) + 1]):
+        given = [None if j == i else x for j, x in enumerate(args)]
+        if parameter == "negatives":
+            continue  # None draws them
+        with pytest.raises((TypeError, ValueError), match=rf"^{parameter} must be .*None"):
+            case.make().double()(*given, **case.options(6))
+
+
+@pytest.mark.parametrize("name", ["DISTLoss", "CorrelationDistanceLoss"])
+def test_each_pixel_of_a_map_is_a_row(name: str) -> None:
+    module, student, teacher = CASES[name].make(), maps(2, 5, 3, 4), maps(2, 5, 3, 4)
+    student.requires_grad_()
+    rows = [
+        torch.stack([x[b, :, i, j] for b in range(2) for i in range(3) for j in range(4)])
+        for x in (student, teacher)
+    ]
+    assert_same_loss(module(student, teacher), module(*rows), student)
 
 
 BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
