@@ -79,18 +79,20 @@ def same_columns(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def common_dtype(name: str, x: Tensor, other_name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor and of another one; under autocast, where they differ, the wider."""
-    if x.dtype == dtype:
-        return dtype
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.promote_types(x.dtype, dtype)
-    raise TypeError(f"{name} must be {dtype} like {other_name}, got {x.dtype}")
+def common_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The narrowest dtype that holds the numbers of all, so that no tensor is rounded.
+
+    bf16 beside fp32 gives fp32, and so does bf16 beside fp16; fp64 beside anything gives fp64.
+    """
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = torch.promote_types(common, dtype)
+    return common
 
 
-def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors in their common dtype."""
-    return in_dtype(common_dtype(name, x, other_name, other.dtype), x, other)
+def same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in their common dtype; gradients come back in the dtype of each."""
+    return in_dtype(common_dtype(x.dtype, y.dtype), x, y)
 
 
 def in_dtype(dtype: torch.dtype, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 
 Where public implementations of a loss disagree, `preset` names whose meaning is computed. A module
 multiplies by its `weight`, treats the teacher as a constant and keeps all of its state in
-`state_dict`; the mathematics is in `kdkernels.ops`.
+`state_dict`; the mathematics is in `kdkernels.ops`. Student, teacher, keys and linear layers may
+have different floating dtypes: what meets is computed in the wider one, and a gradient comes back
+in the dtype of its own tensor.
 """
 
 from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint

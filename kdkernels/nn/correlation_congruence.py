@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.nn._arguments import Features
 from kdkernels.ops.gram_mse import MAX_ORDER, gram_mse
 
 _WEIGHTS = {"paper": 0.003, "torchdistill": 0.003, "repdistiller": 0.02}
@@ -50,8 +51,9 @@ class CorrelationCongruenceLoss(nn.Module):
             choose.
 
     Shape:
-        - student: [B, ...], flattened to [B, student_dim].
-        - teacher: [B, ...], flattened to [B, teacher_dim], same B and dtype. Detached.
+        - student: [B, ...], flattened to [B, student_dim]; for "paper" also a list, tuple or dict
+          of such tensors, one per layer, whose losses are summed.
+        - teacher: [B, ...], flattened to [B, teacher_dim], same B, and the same layers. Detached.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Attributes:
@@ -101,21 +103,28 @@ class CorrelationCongruenceLoss(nn.Module):
         self.embed_student = nn.Linear(_width("student_dim", student_dim, preset), width)
         self.embed_teacher = nn.Linear(_width("teacher_dim", teacher_dim, preset), width)
 
-    def forward(
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        layers = _arguments.pairs(student, teacher)
+        if self.embed_student is not None and len(layers) > 1:
+            raise ValueError(
+                f"student must be one layer with preset={self.preset!r}, which trains a linear "
+                f"layer for it: take a module per layer, got {len(layers)}"
+            )
+        losses = [self._of_rows(*_arguments.flat_pair(*pair)) for pair in layers]
+        return self.weight * sum(losses[1:], losses[0])
+
+    def _of_rows(
         self,
-        student: Tensor,  # [B, ...]
-        teacher: Tensor,  # [B, ...]
+        s: Tensor,  # [B, D_s]
+        t: Tensor,  # [B, D_t]
     ) -> Tensor:
-        _checks.features("student", student)
-        _checks.features("teacher", teacher)
-        s, t = _arguments.flat_pair("", student, teacher.detach())
         if self.embed_student is not None and self.embed_teacher is not None:
             s, t = (
                 _embed("student", self.embed_student, s),
                 _embed("teacher", self.embed_teacher, t),
             )
         if self.preset == "repdistiller":
-            return self.weight * _neighbour_products(s, t)
+            return _neighbour_products(s, t)
         polynomial: dict[str, Any] = {
             "kernel": "rbf_taylor",
             "gamma": self.gamma,
@@ -123,9 +132,9 @@ class CorrelationCongruenceLoss(nn.Module):
             "backend": self.backend,
         }
         if self.preset == "paper":
-            return self.weight * gram_mse(s, t, normalize="feature", **polynomial)
+            return gram_mse(s, t, normalize="feature", **polynomial)
         squares = gram_mse(s, t, normalize="none", reduction="sum", **polynomial)
-        return self.weight * _root(squares) / max(s.shape[0] ** 2, 1)
+        return _root(squares) / max(s.shape[0] ** 2, 1)
 
     def extra_repr(self) -> str:
         text = f"weight={self.weight:g}, preset={self.preset!r}"
@@ -156,7 +165,7 @@ def _embed(
     if x.shape[1] != linear.in_features:
         expected = f"{linear.in_features} features per sample ({name}_dim)"
         raise ValueError(f"{name} must have {expected}, got {x.shape[1]}")
-    return linear(x)
+    return _arguments.embedded(linear, x)
 
 
 def _neighbour_products(

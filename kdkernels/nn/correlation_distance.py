@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
+from kdkernels.nn import _arguments
+from kdkernels.nn._arguments import Features
 from kdkernels.ops.correlation import correlation
 
 RANKS = ("none", "hard", "soft")
@@ -63,8 +65,9 @@ class CorrelationDistanceLoss(nn.Module):
         backend: Of the values' correlation; see `kdkernels.explain`.
 
     Shape:
-        - student: logits, [B, C].
-        - teacher: logits, [B, C], same dtype. Detached.
+        - student: logits, [B, C], or maps, [B, C, H, W], each pixel of which is a row; or a list,
+          tuple or dict of such tensors, one per head, whose losses are summed.
+        - teacher: the same heads, of the same shapes. Detached.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:
@@ -108,7 +111,18 @@ class CorrelationDistanceLoss(nn.Module):
         if self.rank == "soft":
             _soft_rank()
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        losses = [
+            self._of_rows(*_arguments.logit_rows(*pair))
+            for pair in _arguments.pairs(student, teacher)
+        ]
+        return sum(losses[1:], losses[0])
+
+    def _of_rows(
+        self,
+        student: Tensor,  # [B, C]
+        teacher: Tensor,  # [B, C]
+    ) -> Tensor:
         loss = self.value_weight * correlation(
             student, teacher, temperature=self.temperature, centered=_PRESETS[self.preset].centered,
             backend=self.backend,

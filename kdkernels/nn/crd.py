@@ -151,8 +151,12 @@ class CRDLoss(ProcessState):
         student, teacher = _arguments.flat_pair("", student, teacher)
         _checks.labels("index", index, "student", student)
         moves = _checks.flag("update", update) and self.training
-        s = _arguments.unit_rows(self.embed_student(student), self.student_memory)
-        t = _arguments.unit_rows(self.embed_teacher(teacher), self.teacher_memory)
+        s = _arguments.unit_rows(
+            _arguments.embedded(self.embed_student, student), self.student_memory
+        )
+        t = _arguments.unit_rows(
+            _arguments.embedded(self.embed_teacher, teacher), self.teacher_memory
+        )
         of_student, of_teacher = self.step(
             (s, t, index),
             lambda drawn: self._losses(s, t, index, drawn if negatives is None else negatives),

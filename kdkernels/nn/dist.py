@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.nn._arguments import Features
 from kdkernels.ops.correlation import correlation
 
 _TEMPERATURES = {"imagenet": 1.0, "cifar": 4.0}
@@ -38,9 +39,10 @@ class DISTLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: logits, [B, C]. A batch of one has no relations within classes: that term is
-          constant.
-        - teacher: logits, [B, C], same dtype. Detached.
+        - student: logits, [B, C], or maps, [B, C, H, W], each pixel of which is a row; or a list,
+          tuple or dict of such tensors, one per head, whose losses are summed. One row has no
+          relations within classes: that term is constant.
+        - teacher: the same heads, of the same shapes. Detached.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:
@@ -73,11 +75,15 @@ class DISTLoss(nn.Module):
         self.temperature = _checks.positive("temperature", chosen)
         self.backend = backend
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.weight * correlation(
-            student, teacher, temperature=self.temperature, row_weight=self.beta,
-            column_weight=self.gamma, backend=self.backend,
-        )  # fmt: skip
+    def forward(self, student: Features, teacher: Features) -> Tensor:
+        losses = [
+            correlation(
+                *_arguments.logit_rows(*pair), temperature=self.temperature, row_weight=self.beta,
+                column_weight=self.gamma, backend=self.backend,
+            )
+            for pair in _arguments.pairs(student, teacher)
+        ]  # fmt: skip
+        return self.weight * sum(losses[1:], losses[0])
 
     def extra_repr(self) -> str:
         return (

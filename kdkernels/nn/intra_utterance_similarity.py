@@ -37,9 +37,10 @@ class IntraUtteranceSimilarityLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: [utterances, frames, D_s], or a list or tuple of such tensors, one per layer.
-        - teacher: [utterances, frames, D_t], as many layers, same dtype. Detached. Where the
-          networks differ in frame rate, pool one of them first.
+        - student: [utterances, frames, D_s], or a list, tuple or dict of such tensors, one per
+          layer.
+        - teacher: [utterances, frames, D_t], as many layers, or the same keys of a dict. Detached.
+          Where the networks differ in frame rate, pool one of them first.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Every frame counts; utterances of different lengths need one call each, or batches by length.
@@ -80,6 +81,7 @@ class IntraUtteranceSimilarityLoss(nn.Module):
 
 def _check_frames(suffix: str, student: Tensor, teacher: Tensor) -> None:
     for name, x in (("student", student), ("teacher", teacher)):
+        _checks.features(name + suffix, x)
         if x.dim() != 3:
             raise ValueError(
                 f"{name}{suffix} must be [utterances, frames, features], got shape {list(x.shape)}"
@@ -88,3 +90,4 @@ def _check_frames(suffix: str, student: Tensor, teacher: Tensor) -> None:
         if student.shape[axis] != teacher.shape[axis]:
             expected = f"{student.shape[axis]} {unit} like student{suffix}"
             raise ValueError(f"teacher{suffix} must have {expected}, got {teacher.shape[axis]}")
+    _checks.same_device(f"teacher{suffix}", teacher, f"student{suffix}", student)

@@ -52,9 +52,9 @@ class PKTLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: [B, ...], or a list or tuple of such tensors, one per layer.
-        - teacher: the same number of layers with the same B and dtype; other dimensions are free.
-          Detached.
+        - student: [B, ...], or a list, tuple or dict of such tensors, one per layer.
+        - teacher: the same number of layers, or keys of a dict, with the same B; other dimensions
+          are free. Detached.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Raises:
@@ -84,11 +84,10 @@ class PKTLoss(nn.Module):
     def forward(self, student: Features, teacher: Features) -> Tensor:
         chosen = _PRESETS[self.preset]
         options: dict[str, Any] = {"divergence": chosen.divergence, "backend": self.backend}
-        losses = [
-            pkt(*_arguments.flat_pair(*pair), kernel=kernel, **options)
-            for pair in _arguments.pairs(student, teacher)
-            for kernel in chosen.kernels
-        ]
+        losses = []
+        for pair in _arguments.pairs(student, teacher):
+            sides = _arguments.flat_pair(*pair)
+            losses += [pkt(*sides, kernel=kernel, **options) for kernel in chosen.kernels]
         return self.weight * sum(losses[1:], losses[0])
 
     def extra_repr(self) -> str:

@@ -137,9 +137,13 @@ class RelationalRepresentationLoss(nn.Module):
     ) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
         # keys are left as they are: those of init="columns" have no unit norm
-        s = _arguments.unit_rows(self.embed_student(student), self.queue.keys)
+        s = _arguments.unit_rows(_arguments.embedded(self.embed_student, student), self.queue.keys)
         with torch.no_grad():
-            t = once(_arguments.unit_rows(self.embed_teacher(teacher), self.queue.keys))
+            t = once(
+                _arguments.unit_rows(
+                    _arguments.embedded(self.embed_teacher, teacher), self.queue.keys
+                )
+            )
         before = PRESETS[self.preset].enqueue_first
         moves = _checks.flag("update", update) and self.training
         if before and self.training and not update:

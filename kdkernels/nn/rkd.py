@@ -67,9 +67,9 @@ class RKDLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: [B, ...], or a list or tuple of such tensors, one per layer.
-        - teacher: the same number of layers with the same B and dtype; other dimensions are free.
-          Detached.
+        - student: [B, ...], or a list, tuple or dict of such tensors, one per layer.
+        - teacher: the same number of layers, or keys of a dict, with the same B; other dimensions
+          are free. Detached.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Raises:

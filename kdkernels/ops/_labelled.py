@@ -43,7 +43,7 @@ def _check(
         _check_side("references", references, "reference_labels", reference_labels)
         _checks.same_device("references", references, "embeddings", embeddings)
         _checks.same_columns("references", references, "embeddings", embeddings)
-        dtype = _checks.common_dtype("references", references, "embeddings", dtype)
+        dtype = _checks.common_dtype(dtype, references.dtype)
     _checks.choice("distance", distance, DISTANCES)
     return dtype
 

@@ -18,7 +18,7 @@ def check_sides(student: Any, teacher: Any) -> torch.dtype:
     _checks.matrix("teacher", teacher)
     _checks.same_device("teacher", teacher, "student", student)
     _checks.same_leading("teacher", teacher, "student", student)
-    return _checks.common_dtype("teacher", teacher, "student", student.dtype)
+    return _checks.common_dtype(student.dtype, teacher.dtype)
 
 
 def choices(student: Tensor, **_: Any) -> dict[str, str]:

@@ -87,8 +87,9 @@ def contrastive_loss(
 
     Args:
         embeddings, labels: [B, D], fp16, bf16, fp32 or fp64; [B], any integer dtype.
-        references, reference_labels: [M, D] and [M], or None for the batch itself. Gradients reach
-            the embeddings and the references.
+        references, reference_labels: [M, D] and [M], or None for the batch itself; the wider dtype
+            is taken where the references have another one. Gradients reach the embeddings and the
+            references.
         margin: Distance beyond which pairs of different labels cost nothing; not negative.
         distance: "euclidean", its square, or "cosine" (1 - cosine; normalises in any case).
         normalize_embeddings: Divide each row by its norm first, clamped at 1e-12.

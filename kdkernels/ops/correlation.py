@@ -85,7 +85,7 @@ def correlation(
 
     Args:
         student: Logits, [B, C], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: Logits, [B, C], same dtype and device (under autocast the wider dtype is taken).
+        teacher: Logits, [B, C], on the same device; the wider dtype is taken where they differ.
             Detached.
         temperature: Positive.
         row_weight: Of the samples' correlations over classes, not negative.
@@ -100,7 +100,7 @@ def correlation(
         batch of one sample adds temperature^2 column_weight, constant. 0 for an empty batch.
 
     Raises:
-        TypeError: not a floating tensor, dtypes differ, or an option is of another type.
+        TypeError: not a floating tensor, or an option is of another type.
         ValueError: shapes, devices or options do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 

@@ -230,7 +230,7 @@ def _check(
     _checks.features("teacher", teacher)
     _checks.same_device("teacher", teacher, "student", student)
     _checks.same_leading("teacher", teacher, "student", student)
-    dtype = _checks.common_dtype("teacher", teacher, "student", student.dtype)
+    dtype = _checks.common_dtype(student.dtype, teacher.dtype)
     _checks.choice("normalize", normalize, NORMALIZATIONS)
     _checks.choice("kernel", kernel, KERNELS)
     _checks.choice("algorithm", algorithm, ALGORITHMS)
@@ -304,8 +304,8 @@ def gram_mse(
 
     Args:
         student: Features, [..., B, D_s]. Leading dimensions are independent groups. Any strides.
-        teacher: Features, [..., B, D_t], same dtype and device (under autocast the wider dtype is
-            taken). Receives a gradient only if it requires one.
+        teacher: Features, [..., B, D_t], on the same device; the wider dtype is taken where they
+            differ. Receives a gradient only if it requires one.
         normalize: "row_l2" and "row_l1" divide each row of A by its norm (clamped at 1e-12 as in
             `F.normalize`); "feature" normalises the features, so A holds cosines; "none" leaves A
             as it is.
@@ -326,7 +326,7 @@ def gram_mse(
         batch.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor.
         ValueError: shapes, devices or options do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 

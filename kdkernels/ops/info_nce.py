@@ -60,10 +60,8 @@ def _check(
     by = _key_bank.temperature("temperature", temperature, queries)
     _checks.flag("normalize", normalize)
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
-    dtype = _checks.common_dtype("keys", keys, "queries", queries.dtype)
-    if own_keys is not None:
-        dtype = _checks.common_dtype("own_keys", own_keys, "queries", dtype)
-    return dtype, by
+    dtypes = [x.dtype for x in (queries, keys, own_keys) if x is not None]
+    return _checks.common_dtype(*dtypes), by
 
 
 def _operator_args(
@@ -139,11 +137,11 @@ def info_nce(
 
     Args:
         queries: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        keys: [K, D], same dtype and device (under autocast the wider dtype is taken), K at least 1.
+        keys: [K, D], on the same device, K at least 1; the widest dtype is taken where they differ.
         positives: Integer [B]: the key of each query, or with `key_labels` the query's label. None
             where `own_keys` are the only positives.
         key_labels: The label of each key, integer [K].
-        own_keys: [B, D], same dtype and device: one more key for each query, a positive one.
+        own_keys: [B, D], on the same device: one more key for each query, a positive one.
         exclude: The keys that do not count for a query, neither as a positive nor as a negative:
             one by index, integer [B], -1 for none; or any, true in a bool mask [B, K] (false
             negatives, duplicates), which takes B K bytes, and 4 B K more with `key_labels`.

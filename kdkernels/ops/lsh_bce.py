@@ -128,7 +128,7 @@ def _check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None)
     _checks.matrix("weight", weight)
     _checks.same_device("weight", weight, name, x)
     _checks.same_columns("weight", weight, name, x)
-    dtype = _checks.common_dtype("weight", weight, name, x.dtype)
+    dtype = _checks.common_dtype(x.dtype, weight.dtype)
     if bias is not None:
         _checks.features("bias", bias, min_dim=1)
         _checks.same_device("bias", bias, name, x)
@@ -137,7 +137,7 @@ def _check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None)
                 f"bias must have shape {list(weight.shape[:1])} like the rows of weight, "
                 f"got {list(bias.shape)}"
             )
-        dtype = _checks.common_dtype("bias", bias, name, dtype)
+        dtype = _checks.common_dtype(dtype, bias.dtype)
     return dtype
 
 
@@ -225,9 +225,9 @@ def lsh_encode(
 
     Args:
         features: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        weight: One direction per row, [N, D], same dtype and device (under autocast the wider
-            dtype is taken).
-        bias: [N], or None for hyperplanes through the origin.
+        weight: One direction per row, [N, D], on the same device.
+        bias: [N], or None for hyperplanes through the origin. The widest dtype of the three is
+            taken where they differ.
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -235,7 +235,7 @@ def lsh_encode(
         different backends. Not differentiable.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor.
         ValueError: shapes or devices do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
@@ -272,9 +272,10 @@ def lsh_bce(
         student: Features, [B, D], fp16, bf16, fp32 or fp64. Any strides.
         codes: The teacher's bits, uint8 [B, ceil(N / 8)], of `lsh_encode` with the same weight and
             bias.
-        weight: One direction per row, [N, D], same dtype and device as student (under autocast the
-            wider dtype is taken). Usually frozen; it receives a gradient if it asks for one.
-        bias: [N] or None; likewise.
+        weight: One direction per row, [N, D], on the same device. Usually frozen; it receives a
+            gradient if it asks for one.
+        bias: [N] or None; likewise. The widest dtype of student, weight and bias is taken where
+            they differ.
         sample_mask: Which samples count, bool [B]; None for all. What the other rows hold does not
             matter.
         reduction: "mean" over all bits of the samples that count, 0 if none does; "sum" over the
@@ -287,8 +288,7 @@ def lsh_bce(
         bits.
 
     Raises:
-        TypeError: not a floating tensor, dtypes differ, codes that are not uint8, a mask that is
-            not bool.
+        TypeError: not a floating tensor, codes that are not uint8, a mask that is not bool.
         ValueError: shapes, devices or options do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 

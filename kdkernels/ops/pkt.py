@@ -71,8 +71,8 @@ def pkt(
 
     Args:
         student: Features, [B, D_s], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: Features, [B, D_t], same dtype and device (under autocast the wider dtype is
-            taken). Detached.
+        teacher: Features, [B, D_t], on the same device; the wider dtype is taken where they
+            differ. Detached.
         kernel: "cosine": K_ij = (<u_i, u_j> + 1) / 2 with u = x / (|x| + eps), where eps is 1e-7
             with "kl" and 1e-6 with "jeffreys", as in the two public codes. "student_t":
             K_ij = 1 / (1 + d_ij), d_ij = sqrt(|x_i - x_j|^2 + 1e-6).
@@ -83,7 +83,7 @@ def pkt(
         fp32 (fp64 for fp64 inputs) scalar; 0 for an empty batch.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor.
         ValueError: shapes, devices or options do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 

@@ -216,14 +216,8 @@ def _check(
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
     if exclude is not None:
         _checks.labels("exclude", exclude, "student", student)
-    dtype = student.dtype
-    others = {
-        "teacher": teacher, "keys": keys, "teacher_keys": teacher_keys, "own_keys": own_keys
-    }  # fmt: skip
-    for name, x in others.items():
-        if x is not None:
-            dtype = _checks.common_dtype(name, x, "student", dtype)
-    return dtype, by_student, by_teacher
+    given = (x for x in (student, teacher, keys, teacher_keys, own_keys) if x is not None)
+    return _checks.common_dtype(*(x.dtype for x in given)), by_student, by_teacher
 
 
 def apply(
@@ -311,7 +305,8 @@ def relational_kl(
 
     Args:
         student: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: [B, E], same dtype and device (under autocast the widest dtype is taken).
+        teacher: [B, E], on the same device. Of student, teacher and all keys the widest dtype is
+            taken where they differ.
         keys: [K, D], a queue or a batch, with K of at least 1; any K.
         teacher_keys: [K, E], or None where both sides share the keys and D = E.
         own_keys: [B, E], one more key per row that no other row sees, as SEED has its teacher's

@@ -100,15 +100,15 @@ def rkd_distance(
 
     Args:
         student: Features, [B, D_s], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: Features, [B, D_t], same dtype and device (under autocast the wider dtype is
-            taken). Receives a gradient, at the price of a second call, only if it requires one.
+        teacher: Features, [B, D_t], on the same device; the wider dtype is taken where they
+            differ. Receives a gradient, at the price of a second call, only if it requires one.
         backend: See `kdkernels.explain`.
 
     Returns:
         fp32 (fp64 for fp64 inputs) scalar. 0 for fewer than two rows.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor.
         ValueError: shapes or devices do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
@@ -137,15 +137,15 @@ def rkd_angle(
 
     Args:
         student: Features, [B, D_s], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: Features, [B, D_t], same dtype and device (under autocast the wider dtype is
-            taken). Receives a gradient, at the price of a second call, only if it requires one.
+        teacher: Features, [B, D_t], on the same device; the wider dtype is taken where they
+            differ. Receives a gradient, at the price of a second call, only if it requires one.
         backend: See `kdkernels.explain`.
 
     Returns:
         fp32 (fp64 for fp64 inputs) scalar. 0 for fewer than two rows.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor.
         ValueError: shapes or devices do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 

@@ -77,7 +77,7 @@ def _check(x: Tensor, bank: Tensor, indices: Tensor) -> torch.dtype:
             "bank must not require a gradient, which is implemented for x only: detach it, or index"
             " it in torch"
         )
-    return _checks.common_dtype("bank", bank, "x", x.dtype)
+    return _checks.common_dtype(x.dtype, bank.dtype)
 
 
 def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,8 +112,8 @@ def sampled_similarity(
 
     Args:
         x: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        bank: [N, D] with N of at least 1, same dtype and device (under autocast the wider dtype is
-            taken). A constant: one that asks for a gradient is refused.
+        bank: [N, D] with N of at least 1, on the same device; the wider dtype is taken where they
+            differ. A constant: one that asks for a gradient is refused.
         indices: Rows of the bank, integer [B, K], in any order and as often as they like.
         backend: See `kdkernels.explain`.
 

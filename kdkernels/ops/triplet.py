@@ -183,7 +183,7 @@ def mine_triplets(
         labels: [B], any integer dtype, any values.
         references, reference_labels: Where positives and negatives come from, [M, D] and [M]: a
             memory bank, the teacher, another modality. None: the batch itself, where an anchor is
-            not its own positive.
+            not its own positive. The wider dtype is taken where the references have another one.
         distance: "euclidean", its square, or "cosine" (1 - cosine; normalises in any case).
         normalize_embeddings: Divide each row by its norm first, clamped at 1e-12.
         backend: See `kdkernels.explain`.

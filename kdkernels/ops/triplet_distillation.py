@@ -36,7 +36,7 @@ def _check(
         raise ValueError(
             f"teacher must have shape {list(student.shape)} like student, got {list(teacher.shape)}"
         )
-    dtype = _checks.common_dtype("teacher", teacher, "student", student.dtype)
+    dtype = _checks.common_dtype(student.dtype, teacher.dtype)
     _checks.labels("labels", labels, "student", student)
     _checks.not_negative("margin", margin)
     _checks.choice("negatives", negatives, NEGATIVES)
@@ -83,7 +83,8 @@ def triplet_distillation(
     the teacher is detached.
 
     Args:
-        student, teacher: Outputs, [B, D] of one dtype, fp16, bf16, fp32 or fp64.
+        student, teacher: Outputs, [B, D], fp16, bf16, fp32 or fp64; the wider dtype is taken where
+            they differ.
         labels: [B], any integer dtype.
         margin: Not negative; it is tied to the scale of the outputs, which are not normalised.
         negatives: "random": uniformly among the rows of other classes, as the authors do; each

@@ -4,16 +4,22 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from modules import CASES, congruence, maps
+import torch.nn.functional as F
+from modules import CASES, assert_same_loss, congruence, maps, process_state
 from torch import nn
 
 import kdkernels as kd
+from kdkernels.nn import _arguments
 
 
 @pytest.mark.parametrize(
@@ -134,6 +140,123 @@ def test_the_last_batch_may_be_smaller(name: str) -> None:
             results.append((loss, torch.autograd.grad(loss, student)[0]))
         torch.testing.assert_close(*results)
     assert len(graphs) < 5
+
+
+def takes_layers(name: str) -> bool:
+    forward = inspect.signature(type(CASES[name].make()).forward)
+    hint = forward.parameters["student"].annotation if "student" in forward.parameters else ""
+    trained = name.startswith("CorrelationCongruenceLoss") and not name.endswith("paper")
+    return hint == "Features" and not trained
+
+
+LAYERED = [name for name in CASES if takes_layers(name)]
+
+
+def test_these_modules_take_layers() -> None:
+    assert {name.split()[0].removesuffix("Loss") for name in LAYERED} == {
+        "SimilarityPreserving",
+        "IntraUtteranceSimilarity",
+        "RKD",
+        "CorrelationCongruence",
+        "PKT",
+        "DIST",
+        "CorrelationDistance",
+        "Comparative",
+    }
+
+
+@pytest.mark.parametrize("kind", [list, tuple, dict, OrderedDict])
+@pytest.mark.parametrize("name", LAYERED)
+def test_the_losses_of_layers_are_summed(name: str, kind: type) -> None:
+    case = CASES[name]
+    module, layers = case.make().double(), [case.inputs(B) for B in (6, 4, 6)]
+    students = [student.requires_grad_() for student, _ in layers]
+    separate = sum(module(*pair) for pair in layers)
+    if issubclass(kind, dict):
+        names = ("layer2", 7, "head")
+        sides = [kind(zip(names, side, strict=True)) for side in zip(*layers, strict=True)]
+        sides[1] = {key: sides[1][key] for key in reversed(names)}  # pairs are by name
+    else:
+        sides = [kind(side) for side in zip(*layers, strict=True)]
+    assert_same_loss(module(*sides), separate, *students)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_argument_that_is_none_is_named(name: str) -> None:
+    """As a hook that did not fire gives it."""
+    case = CASES[name]
+    parameters = inspect.signature(type(case.make()).forward).parameters
+    args = case.inputs(6)
+    for i, parameter in enumerate(list(parameters)[1 : len(args) + 1]):
+        given = [None if j == i else x for j, x in enumerate(args)]
+        if parameter == "negatives":
+            continue  # None draws them
+        with pytest.raises((TypeError, ValueError), match=rf"^{parameter} must be .*None"):
+            case.make().double()(*given, **case.options(6))
+
+
+@pytest.mark.parametrize("name", ["DISTLoss", "CorrelationDistanceLoss"])
+def test_each_pixel_of_a_map_is_a_row(name: str) -> None:
+    module, student, teacher = CASES[name].make(), maps(2, 5, 3, 4), maps(2, 5, 3, 4)
+    student.requires_grad_()
+    rows = [
+        torch.stack([x[b, :, i, j] for b in range(2) for i in range(3) for j in range(4)])
+        for x in (student, teacher)
+    ]
+    assert_same_loss(module(student, teacher), module(*rows), student)
+
+
+BF16, FP32, FP64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def floating_state(module: nn.Module) -> list[torch.Tensor]:
+    found = [*module.parameters(), *module.buffers(), *process_state(module).values()]
+    return [x for x in found if x.is_floating_point()]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "dtypes", [(BF16, FP32), (FP32, BF16), (BF16, BF16), (FP64, FP32)], ids=str
+)
+def test_mixed_dtypes_give_what_the_widest_gives(
+    name: str, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Of student, teacher and what the module has of its own, which stays in fp32 here."""
+    case = CASES[name]
+    module, turn = case.make().float(), itertools.cycle(dtypes)
+    args = [x.to(next(turn)) if x.is_floating_point() else x for x in case.inputs(6)]
+    floats = [x for x in args if x.is_floating_point()]
+    wide = functools.reduce(
+        torch.promote_types, [x.dtype for x in (*floats, *floating_state(module))]
+    )
+    widened = [x.to(wide) if x.is_floating_point() else x for x in args]
+    seed, results = torch.get_rng_state(), []
+    for call, given in ((copy.deepcopy(module), args), (module, widened)):
+        torch.set_rng_state(seed)
+        student = given[0].requires_grad_()
+        loss = call(*given, **case.options(6))
+        results.append((loss, torch.autograd.grad(loss, student)[0]))
+    (loss, grad), (wanted, wanted_grad) = results
+    assert loss.dtype == wanted.dtype
+    assert grad.dtype == args[0].dtype
+    torch.testing.assert_close((loss, grad), (wanted, wanted_grad.to(grad.dtype)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("of_layer", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("dtype", [BF16, FP32, FP64], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_layer_takes_any_dtype(
+    of_layer: torch.dtype, dtype: torch.dtype, bias: bool
+) -> None:
+    linear = nn.Linear(5, 3, bias=bias, dtype=of_layer)
+    wide = torch.promote_types(of_layer, dtype)
+    x = torch.randn(4, 5, dtype=dtype, requires_grad=True)
+    parameters = [p.to(wide) for p in linear.parameters()]
+    out, wanted = _arguments.embedded(linear, x), F.linear(x.to(wide), *parameters)
+    assert_same_loss(out.square().sum(), wanted.square().sum(), x, *linear.parameters())
+    with torch.autocast("cpu", dtype=BF16):
+        out = _arguments.embedded(linear, x)
+    assert out.dtype == (FP64 if wide == FP64 else BF16)
 
 
 # Which modules hand them to operators as they are, so that a graph has them as constants.

@@ -151,8 +151,6 @@ def bad_inputs(device: torch.device, **always: Any) -> Iterator[BadInput]:
     yield bad("no_references", (x, y), ValueError, "references must be", reference_labels=y)
     narrow: dict[str, Any] = {"references": x[:, :3], "reference_labels": y}
     yield bad("columns", (x, y), ValueError, "references must have 4 columns", **narrow)
-    double: dict[str, Any] = {"references": x.double(), "reference_labels": y}
-    yield bad("dtypes", (x, y), TypeError, "references must be torch.float32", **double)
     yield bad("margin", (x, y), ValueError, "margin must be", margin=-0.1)
     yield bad("margin_nan", (x, y), ValueError, "margin must be", margin=float("nan"))
     yield bad("margin_type", (x, y), TypeError, "margin must be a number", margin="0.2")

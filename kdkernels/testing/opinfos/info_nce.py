@@ -100,7 +100,6 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
     yield bad("one_dim", (x[0], q, i), ValueError, "queries must have at least 2 dimensions")
     yield bad("width", (x, q[:, :3], i), ValueError, "keys must have 4 columns like queries, got 3")
     yield bad("no_keys", (x, q[:0], i), ValueError, "keys must have at least 1 row")
-    yield bad("dtype", (x, q.double(), i), TypeError, "keys must be torch.float32 like queries")
     yield bad("no_positives", (x, q), ValueError, "positives must say which keys are positive")
     yield bad("own_keys", (x, q, i), ValueError, "positives must be None with own_keys", own_keys=x)
     own = {"own_keys": x[:7]}

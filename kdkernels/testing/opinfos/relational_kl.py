@@ -99,13 +99,6 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
         "teacher_keys must have 12 rows like keys, got 11",
     )
     yield bad("no_keys", (x, x, q[:0]), ValueError, "keys must have at least 1 row, got shape")
-    for name, args in {
-        "teacher": (x, x.double(), q),
-        "keys": (x, x, q.double()),
-        "teacher_keys": (x, t, q, r.double()),
-    }.items():
-        message = f"{name} must be torch.float32 like student, got torch.float64"
-        yield bad(f"{name}_dtype", args, TypeError, message)
     yield bad(
         "device", (x, x, q.to("meta")), ValueError, f"keys must be on {x.device} like student"
     )
@@ -121,13 +114,6 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
     )
     yield bad(
         "own_keys_rows", (x, x, q), ValueError, "own_keys must have 8 rows like", own_keys=x[:7]
-    )
-    yield bad(
-        "own_keys_dtype",
-        (x, x, q),
-        TypeError,
-        "own_keys must be torch.float32 like student, got torch.float64",
-        own_keys=x.double(),
     )
     message = "own_keys must be None where there are teacher_keys, got both"
     yield bad("own_keys_and_two_banks", (x, t, q, r), ValueError, message, own_keys=t)
