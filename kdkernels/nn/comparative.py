@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels.nn import _arguments
+from kdkernels.ops import _rows
 
 
 class ComparativeLoss(nn.Module):
@@ -30,6 +31,9 @@ class ComparativeLoss(nn.Module):
     Shape:
         - student: logits or features, [B, ...].
         - teacher: the same shape and dtype. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Their number is read, for which a GPU is waited for, and
+          `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 outputs); 0 for an empty batch.
 
     Raises:
@@ -43,8 +47,15 @@ class ComparativeLoss(nn.Module):
         super().__init__()
         self.weight = _arguments.weight(weight)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
         s, t = _arguments.flat_pair("", student, teacher)
+        s, t = _rows.select(sample_mask, student=s, teacher=t)
         _checks.same_device("teacher", t, "student", s)
         if s.shape != t.shape:
             raise ValueError(

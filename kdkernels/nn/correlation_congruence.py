@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.ops import _rows
 from kdkernels.ops.gram_mse import MAX_ORDER, gram_mse
 
 _WEIGHTS = {"paper": 0.003, "torchdistill": 0.003, "repdistiller": 0.02}
@@ -52,6 +53,9 @@ class CorrelationCongruenceLoss(nn.Module):
     Shape:
         - student: [B, ...], flattened to [B, student_dim].
         - teacher: [B, ...], flattened to [B, teacher_dim], same B and dtype. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. But for "paper" their number is read, for which a GPU is
+          waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Attributes:
@@ -105,10 +109,14 @@ class CorrelationCongruenceLoss(nn.Module):
         self,
         student: Tensor,  # [B, ...]
         teacher: Tensor,  # [B, ...]
+        *,
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
         _checks.features("student", student)
         _checks.features("teacher", teacher)
         s, t = _arguments.flat_pair("", student, teacher.detach())
+        if self.preset != "paper":  # a linear layer multiplies what rows hold with gradients of 0
+            s, t = _rows.select(sample_mask, student=s, teacher=t)
         if self.embed_student is not None and self.embed_teacher is not None:
             s, t = (
                 _embed("student", self.embed_student, s),
@@ -123,7 +131,9 @@ class CorrelationCongruenceLoss(nn.Module):
             "backend": self.backend,
         }
         if self.preset == "paper":
-            return self.weight * gram_mse(s, t, normalize="feature", **polynomial)
+            return self.weight * gram_mse(
+                s, t, normalize="feature", sample_mask=sample_mask, **polynomial
+            )
         squares = gram_mse(s, t, normalize="none", reduction="sum", **polynomial)
         return self.weight * _root(squares) / max(s.shape[0] ** 2, 1)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
+from kdkernels.ops import _rows
 from kdkernels.ops.correlation import correlation
 
 RANKS = ("none", "hard", "soft")
@@ -65,6 +66,9 @@ class CorrelationDistanceLoss(nn.Module):
     Shape:
         - student: logits, [B, C].
         - teacher: logits, [B, C], same dtype. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Their number is read, for which a GPU is waited for, and
+          `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:
@@ -108,7 +112,14 @@ class CorrelationDistanceLoss(nn.Module):
         if self.rank == "soft":
             _soft_rank()
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
+        student, teacher = _rows.select(sample_mask, student=student, teacher=teacher)
         loss = self.value_weight * correlation(
             student, teacher, temperature=self.temperature, centered=_PRESETS[self.preset].centered,
             backend=self.backend,

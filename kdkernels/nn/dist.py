@@ -41,6 +41,9 @@ class DISTLoss(nn.Module):
         - student: logits, [B, C]. A batch of one has no relations within classes: that term is
           constant.
         - teacher: logits, [B, C], same dtype. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Their number is read, for which a GPU is waited for, and
+          `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:
@@ -73,10 +76,16 @@ class DISTLoss(nn.Module):
         self.temperature = _checks.positive("temperature", chosen)
         self.backend = backend
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
         return self.weight * correlation(
             student, teacher, temperature=self.temperature, row_weight=self.beta,
-            column_weight=self.gamma, backend=self.backend,
+            column_weight=self.gamma, sample_mask=sample_mask, backend=self.backend,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
 from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels.ops import _rows
 
 NORMALIZATIONS = ("row_l2", "row_l1", "feature", "none")
 KERNELS = ("linear", "rbf_taylor")
@@ -186,6 +187,7 @@ def _check(
     gamma: float,
     order: int,
     algorithm: str,
+    sample_mask: Tensor | None,
     reduction: str,
 ) -> tuple[Any, ...]:
     """The dtype of both sides, and the options as the operators take them."""
@@ -198,6 +200,7 @@ def _check(
     _checks.choice("kernel", kernel, KERNELS)
     _checks.choice("algorithm", algorithm, ALGORITHMS)
     _checks.choice("reduction", reduction, REDUCTIONS)
+    _checks.sample_mask(sample_mask, "student", student)
     gamma, order = _checks.positive("gamma", gamma), _checks.count("order", order, 1, MAX_ORDER)
     if kernel == "rbf_taylor" and normalize not in ("feature", "none"):
         raise ValueError(
@@ -230,6 +233,19 @@ def _choices(
     return {"algorithm": f"{name} ({_no_factors(normalize, kernel) or reason})"}
 
 
+def _reduced(
+    sums: Tensor,  # [...]
+    sample_mask: Tensor,  # [..., B]
+    reduction: str,
+) -> Tensor:
+    """The result, from the sum over the entries of each group; rows that do not count are zeros."""
+    if reduction == "sum":
+        return sums.sum()
+    rows = sample_mask.sum(-1)
+    losses = sums / (rows * rows).clamp_min(1)
+    return losses if reduction == "none" else losses.sum() / (rows > 0).sum().clamp_min(1)
+
+
 @explained_by(_operator_args, _choices)
 def gram_mse(
     student: Tensor,  # [..., B, D_s]
@@ -240,6 +256,7 @@ def gram_mse(
     gamma: float = 0.4,
     order: int = 2,
     algorithm: Literal["auto", "tiled", "factored"] = "auto",
+    sample_mask: Tensor | None = None,  # [..., B]
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -266,6 +283,11 @@ def gram_mse(
         algorithm: "tiled" sweeps tiles of the Grams, "factored" replaces them by D x D products
             (normalize="row_l2", "feature" or "none" with the linear kernel), "auto" takes the one
             with fewer multiply-adds.
+        sample_mask: Which rows count, bool [..., B]: the value of a group is that of its rows that
+            count, with their number in the place of B, and a group without one is left out of the
+            mean over groups. The other rows may hold anything, and their gradient is 0. They are
+            taken as zeros, so they cost the time of rows that count, and nothing waits for a
+            device. None: all rows.
         reduction: "mean" over B^2 entries and all groups; "sum" of the squared differences,
             undivided; "none" gives the mean over B^2 of each group, shape [...].
         backend: See `kdkernels.explain`.
@@ -275,7 +297,7 @@ def gram_mse(
         batch.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor, dtypes differ, or a mask that is not bool.
         ValueError: shapes, devices or options do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
@@ -285,15 +307,18 @@ def gram_mse(
         ("rbf_taylor").
     """
     dtype, *options = _check(
-        student, teacher, normalize, kernel, gamma, order, algorithm, reduction
+        student, teacher, normalize, kernel, gamma, order, algorithm, sample_mask, reduction
     )
     student, teacher = _checks.in_dtype(dtype, student, teacher)
     if teacher is student:  # Dynamo passes no tensor to a Function twice (torch 2.13)
         teacher = student.view_as(student)
+    options = (*options, requested_backend(backend))
+    if sample_mask is not None:
+        student, teacher = _rows.zeroed(sample_mask, student, teacher)
+        sums = GramMSEFunction.apply(student, teacher, "none", 1.0, options)
+        return _reduced(sums, sample_mask, reduction)
     B = student.shape[-2]
     scale = 1.0 if reduction == "sum" else 1.0 / max(B * B, 1)
     if reduction == "mean":
         scale /= max(student.shape[:-2].numel(), 1)
-    return GramMSEFunction.apply(
-        student, teacher, reduction, scale, (*options, requested_backend(backend))
-    )
+    return GramMSEFunction.apply(student, teacher, reduction, scale, options)
