@@ -210,15 +210,22 @@ def labels(name: str, y: Any, of_name: str, of: Tensor) -> None:
     same_device(name, y, of_name, of)
 
 
-def sample_mask(mask: Any, of_name: str, of: Tensor) -> None:
-    """One bool per row of another tensor, on its device."""
+def sample_mask(mask: Any, of_name: str, of: Tensor, name: str = "sample_mask") -> None:
+    """None, or one bool per row of another tensor [..., B, D], on its device."""
+    if mask is None:
+        return
     if not isinstance(mask, Tensor):
-        raise TypeError(f"sample_mask must be a torch.Tensor, got {type(mask).__name__}")
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
-        raise TypeError(f"sample_mask must be torch.bool, got {mask.dtype}")
-    same_device("sample_mask", mask, of_name, of)
-    if mask.shape != of.shape[:1]:
+        raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
+    same_device(name, mask, of_name, of)
+    if mask.shape != of.shape[:-1]:
         raise ValueError(
-            f"sample_mask must have shape {list(of.shape[:1])} like the rows of {of_name}, "
+            f"{name} must have shape {list(of.shape[:-1])} like the rows of {of_name}, "
             f"got {list(mask.shape)}"
         )
+
+
+def ignore_index(value: Any) -> int | None:
+    """None, or any int64."""
+    return None if value is None else count("ignore_index", value, -(2**63), 2**63 - 1)

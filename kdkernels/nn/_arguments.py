@@ -103,6 +103,16 @@ def logit_rows(
     return _checks.same_dtype(s, t)
 
 
+def row_mask(
+    sample_mask: Any,  # [B] or [B, H, W]
+    suffix: str,
+    student: Tensor,  # [B, C] or [B, C, H, W]
+) -> Tensor | None:  # [rows]
+    """Which of `logit_rows` count."""
+    _checks.sample_mask(sample_mask, f"student{suffix}", student.movedim(1, -1))
+    return None if sample_mask is None else sample_mask.flatten()
+
+
 def embedded(
     linear: nn.Linear,
     x: Tensor,  # [B, D]

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels.nn import _arguments
 from kdkernels.nn._arguments import Features
+from kdkernels.ops import _rows
 
 
 class ComparativeLoss(nn.Module):
@@ -33,6 +34,9 @@ class ComparativeLoss(nn.Module):
         - student: logits or features, [B, ...], or a list, tuple or dict of such tensors, one per
           layer.
         - teacher: the same layers, of the same shapes. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Their number is read, for which a GPU is waited for, and
+          `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 outputs); 0 for an empty batch.
 
     Raises:
@@ -46,13 +50,20 @@ class ComparativeLoss(nn.Module):
         super().__init__()
         self.weight = _arguments.weight(weight)
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
         losses = []
         for suffix, student_layer, teacher_layer in _arguments.pairs(student, teacher):
             s, t = _arguments.flat_pair(suffix, student_layer, teacher_layer)
             if s.shape != t.shape:
                 expected = f"{s.shape[1]} outputs per sample like student{suffix}"
                 raise ValueError(f"teacher{suffix} must have {expected}, got {t.shape[1]}")
+            s, t = _rows.select(sample_mask, student=s, teacher=t)
             acc = _checks.accumulation_dtype(s.dtype)
             d = s.to(acc) - t.to(acc)
             losses.append(2 * (d - d.mean(0)).square().mean() if d.numel() else d.sum())

@@ -12,6 +12,7 @@ from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
 from kdkernels.nn._arguments import Features
+from kdkernels.ops import _rows
 from kdkernels.ops.gram_mse import MAX_ORDER, gram_mse
 
 _WEIGHTS = {"paper": 0.003, "torchdistill": 0.003, "repdistiller": 0.02}
@@ -54,6 +55,9 @@ class CorrelationCongruenceLoss(nn.Module):
         - student: [B, ...], flattened to [B, student_dim]; for "paper" also a list, tuple or dict
           of such tensors, one per layer, whose losses are summed.
         - teacher: [B, ...], flattened to [B, teacher_dim], same B, and the same layers. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. But for "paper" their number is read, for which a GPU is
+          waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Attributes:
@@ -103,21 +107,30 @@ class CorrelationCongruenceLoss(nn.Module):
         self.embed_student = nn.Linear(_width("student_dim", student_dim, preset), width)
         self.embed_teacher = nn.Linear(_width("teacher_dim", teacher_dim, preset), width)
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
         layers = _arguments.pairs(student, teacher)
         if self.embed_student is not None and len(layers) > 1:
             raise ValueError(
                 f"student must be one layer with preset={self.preset!r}, which trains a linear "
                 f"layer for it: take a module per layer, got {len(layers)}"
             )
-        losses = [self._of_rows(*_arguments.flat_pair(*pair)) for pair in layers]
+        losses = [self._of_rows(*_arguments.flat_pair(*pair), sample_mask) for pair in layers]
         return self.weight * sum(losses[1:], losses[0])
 
     def _of_rows(
         self,
         s: Tensor,  # [B, D_s]
         t: Tensor,  # [B, D_t]
+        sample_mask: Tensor | None,  # [B]
     ) -> Tensor:
+        if self.preset != "paper":  # a linear layer multiplies what rows hold with gradients of 0
+            s, t = _rows.select(sample_mask, student=s, teacher=t)
         if self.embed_student is not None and self.embed_teacher is not None:
             s, t = (
                 _embed("student", self.embed_student, s),
@@ -132,7 +145,7 @@ class CorrelationCongruenceLoss(nn.Module):
             "backend": self.backend,
         }
         if self.preset == "paper":
-            return gram_mse(s, t, normalize="feature", **polynomial)
+            return gram_mse(s, t, normalize="feature", sample_mask=sample_mask, **polynomial)
         squares = gram_mse(s, t, normalize="none", reduction="sum", **polynomial)
         return _root(squares) / max(s.shape[0] ** 2, 1)
 

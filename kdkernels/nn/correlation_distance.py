@@ -15,6 +15,7 @@ from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
 from kdkernels.nn._arguments import Features
+from kdkernels.ops import _rows
 from kdkernels.ops.correlation import correlation
 
 RANKS = ("none", "hard", "soft")
@@ -68,6 +69,9 @@ class CorrelationDistanceLoss(nn.Module):
         - student: logits, [B, C], or maps, [B, C, H, W], each pixel of which is a row; or a list,
           tuple or dict of such tensors, one per head, whose losses are summed.
         - teacher: the same heads, of the same shapes. Detached.
+        - sample_mask: which rows count, bool [B], or [B, H, W] for maps; the loss is that of these
+          rows alone, and the others may hold anything. Their number is read, for which a GPU is
+          waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:
@@ -111,11 +115,18 @@ class CorrelationDistanceLoss(nn.Module):
         if self.rank == "soft":
             _soft_rank()
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
-        losses = [
-            self._of_rows(*_arguments.logit_rows(*pair))
-            for pair in _arguments.pairs(student, teacher)
-        ]
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B] or [B, H, W]
+    ) -> Tensor:
+        losses = []
+        for suffix, *sides in _arguments.pairs(student, teacher):
+            rows = _arguments.logit_rows(suffix, *sides)
+            mask = _arguments.row_mask(sample_mask, suffix, sides[0])
+            losses.append(self._of_rows(*_rows.select(mask, student=rows[0], teacher=rows[1])))
         return sum(losses[1:], losses[0])
 
     def _of_rows(

@@ -43,6 +43,9 @@ class DISTLoss(nn.Module):
           tuple or dict of such tensors, one per head, whose losses are summed. One row has no
           relations within classes: that term is constant.
         - teacher: the same heads, of the same shapes. Detached.
+        - sample_mask: which rows count, bool [B], or [B, H, W] for maps; the loss is that of these
+          rows alone, and the others may hold anything. Their number is read, for which a GPU is
+          waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:
@@ -75,13 +78,20 @@ class DISTLoss(nn.Module):
         self.temperature = _checks.positive("temperature", chosen)
         self.backend = backend
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B] or [B, H, W]
+    ) -> Tensor:
         losses = [
             correlation(
-                *_arguments.logit_rows(*pair), temperature=self.temperature, row_weight=self.beta,
-                column_weight=self.gamma, backend=self.backend,
+                *_arguments.logit_rows(suffix, s, t), temperature=self.temperature,
+                row_weight=self.beta, column_weight=self.gamma,
+                sample_mask=_arguments.row_mask(sample_mask, suffix, s), backend=self.backend,
             )
-            for pair in _arguments.pairs(student, teacher)
+            for suffix, s, t in _arguments.pairs(student, teacher)
         ]  # fmt: skip
         return self.weight * sum(losses[1:], losses[0])
 

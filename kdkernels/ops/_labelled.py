@@ -4,7 +4,7 @@ operators that return gradients with a sum."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import form
+from kdkernels.ops import _rows
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 
@@ -32,9 +33,13 @@ def _check(
     references: Tensor | None,
     reference_labels: Tensor | None,
     distance: str,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
 ) -> torch.dtype:
     """The dtype of embeddings and references."""
     _check_side("embeddings", embeddings, "labels", labels)
+    _checks.sample_mask(sample_mask, "embeddings", embeddings)
+    _checks.ignore_index(ignore_index)
     if (references is None) != (reference_labels is None):
         missing = "references" if references is None else "reference_labels"
         raise ValueError(f"{missing} must be given with the other of the two, got None")
@@ -48,6 +53,25 @@ def _check(
     return dtype
 
 
+class LabelledRows(NamedTuple):
+    """Rows as operators take them: those that count, unit rows where asked for, int64 labels.
+
+    None for the references says that they are the embeddings, None for their labels that they are
+    the same tensor: Dynamo passes no tensor to an autograd function twice (torch 2.13).
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    references: Tensor | None
+    reference_labels: Tensor | None
+    index: Tensor | None  # of the rows in what was given; None where all count
+    reference_index: Tensor | None  # likewise, of the embeddings where they are the references
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self[:4]
+
+
 def labelled_rows(
     embeddings: Tensor,  # [B, D]
     labels: Tensor,  # [B]
@@ -55,24 +79,37 @@ def labelled_rows(
     reference_labels: Tensor | None,  # [M]
     distance: str,
     normalize_embeddings: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The four tensors checked, with unit rows where asked for and int64 labels.
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
+) -> LabelledRows:
+    """The arguments checked, and the rows of both sides that count.
 
-    None for the references says that they are the embeddings, None for their labels that they are
-    the same tensor: Dynamo passes no tensor to an autograd function twice (torch 2.13).
+    `sample_mask` is about the embeddings, `ignore_index` about both sides.
     """
-    dtype = _check(embeddings, labels, references, reference_labels, distance)
+    dtype = _check(
+        embeddings, labels, references, reference_labels, distance, sample_mask, ignore_index
+    )
     unit = normalize_embeddings or distance == "cosine"
     given_labels, labels = labels, labels.to(torch.int64)
-    shared = reference_labels is None or reference_labels is given_labels
-    reference_labels = None if shared else reference_labels.to(torch.int64)
+    index = _rows.counting(_rows.of_label(labels, sample_mask, ignore_index))
+    same_labels = reference_labels is given_labels and sample_mask is None
+    embeddings, labels = _rows.take(index, embeddings, labels)
     if references is None:
-        return _unit(embeddings) if unit else embeddings, labels, None, reference_labels
+        embeddings = _unit(embeddings) if unit else embeddings
+        return LabelledRows(embeddings, labels, None, None, index, index)
+    reference_index = index
+    if same_labels:
+        (references,) = _rows.take(index, references)
+        reference_labels = None
+    else:
+        reference_labels = reference_labels.to(torch.int64)
+        reference_index = _rows.counting(_rows.of_label(reference_labels, None, ignore_index))
+        references, reference_labels = _rows.take(reference_index, references, reference_labels)
     embeddings, references = _checks.in_dtype(dtype, embeddings, references)
     if unit:
         embeddings, references = _unit(embeddings), _unit(references)
     references = references.view_as(references) if references is embeddings else references
-    return embeddings, labels, references, reference_labels
+    return LabelledRows(embeddings, labels, references, reference_labels, index, reference_index)
 
 
 def both_sides(
@@ -96,9 +133,13 @@ def forms_of_both_sides(
     reference_labels: Tensor | None,
     distance: str,
     normalize_embeddings: bool,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
 ) -> tuple[Any, ...]:
-    """The forms of `both_sides` of `labelled_rows`."""
-    dtype = _check(embeddings, labels, references, reference_labels, distance)
+    """The forms of `both_sides` of `labelled_rows`, if all rows count."""
+    dtype = _check(
+        embeddings, labels, references, reference_labels, distance, sample_mask, ignore_index
+    )
     if normalize_embeddings or distance == "cosine":
         dtype = _checks.accumulation_dtype(dtype)
     x, y, r, r_y = both_sides(embeddings, labels, references, reference_labels)[:4]

@@ -52,13 +52,16 @@ def _operator_args(
     margin: float,
     distance: str,
     normalize_embeddings: bool,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
     reduction: str,
 ) -> tuple[Any, ...]:
     margin = _checks.not_negative("margin", margin)
     _checks.choice("reduction", reduction, REDUCTIONS)
     rows = forms_of_both_sides(
-        embeddings, labels, references, reference_labels, distance, normalize_embeddings
-    )
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings,
+        sample_mask, ignore_index,
+    )  # fmt: skip
     return *rows, margin, distance, *need_of_both_sides(embeddings, references)
 
 
@@ -76,6 +79,8 @@ def contrastive_loss(
     margin: float = 1.0,
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
     normalize_embeddings: bool = True,
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
     reduction: Literal["mean", "mean_nonzero", "sum"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -93,6 +98,7 @@ def contrastive_loss(
         margin: Distance beyond which pairs of different labels cost nothing; not negative.
         distance: "euclidean", its square, or "cosine" (1 - cosine; normalises in any case).
         normalize_embeddings: Divide each row by its norm first, clamped at 1e-12.
+        sample_mask, ignore_index: As in `mine_triplets`: pairs are between rows that count.
         reduction: "mean" divides by the number of pairs, "mean_nonzero" by the number of losses
             above 0, "sum" by nothing; each is 0, with a gradient of 0, where there is none.
         backend: See `kdkernels.explain`.
@@ -111,8 +117,9 @@ def contrastive_loss(
     margin = _checks.not_negative("margin", margin)
     _checks.choice("reduction", reduction, REDUCTIONS)
     x, y, r, r_y = labelled_rows(
-        embeddings, labels, references, reference_labels, distance, normalize_embeddings
-    )
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings,
+        sample_mask, ignore_index,
+    ).tensors  # fmt: skip
     total, nonzero = GradientInForward.apply(
         _forward, 2, 1.0, x, r, y, r_y, margin, distance, *need_of_both_sides(x, r),
         requested_backend(backend),

@@ -20,6 +20,7 @@ from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
 from kdkernels._gpu import fp32_matmul
 from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels.ops import _rows
 
 NORMALIZATIONS = ("row_l2", "row_l1", "feature", "none")
 KERNELS = ("linear", "rbf_taylor")
@@ -222,6 +223,7 @@ def _check(
     gamma: float,
     order: int,
     algorithm: str,
+    sample_mask: Tensor | None,
     reduction: str,
     backend: str,
 ) -> tuple[Any, ...]:
@@ -235,6 +237,7 @@ def _check(
     _checks.choice("kernel", kernel, KERNELS)
     _checks.choice("algorithm", algorithm, ALGORITHMS)
     _checks.choice("reduction", reduction, REDUCTIONS)
+    _checks.sample_mask(sample_mask, "student", student)
     gamma, order = _checks.positive("gamma", gamma), _checks.count("order", order, 1, MAX_ORDER)
     if kernel == "rbf_taylor" and normalize not in ("feature", "none"):
         raise ValueError(
@@ -261,7 +264,7 @@ def _choices(
     student: Tensor, teacher: Tensor, normalize: str, kernel: str, algorithm: str, **_: Any
 ) -> dict[str, str]:
     B, D_s, D_t = student.shape[-2], student.shape[-1], teacher.shape[-1]
-    dtype = _checks.common_dtype("teacher", teacher, "student", student.dtype)
+    dtype = _checks.common_dtype(student.dtype, teacher.dtype)
     backend = requested_backend("auto")
     counts = weight_of_factored(dtype, student.device, backend)
     chosen = choose_algorithm(
@@ -280,6 +283,19 @@ def _choices(
     return {"algorithm": f"{name} ({_no_factors(normalize, kernel) or reason})"}
 
 
+def _reduced(
+    sums: Tensor,  # [...]
+    sample_mask: Tensor,  # [..., B]
+    reduction: str,
+) -> Tensor:
+    """The result, from the sum over the entries of each group; rows that do not count are zeros."""
+    if reduction == "sum":
+        return sums.sum()
+    rows = sample_mask.sum(-1)
+    losses = sums / (rows * rows).clamp_min(1)
+    return losses if reduction == "none" else losses.sum() / (rows > 0).sum().clamp_min(1)
+
+
 @explained_by(_operator_args, _choices)
 def gram_mse(
     student: Tensor,  # [..., B, D_s]
@@ -290,6 +306,7 @@ def gram_mse(
     gamma: float = 0.4,
     order: int = 2,
     algorithm: Literal["auto", "tiled", "factored"] = "auto",
+    sample_mask: Tensor | None = None,  # [..., B]
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -317,6 +334,11 @@ def gram_mse(
             (normalize="row_l2", "feature" or "none" with the linear kernel), "auto" takes the one
             with fewer multiply-adds. Those of "factored" are in fp64 for fp32 features, and count
             accordingly. A backend that is asked for and has no such kernel gets "tiled".
+        sample_mask: Which rows count, bool [..., B]: the value of a group is that of its rows that
+            count, with their number in the place of B, and a group without one is left out of the
+            mean over groups. The other rows may hold anything, and their gradient is 0. They are
+            taken as zeros, so they cost the time of rows that count, and nothing waits for a
+            device. None: all rows.
         reduction: "mean" over B^2 entries and all groups; "sum" of the squared differences,
             undivided; "none" gives the mean over B^2 of each group, shape [...].
         backend: See `kdkernels.explain`.
@@ -326,7 +348,7 @@ def gram_mse(
         batch.
 
     Raises:
-        TypeError: not a floating tensor.
+        TypeError: not a floating tensor, or a mask that is not bool.
         ValueError: shapes, devices or options do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
@@ -337,13 +359,27 @@ def gram_mse(
     """
     backend = requested_backend(backend)
     dtype, *options = _check(
-        student, teacher, normalize, kernel, gamma, order, algorithm, reduction, backend
+        student,
+        teacher,
+        normalize,
+        kernel,
+        gamma,
+        order,
+        algorithm,
+        sample_mask,
+        reduction,
+        backend,
     )
     student, teacher = _checks.in_dtype(dtype, student, teacher)
     if teacher is student:  # Dynamo passes no tensor to a Function twice (torch 2.13)
         teacher = student.view_as(student)
+    options = (*options, backend)
+    if sample_mask is not None:
+        student, teacher = _rows.zeroed(sample_mask, student, teacher)
+        sums = GramMSEFunction.apply(student, teacher, "none", 1.0, options)
+        return _reduced(sums, sample_mask, reduction)
     B = student.shape[-2]
     scale = 1.0 if reduction == "sum" else 1.0 / max(B * B, 1)
     if reduction == "mean":
         scale /= max(student.shape[:-2].numel(), 1)
-    return GramMSEFunction.apply(student, teacher, reduction, scale, (*options, backend))
+    return GramMSEFunction.apply(student, teacher, reduction, scale, options)

@@ -173,8 +173,7 @@ def _check(
             f"codes must have shape {[B, _bytes(N)]} (rows of student, 1 bit per row of weight), "
             f"got {list(codes.shape)}"
         )
-    if sample_mask is not None:
-        _checks.sample_mask(sample_mask, "student", student)
+    _checks.sample_mask(sample_mask, "student", student)
     _checks.choice("reduction", reduction, REDUCTIONS)
     return dtype
 

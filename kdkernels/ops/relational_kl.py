@@ -18,7 +18,7 @@ from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._key_bank_call import KeyBankCall
 from kdkernels._library import define_operator, first_order, keep_for_backward
 from kdkernels._similarity import NORM_EPS
-from kdkernels.ops import _key_bank
+from kdkernels.ops import _key_bank, _rows
 
 DIVERGENCES = ("kl", "cross_entropy")
 CLAMPED = 0.999  # of NORM_EPS / norm: from here on the norm was clamped, up to rounding
@@ -188,6 +188,7 @@ def _check(
     divergence: str,
     exclude: Tensor | None,
     num_keys: int | Tensor | None,
+    sample_mask: Tensor | None,
     reduction: str,
 ) -> tuple[torch.dtype, float | Tensor, float | Tensor]:
     """Everything but the numbers inside tensors; returns the common dtype and both temperatures."""
@@ -216,6 +217,7 @@ def _check(
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
     if exclude is not None:
         _checks.labels("exclude", exclude, "student", student)
+    _checks.sample_mask(sample_mask, "student", student)
     given = (x for x in (student, teacher, keys, teacher_keys, own_keys) if x is not None)
     return _checks.common_dtype(*(x.dtype for x in given)), by_student, by_teacher
 
@@ -289,6 +291,7 @@ def relational_kl(
     divergence: Literal["kl", "cross_entropy"] = "kl",
     exclude: Tensor | None = None,  # [B]
     num_keys: int | Tensor | None = None,
+    sample_mask: Tensor | None = None,  # [B]
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -323,7 +326,10 @@ def relational_kl(
         num_keys: How many of the keys count, the first ones, where a queue is not yet full: an
             integer, or an integer tensor without dimensions on the device of the keys, for which
             nothing waits. What lies beyond may be anything, and its gradient is 0.
-        reduction: "mean" and "sum" over rows; "none" gives [B].
+        sample_mask: Which rows of student, teacher, own_keys and exclude count, bool [B]. The other
+            rows may hold anything, cost 0, and their gradient is 0. Nothing waits for a device. The
+            keys are those that are given, whatever the mask says. None: all rows.
+        reduction: "mean" and "sum" over the rows that count; "none" gives [B].
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -343,8 +349,14 @@ def relational_kl(
         student, teacher, keys, teacher_keys, own_keys=own_keys,
         student_temperature=student_temperature, teacher_temperature=teacher_temperature,
         normalize=normalize, divergence=divergence, exclude=exclude, num_keys=num_keys,
-        reduction=reduction,
+        sample_mask=sample_mask, reduction=reduction,
     )  # fmt: skip
+    if sample_mask is not None:
+        student, teacher = _rows.zeroed(sample_mask, student, teacher)
+        if own_keys is not None:
+            (own_keys,) = _rows.zeroed(sample_mask, own_keys)
+        if exclude is not None:
+            exclude = exclude.masked_fill(~sample_mask, -1)
     _key_bank.counting(num_keys, keys)
     if exclude is not None:
         _key_bank.within("exclude", exclude, -1, keys.shape[0])
@@ -367,4 +379,11 @@ def relational_kl(
         num_keys=num_keys.long() if isinstance(num_keys, Tensor) else None,
         subtract_entropy=divergence == "kl",
     )
-    return apply(call, own_student, own_teacher, reduction, backend)
+    if sample_mask is None:
+        return apply(call, own_student, own_teacher, reduction, backend)
+    losses = apply(call, own_student, own_teacher, "none", backend)
+    losses = losses.masked_fill(~sample_mask, 0.0)
+    if reduction == "none":
+        return losses
+    total = losses.sum()
+    return total / sample_mask.sum().clamp_min(1) if reduction == "mean" else total

@@ -139,10 +139,13 @@ def _operator_args(
     negatives: str,
     distance: str,
     normalize_embeddings: bool,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
 ) -> tuple[Any, ...]:
     rows = forms_of_both_sides(
-        embeddings, labels, references, reference_labels, distance, normalize_embeddings
-    )
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings,
+        sample_mask, ignore_index,
+    )  # fmt: skip
     _check_strategies(positives, negatives)
     return *rows, positives, negatives, distance
 
@@ -162,6 +165,8 @@ def mine_triplets(
     negatives: Literal["hardest", "semihard", "easiest"] = "hardest",
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
     normalize_embeddings: bool = True,
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
     backend: Backend = "auto",
 ) -> MinedTriplets:
     r"""One triplet per anchor: its positive (same label) and its negative (another label).
@@ -186,6 +191,13 @@ def mine_triplets(
             not its own positive. The wider dtype is taken where the references have another one.
         distance: "euclidean", its square, or "cosine" (1 - cosine; normalises in any case).
         normalize_embeddings: Divide each row by its norm first, clamped at 1e-12.
+        sample_mask: Which rows of the embeddings count, bool [B]: value and gradient are those of
+            the batch without the other rows, which may hold anything and whose gradient is 0. The
+            number of rows that count is read, for which a GPU is waited for, and
+            `torch.compile(fullgraph=True)` refuses it. None: all rows.
+        ignore_index: Label of rows of both sides that do not count, an integer: they are neither
+            anchors nor positives nor negatives, and the number of those that count is read
+            likewise. None: every label is a class, -1 too.
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -205,13 +217,22 @@ def mine_triplets(
     """
     with torch.no_grad():
         rows = labelled_rows(
-            embeddings, labels, references, reference_labels, distance, normalize_embeddings
-        )
+            embeddings, labels, references, reference_labels, distance, normalize_embeddings,
+            sample_mask, ignore_index,
+        )  # fmt: skip
         _check_strategies(positives, negatives)
         positive, negative, d_ap, d_an = _fwd(
-            *both_sides(*rows), positives, negatives, distance, requested_backend(backend)
+            *both_sides(*rows.tensors), positives, negatives, distance, requested_backend(backend)
         )
+
+    def given(at: Tensor, index: Tensor | None) -> Tensor:
+        return at if index is None else index[at]
+
     anchors = (positive >= 0).nonzero().squeeze(1)
     return MinedTriplets(
-        anchors, positive[anchors], negative[anchors], d_ap[anchors], d_an[anchors]
+        given(anchors, rows.index),
+        given(positive[anchors], rows.reference_index),
+        given(negative[anchors], rows.reference_index),
+        d_ap[anchors],
+        d_an[anchors],
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
+from kdkernels.ops import _rows
 from kdkernels.ops.triplet import TripletFunction
 
 NEGATIVES = ("random", "hardest", "semihard")
@@ -26,6 +27,8 @@ def _check(
     labels: Tensor,
     margin: float,
     negatives: str,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
     generator: torch.Generator | None,
 ) -> torch.dtype:
     """The dtype of both sides."""
@@ -38,6 +41,8 @@ def _check(
         )
     dtype = _checks.common_dtype(student.dtype, teacher.dtype)
     _checks.labels("labels", labels, "student", student)
+    _checks.sample_mask(sample_mask, "student", student)
+    _checks.ignore_index(ignore_index)
     _checks.not_negative("margin", margin)
     _checks.choice("negatives", negatives, NEGATIVES)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -67,6 +72,8 @@ def triplet_distillation(
     *,
     margin: float = 5.0,
     negatives: Literal["random", "hardest", "semihard"] = "random",
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
     generator: torch.Generator | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -91,6 +98,12 @@ def triplet_distillation(
             component of a difference is shifted by 1e-6 there, as in
             `torch.nn.TripletMarginLoss`. "hardest", the nearest row of another class, and
             "semihard", the nearest one farther than the positive, are extensions of this package.
+        sample_mask: Which samples count, bool [B]: value and gradient are those of the batch
+            without the other samples, whose rows on both sides may hold anything. The number of
+            samples that count is read, for which a GPU is waited for, and
+            `torch.compile(fullgraph=True)` refuses it. None: all.
+        ignore_index: Label of samples that do not count, an integer; their number is read likewise.
+            None: every label is a class, -1 too.
         generator: Source of the random negatives; None takes torch's default.
         backend: What mines "hardest" and "semihard"; see `kdkernels.explain`.
 
@@ -107,9 +120,13 @@ def triplet_distillation(
         arXiv:2004.08116.
     """
     margin = _checks.not_negative("margin", margin)
-    dtype = _check(student, teacher, labels, margin, negatives, generator)
-    anchors, rows = _checks.in_dtype(dtype, teacher.detach(), student)
+    dtype = _check(
+        student, teacher, labels, margin, negatives, sample_mask, ignore_index, generator
+    )
     y = labels.to(torch.int64)
+    index = _rows.counting(_rows.of_label(y, sample_mask, ignore_index))
+    student, teacher, y = _rows.take(index, student, teacher, y)
+    anchors, rows = _checks.in_dtype(dtype, teacher.detach(), student)
     chosen_backend = requested_backend(backend)
     if negatives == "random":
         acc = _checks.accumulation_dtype(rows.dtype)

@@ -244,15 +244,18 @@ def test_compiles_into_one_graph(make: type[nn.Module], preset: str) -> None:
 def test_names_its_options_and_has_no_state() -> None:
     assert repr(HARD("hermans")) == (
         "BatchHardTripletLoss(preset='hermans', margin=0, soft=True, distance='euclidean', "
-        "normalize_embeddings=False, reduction='mean_batch', weight=1, backend='auto')"
+        "normalize_embeddings=False, ignore_index=None, reduction='mean_batch', weight=1, "
+        "backend='auto')"
     )
     assert repr(SEMIHARD(weight=2)) == (
         "BatchSemiHardTripletLoss(preset='default', margin=0.2, soft=False, distance='euclidean', "
-        "normalize_embeddings=True, reduction='mean_nonzero', weight=2, backend='auto')"
+        "normalize_embeddings=True, ignore_index=None, reduction='mean_nonzero', weight=2, "
+        "backend='auto')"
     )
     assert repr(ALL("hermans")) == (
         "BatchAllTripletLoss(preset='hermans', margin=0, soft=True, distance='euclidean', "
-        "normalize_embeddings=False, reduction='mean', weight=1, backend='auto')"
+        "normalize_embeddings=False, ignore_index=None, reduction='mean', weight=1, "
+        "backend='auto')"
     )
     assert HARD().state_dict() == {}
     assert list(SEMIHARD().parameters()) == []

@@ -72,7 +72,9 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_names_its_options_and_has_no_state() -> None:
-    assert repr(PAIRS()) == "PairDistillationLoss(weight=1, margin=5, backend='auto')"
+    assert repr(PAIRS()) == (
+        "PairDistillationLoss(weight=1, margin=5, ignore_index=None, backend='auto')"
+    )
     assert PAIRS().state_dict() == {}
 
 
@@ -85,7 +87,8 @@ def test_module_weighs_the_function() -> None:
     )
     torch.testing.assert_close(module(student, teacher, labels), expected)
     assert repr(module) == (
-        "TripletDistillationLoss(weight=2, margin=1, negatives='hardest', backend='auto')"
+        "TripletDistillationLoss(weight=2, margin=1, negatives='hardest', ignore_index=None, "
+        "backend='auto')"
     )
     random = TRIPLETS()
     first, second = (
