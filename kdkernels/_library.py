@@ -12,11 +12,13 @@ Operators are registered by `Library.define` and `Library.impl`: a call through
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from kdkernels import _dispatch
 
@@ -26,7 +28,12 @@ _library = torch.library.Library("kdkernels", "DEF")
 def define_operator(
     op: str, direction: str, schema: str, fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define `kdkernels::<op>_<direction>` and return the callable overload.
+    """Define `kdkernels::<op>_<direction>` and return what calls it.
+
+    Under `torch.compile` a float may change from step to step, but an operator's float is a
+    constant of the graph, and each of its values would make one more graph. So an operator with
+    floats has a second overload `Tensor`, which takes each of them as a tensor, and is what a graph
+    calls where a float is symbolic.
 
     Args:
         op: Base name of the op, the same in every layer.
@@ -44,10 +51,40 @@ def define_operator(
         with autocast_off(inputs[0].device.type):
             return launch(*inputs)
 
+    _register(name, schema, run, fake)
+    packet = getattr(torch.ops.kdkernels, name)
+    arguments = packet.default._schema.arguments
+    floats = frozenset(i for i, a in enumerate(arguments) if str(a.type) == "float")
+    if not floats:
+        return packet.default
+
+    def run_on_tensors(*args: Any) -> Any:
+        return run(*(arg.item() if i in floats else arg for i, arg in enumerate(args)))
+
+    _register(f"{name}.Tensor", re.sub(r"\bfloat ", "Tensor ", schema), run_on_tensors, fake)
+    constant, changing = packet.default, packet.Tensor
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() and not all(has_static_value(args[i]) for i in floats):
+            return changing(*(_tensor(x) if i in floats else x for i, x in enumerate(args)))
+        return constant(*args)
+
+    return call
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kdkernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.kdkernels, name).default
+
+
+def _tensor(value: float) -> Tensor:
+    """A symbolic float on the CPU, where reading it waits for no device.
+
+    It is a sum, which AOTAutograd turns into one of tensors; for `torch.scalar_tensor(value)` and
+    its like it makes the float a constant again (torch 2.13).
+    """
+    return torch.zeros((), dtype=torch.float64, device="cpu") + value
 
 
 def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:

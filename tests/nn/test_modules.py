@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from modules import CASES, assert_same_loss, congruence, maps, process_state
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
 from kdkernels.nn import _arguments
@@ -60,6 +61,41 @@ def test_compiles_without_a_graph_break(name: str) -> None:
         loss.backward()
         results.append((loss.detach(), student.grad))
     torch.testing.assert_close(results[1], results[0])
+
+
+def _floats(module: nn.Module) -> dict[str, float]:
+    """The attributes that the constructor took as a float."""
+    parameters = inspect.signature(type(module)).parameters.values()
+    names = [parameter.name for parameter in parameters if "float" in str(parameter.annotation)]
+    values = {name: getattr(module, name, None) for name in names}
+    return {name: float(value) for name, value in values.items() if type(value) in (int, float)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_floats_that_change_make_two_graphs(name: str) -> None:
+    """One graph for the first values, and one for all others."""
+    case = CASES[name]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    eager, scheduled = (case.make().double() for _ in range(2))
+    scheduled.load_state_dict(eager.state_dict())
+    compiled = torch.compile(scheduled, backend=counter, fullgraph=True)
+    floats = _floats(eager)
+    assert floats
+    for step in range(12):
+        student, *others = case.inputs(5)
+        for option, first in floats.items():
+            for module in (eager, scheduled):
+                setattr(module, option, (first or 1.0) / (1 + step / 16))
+        results = []
+        for call in (eager, compiled):
+            student = student.detach().requires_grad_()
+            torch.manual_seed(step)  # losses that draw draw the same
+            loss = call(student, *others, **case.options(5))
+            loss.backward()
+            results.append((loss.detach(), student.grad))
+        torch.testing.assert_close(results[1], results[0])
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("name", MODULES)
