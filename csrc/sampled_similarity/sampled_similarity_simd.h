@@ -4,27 +4,30 @@
 
 #include <cstdint>
 
+#include "../common/half_math.h"
 #include "../common/simd.h"
 
 namespace kdk::sampled_similarity {
 
-// Loops over rows bank + index[k] D of D contiguous numbers, k < n.
-template <typename T>
+// Loops over rows bank + index[k] stride of D contiguous numbers, k < n. E is the type of the
+// bank's numbers, and as wide as T or narrower.
+template <typename T, typename E>
 struct Loops {
   // out[k] = <x, row k>
-  void (*dots)(const T* x, const T* bank, const int64_t* index, int64_t n, int64_t D, T* out);
+  void (*dots)(const T* x, const E* bank, int64_t stride, const int64_t* index, int64_t n,
+               int64_t D, T* out);
   // out = sum over k of weights[k] row k, added in the order of k
-  void (*weighted_sum)(const T* weights, const T* bank, const int64_t* index, int64_t n, int64_t D,
-                       T* out);
+  void (*weighted_sum)(const T* weights, const E* bank, int64_t stride, const int64_t* index,
+                       int64_t n, int64_t D, T* out);
   // whether no number is infinite or NaN
   bool (*all_finite)(const T* x, int64_t n);
 };
 
-KDK_SIMD_DECLARE(template <typename T> const Loops<T>& loops();)
+KDK_SIMD_DECLARE(template <typename T, typename E> const Loops<T, E>& loops();)
 
-template <typename T>
-const Loops<T>& loops() {
-  return KDK_SIMD_CALL(loops<T>)();
+template <typename T, typename E>
+const Loops<T, E>& loops() {
+  return KDK_SIMD_CALL(loops<T, E>)();
 }
 
 }  // namespace kdk::sampled_similarity

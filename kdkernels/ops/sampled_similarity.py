@@ -19,7 +19,8 @@ from kdkernels._dispatch import Backend, explained_by, requested_backend
 from kdkernels._library import define_operator, first_order
 from kdkernels.ops import _key_bank
 
-# The operators know x [B, D] and bank [N, D] of one dtype and indices [B, K] int64:
+# The operators know x [B, D], bank [N, D] of the dtype of x or a narrower one, and indices [B, K]
+# int64:
 #   scores [B, K]  <x_i, bank[indices_ik]>, fp32, fp64 for fp64
 #   dx     [B, D]  sum over k of dscores_ik bank[indices_ik], in the dtype of x
 # An index that names no row makes its score, and the row's gradient, NaN.
@@ -78,8 +79,9 @@ def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, 
             "bank must not require a gradient, which is implemented for x only: detach it, or index"
             " it in torch"
         )
-    x, bank = _key_bank.one_dtype({"x": x, "bank": bank})
-    return x, bank, indices.long()
+    # of no rows, since a bank is not converted: its rows are, as they are read
+    _checks.same_dtype("bank", bank[:0], "x", x[:0])
+    return x.to(torch.promote_types(x.dtype, bank.dtype)), bank, indices.long()
 
 
 def _choices(*_: Any, **__: Any) -> dict[str, str]:
@@ -102,8 +104,9 @@ def sampled_similarity(
 
     Args:
         x: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        bank: [N, D] with N of at least 1, same dtype and device (under autocast the wider dtype is
-            taken). A constant: one that asks for a gradient is refused.
+        bank: [N, D] with N of at least 1, same dtype and device (under autocast products are in the
+            wider dtype). Only rows that are named are read and widened, whatever the dtype. A
+            constant: one that asks for a gradient is refused.
         indices: Rows of the bank, integer [B, K], in any order and as often as they like.
         backend: See `kdkernels.explain`.
 
