@@ -14,6 +14,7 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_math.h"
 #include "../common/rows_simd.h"
 #include "pair_sweep_simd.h"
 #include "sorted_rows.h"
@@ -88,8 +89,8 @@ struct Sweep {
   Side<T>& references;
   Distance distance;
   TileGrid grid;
-  // of a squared distance, relative to the squared norms: vectorised sums of D products
-  T tolerance = std::numeric_limits<T>::epsilon() * static_cast<T>(8 + anchors.sorted.x.cols / 8);
+  // of a squared distance from products, relative to the squared norms
+  T tolerance = product_tolerance<T>(anchors.sorted.x.cols);
   const Loops<T>& kernels = loops<T>();
 
   // x: [B, D], r: [M, D], both contiguous and in T; in batch, r is x

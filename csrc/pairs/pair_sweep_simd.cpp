@@ -103,6 +103,17 @@ T least_above(const T* d, T sign, T floor, const T* column_floors, T* column_key
   return least;
 }
 
+template <typename T>
+bool any_key_within(const T* d, T sign, T low, T high, int64_t n) {
+  Count<T> found = 0;
+#pragma omp simd reduction(+ : found)
+  for (int64_t j = 0; j < n; ++j) {
+    const T key = sign * d[j];
+    found += (key > low) & (key <= high);
+  }
+  return found > 0;
+}
+
 template <typename T, bool kAdd>
 void transposed(Matrix<const T> from, Matrix<T> to) {
   const auto entries = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
@@ -138,9 +149,9 @@ void transposed(Matrix<const T> from, Matrix<T> to) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {distances<T>,           slopes<T>,      finish<T>,
-                                     subtract_difference<T>, least_above<T>, transposed<T, false>,
-                                     transposed<T, true>};
+  static constexpr Loops<T> table = {distances<T>,           slopes<T>,          finish<T>,
+                                     subtract_difference<T>, least_above<T>,     any_key_within<T>,
+                                     transposed<T, false>,   transposed<T, true>};
   return table;
 }
 

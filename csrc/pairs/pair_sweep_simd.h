@@ -24,6 +24,8 @@ struct Loops {
   // column_keys_j becomes the lesser of itself and key_j where key_j is above column_floors_j;
   // column_keys may be null.
   T (*least_above)(const T* d, T sign, T floor, const T* column_floors, T* column_keys, int64_t n);
+  // Whether a key, sign d_j, is above `low` and at most `high`.
+  bool (*any_key_within)(const T* d, T sign, T low, T high, int64_t n);
   // to = from^T, or to += from^T
   void (*transpose)(Matrix<const T> from, Matrix<T> to);
   void (*add_transpose)(Matrix<const T> from, Matrix<T> to);

@@ -13,26 +13,30 @@ namespace kdk::pkt {
 // What a stretch of rows brings to a tile: of rows i or of columns j.
 template <typename T>
 struct Stretch {
-  const T* self[2];  // of student and teacher: a = 1 - |u| (cosine), or squared norms (student_t)
   const T* inverse[2];  // of student and teacher: 1 / Z
   const T* r;           // student_t: what a row's slopes lose; null for 0
 };
 
 template <typename T>
 struct Epilogues {
-  // x becomes K from inner products. `diagonal`: rows are the columns.
-  void (*similarities)(Matrix<T> x, const T* self_i, const T* self_j, bool diagonal, Kernel kernel);
+  // cosine: x becomes K from inner products; self: 1 - |u|
+  void (*cosines)(Matrix<T> x, const T* self_i, const T* self_j);
+  // student_t: n squared distances become K, and unless null `distance` the roots that K is of
+  void (*student_t)(T* x, T* distance, int64_t n);
   // Adds the sums of rows, and unless null of columns.
   void (*sums)(Matrix<const T> k, double* rows, T* cols);
   // Sum of the terms of all (i, j) and, if cols is given, all (j, i). Adds sum_j p slope to rows,
   // and to cols.
   double (*loss)(Matrix<const T> k_s, Matrix<const T> k_t, const Stretch<T>& i, const Stretch<T>& j,
                  Divergence divergence, double* rows, T* cols);
-  // k_s becomes dL/dK_ij + dL/dK_ji, the r left out where null. For student_t it becomes the sum
-  // of the derivatives by the squared distances, 0 on a diagonal, and is added up in rows and, if
-  // given, cols.
-  void (*weights)(Matrix<T> k_s, Matrix<const T> k_t, const Stretch<T>& i, const Stretch<T>& j,
-                  Divergence divergence, Kernel kernel, bool diagonal, double* rows, T* cols);
+  // k_s becomes dL/dK_ij + dL/dK_ji, the r left out where null. For student_t, with `distance`, it
+  // becomes the sum of the derivatives by the squared distances, 0 where `distance` is infinite,
+  // and is added up in rows and, if given, cols.
+  void (*weights)(Matrix<T> k_s, Matrix<const T> k_t, const Matrix<T>* distance,
+                  const Stretch<T>& i, const Stretch<T>& j, Divergence divergence, double* rows,
+                  T* cols);
+  // sum -= factor (x - y)
+  void (*subtract_difference)(double factor, const T* x, const T* y, T* sum, int64_t n);
 };
 
 KDK_SIMD_DECLARE(template <typename T> const Epilogues<T>& epilogues();)
