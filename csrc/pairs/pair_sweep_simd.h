@@ -14,6 +14,9 @@ template <typename T>
 struct Loops {
   // Products <x, y_j> become distances, and those of close pairs -1. Returns how many are close.
   int64_t (*distances)(T* d, T norm, const T* norms, int64_t n, Distance distance);
+  // Likewise, with the norms and their sums in fp64: where small differences of distances count,
+  // since the rounding of a norm is common to a whole row of them and adds up.
+  int64_t (*distances_wide)(T* d, double norm, const double* norms, int64_t n, Distance distance);
   // weight_j *= slope(d_j). Returns their sum, and adds each to column_sums_j.
   double (*slopes)(const T* d, T* weight, double* column_sums, int64_t n, Distance distance);
   // out = factor x - sum

@@ -160,6 +160,15 @@ def randn(*shape: int, seed: int, device: torch.device, dtype: torch.dtype) -> T
     return torch.randn(*shape, generator=rng(seed), dtype=torch.float64).to(device, dtype)
 
 
+def clustered(x: Tensor, spread: float, seed: int = 0) -> Tensor:
+    """Rows that lie `spread` apart in clusters of three or so, around points ten times as far out as
+    the rows of x; 0 gives duplicates."""
+    rows = x.shape[-2]
+    centres = 10 * x.double()[..., torch.arange(rows) % max(min(rows, 4), rows // 3), :]
+    noise = torch.randn(x.shape, generator=rng(seed), dtype=torch.float64).to(x.device)
+    return (centres + spread * noise).to(x.dtype)
+
+
 @cache
 def opinfos() -> tuple[OpInfo, ...]:
     """Every OpInfo of the package, found in `kdkernels/testing/opinfos/`."""
