@@ -75,7 +75,10 @@ fi
 
 # Before the tests, whose first compilations take long: a time is what this machine was asked for. First the ops that have
 # CUDA kernels, against what compiles nothing.
-with_cuda=(gram_mse relational_kl triplet_loss lsh_bce pairwise triplet_loss_all info_nce)
+with_cuda=($("$python" -c '
+from importlib.util import find_spec
+from kdkernels.testing.opinfo import opinfos
+print(*(info.name for info in opinfos() if find_spec(f"kdkernels.cuda.{info.op}")))'))
 quick=(triton cuda eager mm)
 stage bench_bf16 110 "$python" -m kdkernels bench --device cuda --dtype bf16 --time 1 --output "$out/bf16" \
   --op "${with_cuda[@]}" --backend "${quick[@]}"

@@ -42,7 +42,7 @@ class Override:
     """Stands in for `pick_config`: the default, with one tile replaced while a candidate runs."""
 
     def __init__(self) -> None:
-        from kdkernels.triton import _gram_mse_call as call
+        from kdkernels.triton.gram_mse import call
 
         self._default: Callable[..., Any] = call.pick_config
         self.tile: tuple[str, Any] | None = None

@@ -38,7 +38,7 @@ def main() -> None:
     data, teacher, student = Signals(), network(512), network(32)
     criterion = kd.nn.LSHFeatureMimickingLoss(WIDTH, form="lsh", std=0.2)
 
-    # Once: the bias that balances every bit, and the codes of all samples.
+    # Done once: fit the bias that balances every bit, and store the codes of all samples.
     in_order = DataLoader(data, BATCH)
     with torch.no_grad():
         criterion.fit_bias(teacher(signals) for signals, _ in in_order)
@@ -47,7 +47,7 @@ def main() -> None:
         kd.nn.encode_dataset(teacher, in_order, criterion, path)
         print(f"{SAMPLES} samples, {criterion.hash_bits} bits each: {path.stat().st_size} bytes")
 
-        # In every epoch: no teacher.
+        # The epochs need no teacher.
         cache = kd.nn.CodeCache(path, criterion=criterion, teacher=teacher, samples=len(data))
         optimiser = torch.optim.Adam(student.parameters(), 3e-3)
         for epoch in range(EPOCHS):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Similarity-preserving distillation in a training loop of your own: three lines, marked 1 to 3."""
+"""Similarity-preserving distillation in your own training loop: three additions, marked 1 to 3."""
 
 from __future__ import annotations
 
@@ -25,32 +25,29 @@ class Network(nn.Module):
         )
         self.head = nn.LazyLinear(CLASSES)
 
-    def forward(
-        self,
-        x: Tensor,  # [B, 1, 40]
-    ) -> tuple[Tensor, Tensor]:
-        features = self.body(x)  # [B, width, 3]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x)  # x is [B, 1, 40], the features are [B, width, 3]
         return self.head(features.flatten(1)), features
 
 
 def main() -> None:
     torch.manual_seed(0)
-    teacher, student = (
-        Network(width=64).eval(),
-        Network(width=16),
-    )  # a teacher of yours would be trained
+    # a teacher of yours would be trained
+    teacher, student = Network(width=64).eval(), Network(width=16)
     x, labels = torch.randn(BATCH, 1, 40), torch.randint(CLASSES, (BATCH,))
-    student(x[:2])  # gives the lazy head its size
+    # the first call gives the lazy head its size
+    student(x[:2])
 
-    similarity = kd.nn.SimilarityPreservingLoss()  # 1. the paper's form and weight
+    # 1. the paper's form and weight
+    similarity = kd.nn.SimilarityPreservingLoss()
     optimiser = torch.optim.AdamW(student.parameters(), lr=1e-3)
     for step in range(STEPS):
+        # 2. the teacher's map of the same batch, whose width may differ
         with torch.no_grad():
-            _, teacher_features = teacher(
-                x
-            )  # 2. the teacher's map of the same batch; its width may differ
+            _, teacher_features = teacher(x)
         logits, features = student(x)
-        loss = F.cross_entropy(logits, labels) + similarity(features, teacher_features)  # 3.
+        # 3. the student's loss, and beside it the distance of the similarities
+        loss = F.cross_entropy(logits, labels) + similarity(features, teacher_features)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -77,14 +77,29 @@ def same_columns(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors in one dtype: as they are, or under autocast in the wider of the two."""
-    if x.dtype == other.dtype:
-        return x, other
+def common_dtype(name: str, x: Tensor, other_name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor and of another one; under autocast, where they differ, the wider."""
+    if x.dtype == dtype:
+        return dtype
     if torch.is_autocast_enabled(x.device.type):
-        wide = torch.promote_types(x.dtype, other.dtype)
-        return x.to(wide), other.to(wide)
-    raise TypeError(f"{name} must be {other.dtype} like {other_name}, got {x.dtype}")
+        return torch.promote_types(x.dtype, dtype)
+    raise TypeError(f"{name} must be {dtype} like {other_name}, got {x.dtype}")
+
+
+def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in their common dtype."""
+    return in_dtype(common_dtype(name, x, other_name, other.dtype), x, other)
+
+
+def in_dtype(dtype: torch.dtype, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors in a dtype; those that have it stay the same objects."""
+    if x.dtype == y.dtype == dtype:
+        return x, y
+    return x.to(dtype), y.to(dtype)
+
+
+def wants_gradient(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled()
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:

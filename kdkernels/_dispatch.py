@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which backend runs an operator, and why.
 
-A backend is a package `kdkernels.<backend>` with `unavailable()`, and one module per op,
-`kdkernels.<backend>.<op>`, that holds the launchers `<op>_fwd` and `<op>_bwd`. The package says
-what it can run at all (`unavailable()`, `rejects(tensors)`), the module, if the op has limits of
-its own there, `supports(*operator_args)`: None for yes, or a sentence saying why not. Nothing is
-registered: a file in the right place is the registration.
+A backend is a package `kdkernels.<backend>`, which says what it can run at all: `unavailable()` and
+`rejects(tensors)` return None for yes, or a sentence saying why not. The launchers `<op>_fwd` and
+`<op>_bwd` of an op are in the module `kdkernels.<backend>.<op>`, or in what the package's function
+`launchers(op)` returns, if it has one (None: the op has no kernel there). Where a backend limits an
+op, `supports(*operator_args)` beside the launchers answers like `rejects`. Nothing is registered: a
+file in the right place is the registration.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -27,12 +29,16 @@ from torch import Tensor
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 
-# What `auto` tries, best first. Changing an order is a performance claim: bring the benchmark.
+# What `auto` tries, best first. The order on the CPU is measured (benchmarks/results). The order on
+# a GPU is chosen, not measured yet. Whoever changes one brings the benchmark.
 ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "cuda": ("triton", "cuda", "reference"),
 }
 _OTHER_DEVICES = ("reference",)
+# Types of what operators take besides tensors. Every argument of every call is looked up here,
+# which takes less time than isinstance.
+_OPTIONS = frozenset((str, int, float, bool, type(None)))
 
 
 class BackendUnavailableError(RuntimeError, ValueError):
@@ -69,9 +75,9 @@ _check_name(_default, "KDKERNELS_BACKEND")
 def use_backend(backend: Backend) -> Iterator[None]:
     """Make `backend` the choice of every call in this thread that does not name one itself.
 
-    Precedence: the call's own `backend=` argument, then the innermost `use_backend`, then the
-    environment variable `KDKERNELS_BACKEND` (read when the package is imported), then the measured
-    order of the device.
+    Precedence: the `backend=` argument of the call, then the innermost `use_backend`, then the
+    environment variable `KDKERNELS_BACKEND` (read when the package is imported), then the
+    order chosen for the device (`ORDER`).
 
     Raises:
         ValueError: unknown name. Whether the backend can run a given call is decided at that call.
@@ -92,11 +98,32 @@ def requested_backend(backend: str) -> str:
 
 
 @dataclass(frozen=True)
+class TensorForm:
+    """A tensor that an operator would take, described without being computed. `rejects` and
+    `supports` receive tensors or forms, and look at nothing else."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+
+def form(
+    x: Tensor, *, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
+) -> TensorForm:
+    """The form of a tensor, or of one made from it in another dtype or shape."""
+    return TensorForm(tuple(x.shape if shape is None else shape), dtype or x.dtype, x.device)
+
+
+@dataclass(frozen=True)
 class Implementation:
     """The launchers of an op on a backend, and what they accept."""
 
-    launchers: ModuleType
-    rejects: Callable[[list[Tensor]], str | None]
+    launchers: Any
+    rejects: Callable[[list[Any]], str | None]
     supports: Callable[..., str | None] | None
 
 
@@ -110,10 +137,15 @@ def implementation(op: str, backend: str) -> Implementation | str:
     reason = package.unavailable()
     if reason is not None:
         return reason
-    if importlib.util.find_spec(f"{package_name}.{op}") is None:
+    find = getattr(package, "launchers", None)
+    launchers = _module(f"{package_name}.{op}") if find is None else find(op)
+    if launchers is None:
         return f"{op} has no {backend} kernel"
-    launchers = importlib.import_module(f"{package_name}.{op}")
     return Implementation(launchers, package.rejects, getattr(launchers, "supports", None))
+
+
+def _module(name: str) -> ModuleType | None:
+    return None if importlib.util.find_spec(name) is None else importlib.import_module(name)
 
 
 def why_not(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
@@ -121,7 +153,7 @@ def why_not(op: str, backend: str, args: tuple[Any, ...]) -> str | None:
     found = implementation(op, backend)
     if isinstance(found, str):
         return found
-    reason = found.rejects([arg for arg in args if isinstance(arg, Tensor)])
+    reason = found.rejects([arg for arg in args if type(arg) not in _OPTIONS])
     return found.supports(*args) if reason is None and found.supports is not None else reason
 
 
@@ -131,12 +163,12 @@ def device_order(device: torch.device) -> tuple[str, ...]:
 
 
 def select_name(op: str, backend: str, args: tuple[Any, ...]) -> str:
-    """The backend that runs an operator on these arguments.
+    """The backend that runs an operator on these arguments, the first of which is a tensor.
 
     Raises:
         BackendUnavailableError: an explicit request that cannot be met, with the reason.
     """
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    device = args[0].device
     if backend != "auto":
         reason = why_not(op, backend, args)
         if reason is not None:
@@ -150,7 +182,7 @@ def select_name(op: str, backend: str, args: tuple[Any, ...]) -> str:
     raise BackendUnavailableError(f"no backend can run {op} on {device}")
 
 
-def select(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
+def select(op: str, backend: str, args: tuple[Any, ...]) -> Any:
     """The launchers that run an operator on these arguments; raises like `select_name`."""
     found = implementation(op, select_name(op, backend, args))
     assert isinstance(found, Implementation)
@@ -159,6 +191,7 @@ def select(op: str, backend: str, args: tuple[Any, ...]) -> ModuleType:
 
 @dataclass(frozen=True)
 class _Planner:
+    public: Callable[..., Any]
     op: Callable[..., str]
     operator_args: Callable[..., tuple[Any, ...]]
     choices: Callable[..., dict[str, str]]
@@ -172,24 +205,56 @@ def explained_by(
     choices: Callable[..., dict[str, str]],
     op: str | Callable[..., str] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate a public function with what `explain` asks.
+    """Decorate a public function with what `explain` asks. No tensor is computed or read there.
+
+    Each of the three is called with all arguments of the public function by name, defaults
+    included, less `backend`.
 
     Args:
         operator_args: Checks the arguments and returns those of the forward operator, without the
-            backend. Takes what the public function takes, less `backend`.
+            backend: a `TensorForm` in the place of each tensor.
         choices: Names each choice made on the way and the reason, e.g. `{"algorithm": "factored
-            (asked for)"}`. Takes the same.
-        op: Basename of the operator, or what names it from the same arguments; by default that of
-            the module.
+            (asked for)"}`.
+        op: Basename of the operator, or what names it; by default that of the module.
     """
 
     def register(public: Callable[..., Any]) -> Callable[..., Any]:
         name = op or public.__module__.rpartition(".")[2]
-        op_of = name if callable(name) else lambda *_, **__: name
-        _planners[public.__name__] = _Planner(op_of, operator_args, choices)
+        op_of = name if callable(name) else lambda **_: name
+        _planners[public.__name__] = _Planner(public, op_of, operator_args, choices)
         return public
 
     return register
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call would run, but for the backend."""
+
+    op: str
+    operator_args: tuple[Any, ...]  # of the forward operator, `TensorForm` for tensors
+    choices: dict[str, str]
+
+    @property
+    def device(self) -> torch.device:
+        return self.operator_args[0].device
+
+
+def plan(function: str, *args: Any, **kwargs: Any) -> Plan:
+    """Checks the arguments of a public function, without `backend`, and describes its operator's.
+
+    Raises:
+        ValueError: unknown function, or arguments that the function itself would refuse.
+    """
+    if function not in _planners:
+        raise ValueError(
+            f"function must be one of {', '.join(map(repr, sorted(_planners)))}, got {function!r}"
+        )
+    planner = _planners[function]
+    bound = inspect.signature(planner.public).bind(*args, **kwargs)
+    bound.apply_defaults()
+    named = {name: value for name, value in bound.arguments.items() if name != "backend"}
+    return Plan(planner.op(**named), planner.operator_args(**named), planner.choices(**named))
 
 
 @dataclass(frozen=True)
@@ -212,7 +277,9 @@ class Explanation:
 def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any) -> Explanation:
     """Say which backend and algorithm a call would use, and why not the others.
 
-    Nothing is computed.
+    Nothing is computed and no tensor is allocated. Shapes, dtypes, devices and options are checked
+    as the call itself does; numbers inside tensors (labels, indices, `num_keys`) are not read, so a
+    call that refuses one of them can still be explained.
 
     Args:
         function: Name of a public function, e.g. `"gram_mse"`.
@@ -220,29 +287,23 @@ def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any)
         backend: As in that call.
 
     Raises:
-        ValueError: unknown function, or arguments that the function itself would refuse.
+        TypeError, ValueError: unknown function, or arguments that the function itself would refuse.
         BackendUnavailableError: `backend` names one that cannot run the call.
 
     Example:
         >>> print(kd.explain("gram_mse", student, teacher))
     """
-    if function not in _planners:
-        raise ValueError(
-            f"function must be one of {', '.join(map(repr, sorted(_planners)))}, got {function!r}"
-        )
-    planner = _planners[function]
-    operator_args = planner.operator_args(*args, **kwargs)
-    op = planner.op(*args, **kwargs)
-    chosen = select_name(op, requested_backend(backend), operator_args)
-    device = next(arg.device for arg in operator_args if isinstance(arg, Tensor))
+    planned = plan(function, *args, **kwargs)
+    op, device = planned.op, planned.device
+    chosen = select_name(op, requested_backend(backend), planned.operator_args)
     order = device_order(device)
     rejected = {}
     for name in (*order, *(name for name in BACKENDS if name not in order)):
         if name != chosen:
-            reason = why_not(op, name, operator_args)
+            reason = why_not(op, name, planned.operator_args)
             rejected[name] = reason or (
                 f"{chosen} comes before it on {device.type}"
                 if name in order
                 else f"not chosen by auto on {device.type}"
             )
-    return Explanation(function, str(device), chosen, planner.choices(*args, **kwargs), rejected)
+    return Explanation(function, str(device), chosen, planned.choices, rejected)

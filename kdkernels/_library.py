@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operator pairs `kdkernels::<op>_fwd` and `kdkernels::<op>_bwd`.
+"""The operators of the package, for torch: `kdkernels::<op>_fwd` and `kdkernels::<op>_bwd`.
 
-One schema and one fake per operator, whatever the number of backends: the backend is an argument,
-    resolved inside on
-real tensors, so a trace never specialises on it. Autograd is attached outside, in
-`kdkernels/ops/<op>.py`; this boundary (`Library.define` and `impl`) costs a third of
-`torch.library.custom_op`.
+An operator has one schema and one fake, however many backends implement it. The backend is an
+argument of the operator and is chosen inside it, on real tensors, so a traced graph holds for every
+backend. `kdkernels/ops/<op>.py` attaches autograd to the operators from outside.
+
+Operators are registered by `Library.define` and `Library.impl`: a call through
+`torch.library.custom_op` takes three times as long.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ def define_operator(
     Args:
         op: Base name of the op, the same in every layer.
         direction: "fwd" or "bwd", or the name of what else the op has, e.g. "encode".
-        schema: Arguments and results, e.g. `"(Tensor x, str backend) -> Tensor"`. The last argument
-            is `str backend`; a backend's launcher receives the others.
+        schema: Arguments and results, e.g. `"(Tensor x, str backend) -> Tensor"`. The first
+            argument is a tensor, the last one `str backend`; a backend's launcher receives all but
+            the last.
         fake: Shapes and dtypes of the results, from the same arguments.
     """
     name = f"{op}_{direction}"
@@ -39,7 +41,7 @@ def define_operator(
     def run(*args: Any) -> Any:
         *inputs, backend = args
         launch = getattr(_dispatch.select(op, backend, tuple(inputs)), name)
-        with _autocast_off(inputs):
+        with _autocast_off(inputs[0].device.type):
             return launch(*inputs)
 
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -48,9 +50,8 @@ def define_operator(
     return getattr(torch.ops.kdkernels, name).default
 
 
-def _autocast_off(inputs: list[Any]) -> contextlib.AbstractContextManager[Any]:
+def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Inside an operator the dtypes are decided: a product there must not be cast down."""
-    device_type = next(arg.device.type for arg in inputs if isinstance(arg, Tensor))
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
@@ -70,8 +71,32 @@ class _Refusal(torch.autograd.Function):
         )
 
 
+def keep_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, which refuses tensors that were made under `torch.inference_mode()`.
+
+    Such a tensor has no version counter and asks for no gradient, so `ctx` itself may hold it; a
+    change of it before the backward goes unnoticed, as everywhere in torch.
+    """
+    if torch.compiler.is_compiling():  # Dynamo cannot trace is_inference (torch 2.13)
+        ctx.unwatched = None
+        ctx.save_for_backward(*tensors)
+        return
+    unwatched = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.unwatched = unwatched or None
+    ctx.save_for_backward(*(None if i in unwatched else x for i, x in enumerate(tensors)))
+
+
+def _kept(ctx: Any) -> tuple[Tensor | None, ...]:
+    """What `keep_for_backward` was given. To be called once in a backward: saved tensors that
+    `torch.utils.checkpoint` computes again may be read once only."""
+    if ctx.unwatched is None:
+        return ctx.saved_tensors
+    return tuple(ctx.unwatched.get(i, x) for i, x in enumerate(ctx.saved_tensors))
+
+
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a backward without recording it, and refuse to differentiate what it returns.
+    """Run `backward(ctx, kept, *douts)` without recording it, with the tensors that
+    `keep_for_backward` was given, and refuse to differentiate what it returns.
 
     `torch.autograd.function.once_differentiable` refuses only if the incoming gradient requires
     grad (torch 2.13); with create_graph=True it lets the dependence on the saved inputs vanish
@@ -80,11 +105,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(ctx: Any, *douts: Tensor) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, *douts)
-        saved = (tensor for tensor in ctx.saved_tensors if tensor is not None)
-        sources = [tensor for tensor in (*saved, *douts) if tensor.requires_grad]
+            return backward(ctx, _kept(ctx), *douts)
+        kept = _kept(ctx)
+        sources = [x for x in (*kept, *douts) if x is not None and x.requires_grad]
         with torch.no_grad():
-            grads = backward(ctx, *douts)
+            grads = backward(ctx, kept, *douts)
         if not sources:
             return grads
         return tuple(grad if grad is None else _Refusal.apply(grad, *sources) for grad in grads)

@@ -56,9 +56,9 @@ class Case:
         return _dispatch.why_not(self.info.op, self.backend, self.operator_args())
 
     def operator_args(self) -> tuple[Any, ...]:
-        """Arguments of the forward operator, without the backend."""
-        planner = _dispatch._planners[self.info.public]
-        return planner.operator_args(*self.sample.args, **self.sample.kwargs)
+        """Arguments of the forward operator, without the backend and with forms of its tensors."""
+        plan = _dispatch.plan(self.info.public, *self.sample.args, **self.sample.kwargs)
+        return plan.operator_args
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The public function on this backend, with the sample's options."""
@@ -218,8 +218,11 @@ def operators(op: str) -> list[str]:
 
 
 def needed(call: tuple[Any, tuple[Any, ...], Any]) -> list[tuple[bool, Tensor]]:
-    """Of an operator's call, each flag `need_<argument>` with the result `d<argument>`. A backward
-    without flags runs only where its one gradient is needed."""
+    """Of an operator's call, each flag `need_<argument>` with the result `d<argument>`.
+
+    A backward without flags runs only where its one gradient is needed. A forward that returns the
+    derivative as the residual `dloss` is not counted: its backward returns the gradient.
+    """
     func, args, results = call
     schema = func._schema
     results = results if isinstance(results, (tuple, list)) else (results,)
@@ -232,7 +235,7 @@ def needed(call: tuple[Any, tuple[Any, ...], Any]) -> list[tuple[bool, Tensor]]:
     return [
         (flag, by_name["d" + argument.name.removeprefix("need_")])
         for argument, flag in flags
-        if argument.name.startswith("need_")
+        if argument.name.startswith("need_") and "d" + argument.name[5:] in by_name
     ]
 
 

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
+
+# What Triton has in the place of each patch: owner, attribute, value.
+_originals: list[tuple[Any, str, Any]] = []
 
 
 def use() -> None:
@@ -16,12 +21,31 @@ def use() -> None:
     except ImportError:
         return
     if hasattr(interpreter, "_patch_lang"):
-        interpreter._patch_lang = _once_per_launch(interpreter._patch_lang, interpreter, tl)
+        once = _once_per_launch(interpreter._patch_lang, interpreter, tl)
+        _replace(interpreter, "_patch_lang", once)
     if hasattr(interpreter, "_get_np_dtype"):
-        interpreter._get_np_dtype = _by_name(interpreter._get_np_dtype)
+        _replace(interpreter, "_get_np_dtype", _by_name(interpreter._get_np_dtype))
     builder = getattr(interpreter, "interpreter_builder", None)
     if builder is not None and not builder.options.debug:  # overflows are computed, not reported
-        builder.options = replace(builder.options, sanitize_overflow=False)
+        _replace(builder, "options", replace(builder.options, sanitize_overflow=False))
+
+
+@contextmanager
+def unpatched() -> Iterator[int]:
+    """Triton's own interpreter; yields the number of patches that were taken away."""
+    patches = [(owner, name, getattr(owner, name)) for owner, name, _ in _originals]
+    try:
+        for owner, name, value in _originals:
+            setattr(owner, name, value)
+        yield len(patches)
+    finally:
+        for owner, name, value in patches:
+            setattr(owner, name, value)
+
+
+def _replace(owner: Any, name: str, value: Any) -> None:
+    _originals.append((owner, name, getattr(owner, name)))
+    setattr(owner, name, value)
 
 
 def _once_per_launch(patch: Any, interpreter: Any, tl: Any) -> Any:

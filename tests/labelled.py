@@ -9,22 +9,11 @@ import pytest
 import torch
 from cases import DEVICES, Case, interpreted
 from torch import Tensor
+from values import STUDENT
 
 from kdkernels import _dispatch
-from kdkernels.testing import numerics
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos, randn, rng
 
-# Agreement of two ways to the same fp64 number: both keep FP64_RELATIVE of it.
-FP64 = {"rtol": 2 * numerics.FP64_RELATIVE, "atol": 0.0}
-
-
-def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:
-    """A matrix that can be written down: sin(a i + b d + c) + 0.3 cos(0.05 i d + c)."""
-    i, d = torch.arange(B, dtype=torch.float64)[:, None], torch.arange(D, dtype=torch.float64)
-    return torch.sin(a * i + b * d + c) + 0.3 * torch.cos(0.05 * i * d + c)
-
-
-WAVES = waves(8, 16, 0.9, 0.31, 0.5)
 LABELS = torch.tensor([0, 0, 1, 1, 2, 2, 0, 3])
 
 
@@ -51,7 +40,7 @@ def each_backend(
     backends: Any = _dispatch.BACKENDS,
     losses: tuple[tuple[str, dict[str, Any]], ...] = LOSSES,
 ) -> pytest.MarkDecorator:
-    """Parametrise a test by `case`: a loss with its options, on WAVES."""
+    """Parametrise a test by `case`: a loss with its options, on STUDENT and LABELS."""
     params = [
         pytest.param(
             Case(info_of(name), backend, device, dtype, _waves(device, dtype, options)),
@@ -69,7 +58,7 @@ def each_backend(
 
 
 def _waves(device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> Sample:
-    return Sample("waves", (WAVES.to(device, dtype), LABELS.to(device)), options)
+    return Sample("waves", (STUDENT.to(device, dtype), LABELS.to(device)), options)
 
 
 def whole(case: Case, B: int, D: int, classes: int, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -97,9 +86,3 @@ def on(case: Case, name: str, x: Tensor, y: Tensor, **options: Any) -> Case:
     """The same loss on other rows."""
     kwargs = case.sample.kwargs | options
     return Case(case.info, case.backend, case.device, case.dtype, Sample(name, (x, y), kwargs))
-
-
-def assert_same_number(out: Tensor, wanted: Tensor) -> None:
-    """Of fp64 tensors, relative to their largest element."""
-    size = wanted.detach().abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-    torch.testing.assert_close(out / size, wanted / size, rtol=0, atol=FP64["rtol"])

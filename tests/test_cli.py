@@ -18,9 +18,9 @@ from console import exit_code, output_of
 
 import kdkernels as kd
 from kdkernels import _dispatch
+from kdkernels._progress import Progress
 from kdkernels.cli import env
 from kdkernels.cli.main import SUBCOMMANDS, main
-from kdkernels.cli.progress import Progress
 from kdkernels.cli.table import Table, write_json
 from kdkernels.reference import gram_mse as reference
 

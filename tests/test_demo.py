@@ -250,9 +250,9 @@ def test_agreement_is_the_share_of_equal_bits(tmp_path: Path) -> None:
     assert criterion.agreement(student) == pytest.approx(expected)
     assert 0.2 < expected < 0.8
     equally_wide = replace(setting, student_width=setting.teacher_width)
-    own = losses.entry("lsh-cached").build(equally_wide)
-    assert own.loss.adapter is None
-    assert own.agreement(setting.held_out) == 1.0
+    fitted = losses.entry("lsh-cached").build(equally_wide)
+    assert fitted.loss.adapter is None
+    assert fitted.agreement(setting.held_out) == 1.0
 
 
 def test_agreement_rises_in_training(tmp_path: Path) -> None:

@@ -3,20 +3,25 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import re
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from cases import Calls, Case, cases, each_case, each_info, few, leaves, operators, samples
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdkernels as kd
 from kdkernels import _dispatch
-from kdkernels.testing.opinfo import OpInfo
+from kdkernels.testing.opinfo import OpInfo, opinfos
 
 ONE = {"pick": lambda found: few(found)[:1]}
 CPU = torch.device("cpu")
@@ -58,6 +63,101 @@ def test_auto_takes_the_first_backend_that_can(info: OpInfo) -> None:
     explanation = kd.explain(info.public, *case.sample.args, **case.sample.kwargs)
     assert explanation.backend == able[0]
     assert _used(case) == "auto"  # resolved inside the operator, so a trace does not depend on it
+
+
+class _Operations(TorchDispatchMode):
+    """Records every operation on tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _described(arg: Any) -> Any:
+    return _dispatch.form(arg) if isinstance(arg, Tensor) else arg
+
+
+def _requiring(case: Case, need: bool) -> list[Any]:
+    return leaves(case, [need] * len(case.places))
+
+
+@pytest.mark.parametrize("need", [False, True], ids=["constant", "differentiable"])
+@each_case(
+    pick=lambda found: found,
+    dtypes=(torch.float16, torch.float64),
+    backends=("reference",),
+)
+def test_explain_computes_nothing_and_describes_what_runs(
+    case: Case, need: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, kwargs = _requiring(case, need), case.sample.kwargs
+    with _Operations() as operations:
+        explanation = kd.explain(case.info.public, *args, **kwargs)
+        plan = _dispatch.plan(case.info.public, *args, **kwargs)
+    assert operations.seen == []
+    # the operator chooses the backend inside, from its tensors
+    taken: list[str] = []
+    select_name = _dispatch.select_name
+
+    def recorded(*args: Any) -> str:
+        taken.append(select_name(*args))
+        return taken[-1]
+
+    monkeypatch.setattr(_dispatch, "select_name", recorded)
+    with Calls() as calls:
+        case.info.function(*args, **kwargs)
+    assert taken == [explanation.backend]
+    ((operator, (*operator_args, _), _),) = calls.made
+    assert operator._opname == f"{plan.op}_fwd"
+    assert plan.operator_args == tuple(map(_described, operator_args))
+
+
+@pytest.mark.parametrize(
+    ("info", "bad"),
+    [
+        pytest.param(info, bad, id=f"{info.name}-{bad.name}")
+        for info in opinfos()
+        for bad in info.bad_inputs(CPU)
+    ],
+)
+def test_explain_reads_no_numbers_and_refuses_all_else(info: OpInfo, bad: Any) -> None:
+    kwargs = {name: value for name, value in bad.kwargs.items() if name != "backend"}
+    backend, refused = bad.kwargs.get("backend", "auto"), None
+    with _Operations() as operations:
+        try:
+            kd.explain(info.public, *bad.args, backend=backend, **kwargs)
+        except bad.error as error:
+            refused = str(error)
+    assert operations.seen == []
+    if refused is None:  # allowed only where the fault is a number inside an integer tensor
+        assert re.fullmatch(r"\w+ must be from -?\d+ to \d+, got -?\d+", bad.message)
+        named = inspect.signature(info.function).bind(*bad.args, **bad.kwargs).arguments
+        assert isinstance(named[bad.message.partition(" ")[0]], Tensor)
+    else:
+        assert bad.message in refused
+
+
+def test_explain_computes_nothing_for_functions_without_an_opinfo() -> None:
+    x, y, labels = torch.ones(8, 4), torch.zeros(8, 4), torch.zeros(8, dtype=torch.int32)
+    with _Operations() as operations:
+        mined = kd.explain("mine_triplets", x, labels, references=y, reference_labels=labels)
+        encoded = kd.explain("lsh_encode", x, y, backend="reference")
+        drawn = kd.explain("triplet_distillation", x, y, labels)
+    assert operations.seen == []
+    assert (mined.function, encoded.backend) == ("mine_triplets", "reference")
+    assert drawn.choices == {"negatives": "drawn, no kernel runs"}
+
+
+@pytest.mark.parametrize("backend", _dispatch.BACKENDS)
+def test_an_op_without_a_kernel_is_named(backend: str) -> None:
+    reason = importlib.import_module(f"kdkernels.{backend}").unavailable()
+    assert _dispatch.implementation("no_op", backend) == (
+        reason or f"no_op has no {backend} kernel"
+    )
 
 
 def test_explain_refuses_an_unknown_function() -> None:

@@ -7,18 +7,18 @@ import os
 
 import pytest
 
-from kdkernels import _fresh
+from kdkernels.testing import fresh
 
 
 def test_a_call_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KDKERNELS_TEST", "seen")
-    seen = {_fresh.call("os", "getpid"), _fresh.call("os", "getpid"), os.getpid()}
+    seen = {fresh.call("os", "getpid"), fresh.call("os", "getpid"), os.getpid()}
     assert len(seen) == 3
-    assert _fresh.call("os", "getenv", "KDKERNELS_TEST") == "seen"
+    assert fresh.call("os", "getenv", "KDKERNELS_TEST") == "seen"
 
 
 def test_a_failure_is_told_with_its_cause() -> None:
     with pytest.raises(RuntimeError, match=r"(?s)math\.sqrt failed: .*math domain error"):
-        _fresh.call("math", "sqrt", -1.0)
+        fresh.call("math", "sqrt", -1.0)
     with pytest.raises(RuntimeError, match=r"os\._exit failed: .* exit status 3"):
-        _fresh.call("os", "_exit", 3)
+        fresh.call("os", "_exit", 3)

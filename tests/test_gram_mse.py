@@ -13,6 +13,8 @@ from cases import DEVICES, Case, assert_within_budget
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from values import STUDENT, assert_same
+from values import WIDE_TEACHER as TEACHER
 
 import kdkernels as kd
 from kdkernels import _dispatch
@@ -22,15 +24,7 @@ from kdkernels.testing.opinfo import BenchShape, Sample, opinfos, randn
 
 (INFO,) = (info for info in opinfos() if info.name == "gram_mse")
 CPU = torch.device("cpu")
-# Agreement of two ways to the same fp64 number: both keep FP64_RELATIVE of it.
-FP64 = {"rtol": 2 * numerics.FP64_RELATIVE, "atol": 0.0}
 ALGORITHMS = ("tiled", "factored")
-
-
-def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:
-    """A matrix that can be written down: sin(a i + b d + c) + 0.3 cos(0.05 i d + c)."""
-    i, d = torch.arange(B, dtype=torch.float64)[:, None], torch.arange(D, dtype=torch.float64)
-    return torch.sin(a * i + b * d + c) + 0.3 * torch.cos(0.05 * i * d + c)
 
 
 def case(
@@ -41,11 +35,8 @@ def case(
     **kw: Any,
 ) -> Case:
     moved = tuple(arg.to(device, dtype) for arg in args)
-    name = "-".join(["own", *(str(value) for value in kw.values())])
+    name = "-".join(["here", *(str(value) for value in kw.values())])
     return Case(INFO, backend, device, dtype, Sample(name, moved, kw))
-
-
-STUDENT, TEACHER = waves(8, 16, 0.9, 0.31, 0.5), waves(8, 24, 0.7, 0.23, 0.1)
 
 
 def each_backend(
@@ -147,9 +138,8 @@ def test_tiled_and_factored_agree(case: Case, normalize: str) -> None:
         value_and_gradient(case, normalize=normalize, algorithm=algorithm)
         for algorithm in ALGORITHMS
     )
-    torch.testing.assert_close(factored[0], tiled[0], **FP64)
-    size = tiled[1].abs().max().item()
-    torch.testing.assert_close(factored[1] / size, tiled[1] / size, rtol=0, atol=FP64["rtol"])
+    assert_same(factored[0], tiled[0])
+    assert_same(factored[1], tiled[1])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -158,12 +148,9 @@ def test_row_l2_ignores_the_scale_of_either_side(case: Case, algorithm: str) -> 
     student, teacher = case.sample.args
     value, gradient = value_and_gradient(case, algorithm=algorithm)
     scaled, scaled_gradient = value_and_gradient(case, 7.5 * student, algorithm=algorithm)
-    torch.testing.assert_close(scaled, value, **FP64)
-    size = gradient.abs().max()
-    torch.testing.assert_close(
-        7.5 * scaled_gradient / size, gradient / size, rtol=0, atol=FP64["rtol"]
-    )
-    torch.testing.assert_close(case.call(student, teacher / 3, algorithm=algorithm), value, **FP64)
+    assert_same(scaled, value)
+    assert_same(7.5 * scaled_gradient, gradient)
+    assert_same(case.call(student, teacher / 3, algorithm=algorithm), value)
 
 
 @pytest.mark.parametrize("normalize", ["row_l2", "row_l1", "feature", "none"])
@@ -176,11 +163,8 @@ def test_rotation_of_the_features_changes_nothing(case: Case, normalize: str) ->
     )
     value, gradient = value_and_gradient(case, normalize=normalize)
     rotated, rotated_gradient = value_and_gradient(case, student @ rotation, normalize=normalize)
-    torch.testing.assert_close(rotated, value, **FP64)
-    size = gradient.abs().max()
-    torch.testing.assert_close(
-        rotated_gradient / size, gradient @ rotation / size, rtol=0, atol=FP64["rtol"]
-    )
+    assert_same(rotated, value)
+    assert_same(rotated_gradient, gradient @ rotation)
 
 
 @pytest.mark.parametrize("normalize", ["row_l2", "row_l1", "feature", "none"])
@@ -193,12 +177,9 @@ def test_the_order_of_the_rows_changes_nothing(case: Case, normalize: str) -> No
     value, gradient = value_and_gradient(case, normalize=normalize)
     moved = student[order].detach().requires_grad_()
     permuted = case.call(moved, teacher[order], normalize=normalize)
-    torch.testing.assert_close(permuted.detach(), value, **FP64)
-    size = gradient.abs().max()
+    assert_same(permuted.detach(), value)
     (permuted_gradient,) = torch.autograd.grad(permuted, moved)
-    torch.testing.assert_close(
-        permuted_gradient / size, gradient[order] / size, rtol=0, atol=FP64["rtol"]
-    )
+    assert_same(permuted_gradient, gradient[order])
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -240,18 +221,15 @@ def test_a_repeated_batch_divides_the_loss(case: Case, algorithm: str) -> None:
     value, gradient = value_and_gradient(case, algorithm=algorithm)
     moved = student.repeat(5, 1).requires_grad_()
     repeated = case.call(moved, teacher.repeat(5, 1), algorithm=algorithm)
-    torch.testing.assert_close(5 * repeated.detach(), value, **FP64)
+    assert_same(5 * repeated.detach(), value)
     (repeated_gradient,) = torch.autograd.grad(repeated, moved)
-    size = gradient.abs().max()
-    torch.testing.assert_close(
-        25 * repeated_gradient / size, gradient.repeat(5, 1) / size, rtol=0, atol=FP64["rtol"]
-    )
+    assert_same(25 * repeated_gradient, gradient.repeat(5, 1))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @each_backend(
-    waves(8, 16, 0.9, 0.31, 0.5).expand(3, 8, 16) * torch.tensor([1.0, 2.0, 3.0])[:, None, None],
-    waves(8, 24, 0.7, 0.23, 0.1).expand(3, 8, 24),
+    STUDENT.expand(3, 8, 16) * torch.tensor([1.0, 2.0, 3.0])[:, None, None],
+    TEACHER.expand(3, 8, 24),
 )
 def test_groups_are_independent(case: Case, reduction: str) -> None:
     student, teacher = case.sample.args
@@ -259,7 +237,9 @@ def test_groups_are_independent(case: Case, reduction: str) -> None:
         [case.call(s, t, reduction="sum") for s, t in zip(student, teacher, strict=True)]
     )
     expected = {"mean": each.mean() / 64, "sum": each.sum(), "none": each / 64}[reduction]
-    torch.testing.assert_close(case.call(student, teacher, reduction=reduction), expected, **FP64)
+    losses = case.call(student, teacher, reduction=reduction)
+    for loss, wanted in zip(losses.reshape(-1), expected.reshape(-1), strict=True):
+        assert_same(loss, wanted)
 
 
 def literal(student: Tensor, teacher: Tensor) -> Tensor:
@@ -285,17 +265,16 @@ def test_any_shape_is_the_paper_s_form(
         randn(B, D, seed=seed, device=case.device, dtype=torch.float64) * scale
         for seed, D in ((3, D_s), (4, D_t))
     )
-    own = case.having(student, teacher)
+    drawn = case.having(student, teacher)
     student = student.requires_grad_()
     wanted = literal(student, teacher)
     (wanted_gradient,) = torch.autograd.grad(wanted, student)
-    value, gradient = value_and_gradient(own, student, algorithm=algorithm)
+    value, gradient = value_and_gradient(drawn, student, algorithm=algorithm)
     # 2 - 2 cos: the loss is a difference of numbers of size 2 / B
     size = 2 / max(B, 1)
-    torch.testing.assert_close(value / size, wanted.detach() / size, rtol=0, atol=FP64["rtol"])
+    assert_same(value, wanted.detach(), size=size)
     # the gradient's terms are of that size over the features' size
-    size = size / scale
-    torch.testing.assert_close(gradient / size, wanted_gradient / size, rtol=0, atol=FP64["rtol"])
+    assert_same(gradient, wanted_gradient, size=size / scale)
 
 
 @each_backend(dtypes=(torch.float32, torch.bfloat16))
@@ -313,8 +292,8 @@ def _memory_cases() -> list[Any]:
     """The cpu kernels in both algorithms; the reference only where its own products are small."""
     params = []
     for backend, algorithm in (("cpu", "factored"), ("cpu", "tiled"), ("reference", "factored")):
-        own = case(backend, STUDENT, TEACHER, dtype=torch.float32, algorithm=algorithm)
-        params.append(pytest.param(own, id=f"{backend}-{algorithm}"))
+        made = case(backend, STUDENT, TEACHER, dtype=torch.float32, algorithm=algorithm)
+        params.append(pytest.param(made, id=f"{backend}-{algorithm}"))
     return params
 
 

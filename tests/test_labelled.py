@@ -108,7 +108,7 @@ def _degenerate(case: Case) -> dict[str, tuple[Tensor, Tensor, dict[str, Any]]]:
     }
 
 
-# a single class has pairs to pull together, classes of one row have pairs to push apart
+# a single class has only pairs that attract, classes of one row only pairs that repel
 ONE_KIND = ("one class", "all distinct", "no reference of these labels")
 
 

@@ -134,9 +134,8 @@ def test_autocast(case: Case) -> None:
     D = case.sample.args[0].shape[-1]
     weight = torch.randn(D, D, device=case.device) / D**0.5
 
-    def rounded(
-        x: Tensor, *others: Tensor
-    ) -> Tensor:  # bf16 out of the layer, the loss in full precision
+    # bf16 out of the layer, the loss in full precision
+    def rounded(x: Tensor, *others: Tensor) -> Tensor:
         with torch.autocast(case.device.type, enabled=False):
             return case.info.define(case.sample, (x.float(), *others))
 

@@ -212,9 +212,8 @@ def test_gradcheck(case: Case) -> None:
     grads = gradients(case.info.define(case.sample, tuple(args)), args)
     size = max(grad.abs().max().item() for grad in grads) or 1.0
 
-    def scaled(
-        *args: Tensor,
-    ) -> Tensor:  # gradients of order one, since gradcheck's tolerance is absolute
+    # gradients of order one, since gradcheck's tolerance is absolute
+    def scaled(*args: Tensor) -> Tensor:
         return case.call(*args) / size
 
     assert torch.autograd.gradcheck(scaled, args, fast_mode=True)

@@ -25,7 +25,7 @@ from cases import (
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kdkernels import _dispatch
+from kdkernels import _dispatch, _native
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 
 ONE = {"pick": lambda found: few(found)[:1]}
@@ -158,8 +158,9 @@ def test_compile_dynamic_shapes(case: Case) -> None:
             _assert_compiled_equals_eager(other, compiled)
 
 
-@each_case(**ONE, backends=("reference", "cpu"))
+@each_case(**ONE, backends=("reference" if _native.load_error("kdkernels_cpu") else "cpu",))
 def test_compile_with_inductor(case: Case) -> None:
+    """On one backend: its name is a constant in the graph, and the generated code is the same."""
     _assert_compiled_equals_eager(case, _compiled(case, backend="inductor"))
 
 

@@ -73,9 +73,11 @@ def test_both_sides_at_once_and_apart(backend: str, metric: str) -> None:
         assert error.ok, error.detail
 
 
-@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("metric", DISTANCES)
-def test_close_rows_of_far_clusters_keep_their_digits(backend: str, metric: str, own: bool) -> None:
+def test_close_rows_of_far_clusters_keep_their_digits(
+    backend: str, metric: str, in_batch: bool
+) -> None:
     """Points 1e-3 apart in clusters at norm 10, judged among themselves, at their own scale."""
     centres = 10 * F.normalize(_draw(4, 16, seed=1, dtype=torch.float64), dim=1)
     cluster = torch.arange(40) % 4
@@ -83,14 +85,14 @@ def test_close_rows_of_far_clusters_keep_their_digits(backend: str, metric: str,
         (centres[cluster] + 2.5e-4 * _draw(40, 16, seed=seed, dtype=torch.float64)).float()
         for seed in (2, 3)
     )
-    y = x if own else y
+    y = x if in_batch else y
     same = cluster[:, None] == cluster[None, :]
     kwargs = {"metric": metric, "gamma": 2e5}
     dout = torch.where(same, _draw(40, 40, seed=4, dtype=torch.float64), 0.0)
 
     def run(function: object, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         a = x.detach().to(dtype).requires_grad_()
-        out = function(a, None if own else y.to(dtype), **kwargs)
+        out = function(a, None if in_batch else y.to(dtype), **kwargs)
         return out.detach()[same], torch.autograd.grad(out, a, dout.to(dtype))[0]
 
     hi = run(reference.pairwise, torch.float64)
@@ -153,7 +155,7 @@ def test_choice_of_products() -> None:
 
 
 def test_extra_memory_is_one_matrix() -> None:
-    """The values, tiles and rows: no matrix of weights."""
+    """No matrix of weights beside the values; only tiles and rows."""
     reason = peak.why_not(CPU)
     if reason is not None:
         pytest.skip(reason)

@@ -30,10 +30,8 @@ PAIRS = [(info, peer) for info in opinfos() for peer in info.peers]
 SEARCHERS = ("faiss-cpu", "scikit-learn")
 PARTS = {(name, peer) for name in ("triplet_loss", "pairwise") for peer in SEARCHERS}
 PARTS |= {("pairwise", "pykeops")}
-LACKED = {
-    "lsh_bce": "reduction",
-    "pairwise": "gamma",
-}  # an option that peers lack; references elsewhere
+# An option that peers lack; of the other ops that is `references`.
+LACKED = {"lsh_bce": "reduction", "pairwise": "gamma"}
 WHOLE = [(info, peer) for info, peer in PAIRS if (info.name, peer) not in PARTS]
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 from cases import Calls
 from torch import Tensor
+from values import STUDENT, assert_same, waves
+from values import WIDE_TEACHER as TEACHER
 
 import kdkernels as kd
 from kdkernels import _dispatch
@@ -19,17 +21,7 @@ from kdkernels.testing.opinfo import BenchShape, randn
 
 CPU = torch.device("cpu")
 FORMS = tuple(itertools.product(("cosine", "student_t"), ("kl", "jeffreys")))
-FP64 = {"rtol": 2 * numerics.FP64_RELATIVE, "atol": 2 * numerics.FP64_RELATIVE}
 each_form = pytest.mark.parametrize(("kernel", "divergence"), FORMS)
-
-
-def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:
-    """A matrix that can be written down: sin(a i + b d + c) + 0.3 cos(0.05 i d + c)."""
-    i, d = torch.arange(B, dtype=torch.float64)[:, None], torch.arange(D, dtype=torch.float64)
-    return torch.sin(a * i + b * d + c) + 0.3 * torch.cos(0.05 * i * d + c)
-
-
-STUDENT, TEACHER = waves(8, 16, 0.9, 0.31, 0.5), waves(8, 24, 0.7, 0.23, 0.1)
 
 
 def backends(*tensors: Tensor, **options: str) -> list[str]:
@@ -80,8 +72,8 @@ def test_every_backend_computes_what_is_published(kernel: str, divergence: str) 
         found = value_and_gradient(
             STUDENT, TEACHER, kernel=kernel, divergence=divergence, backend=backend
         )
-        torch.testing.assert_close(found[0], expected.detach(), **FP64)
-        torch.testing.assert_close(found[1], gradient, **FP64)
+        assert_same(found[0], expected.detach())
+        assert_same(found[1], gradient)
 
 
 @each_form
@@ -90,11 +82,11 @@ def test_agreement_costs_nothing(kernel: str, divergence: str) -> None:
         value, gradient = value_and_gradient(
             STUDENT, STUDENT.clone(), kernel=kernel, divergence=divergence, backend=backend
         )
-        torch.testing.assert_close(value, torch.zeros_like(value), **FP64)
+        assert_same(value, torch.zeros_like(value), size=1.0)
         scale = transcribed(STUDENT, TEACHER, kernel, divergence)
         assert gradient.abs().max() < scale  # "kl" has its minimum, up to eps, elsewhere
         if divergence == "jeffreys":
-            torch.testing.assert_close(gradient, torch.zeros_like(gradient), **FP64)
+            assert_same(gradient, torch.zeros_like(gradient), size=1.0)
 
 
 @pytest.mark.parametrize("kernel", ["cosine", "student_t"])
@@ -103,7 +95,7 @@ def test_jeffreys_is_symmetric(kernel: str) -> None:
     for backend in backends(STUDENT, TEACHER):
         one = kd.pkt(STUDENT, TEACHER, **options, backend=backend)
         other = kd.pkt(TEACHER, STUDENT, **options, backend=backend)
-        torch.testing.assert_close(one, other, **FP64)
+        assert_same(one, other)
 
 
 @each_form
@@ -115,8 +107,8 @@ def test_rotations_and_permutations_change_nothing(kernel: str, divergence: str)
         plain = kd.pkt(STUDENT, TEACHER, **options, backend=backend)
         rotated = kd.pkt(STUDENT @ rotation, TEACHER, **options, backend=backend)
         permuted = kd.pkt(STUDENT[order], TEACHER[order], **options, backend=backend)
-        torch.testing.assert_close(rotated, plain, **FP64)
-        torch.testing.assert_close(permuted, plain, **FP64)
+        assert_same(rotated, plain)
+        assert_same(permuted, plain)
 
 
 def test_distances_do_not_depend_on_where_the_rows_are() -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import DEVICES, Calls, Case
 from torch import Tensor
+from values import QUEUE, STUDENT, TEACHER, assert_same
 
 import kdkernels as kd
 from kdkernels import _dispatch
@@ -23,18 +24,10 @@ INFO, NCE = (
     next(info for info in opinfos() if info.name == name) for name in ("relational_kl", "info_nce")
 )
 CPU = torch.device("cpu")
-FP64 = {"rtol": 2 * numerics.FP64_RELATIVE, "atol": 2 * numerics.FP64_RELATIVE}
 
 
-def waves(B: int, D: int, a: float, b: float, c: float) -> Tensor:
-    """A matrix that can be written down: sin(a i + b d + c) + 0.3 cos(0.05 i d + c)."""
-    i, d = torch.arange(B, dtype=torch.float64)[:, None], torch.arange(D, dtype=torch.float64)
-    return torch.sin(a * i + b * d + c) + 0.3 * torch.cos(0.05 * i * d + c)
-
-
-STUDENT, TEACHER = waves(8, 16, 0.9, 0.31, 0.5), waves(8, 16, 0.7, 0.23, 0.1)
-QUEUE = F.normalize(waves(32, 16, 0.41, 0.19, 0.7))
-QUEUE[:8] = F.normalize(TEACHER)
+# the queue of the published values, whose first keys are the teacher's
+KEYS = torch.cat([F.normalize(TEACHER), QUEUE[8:]])
 
 
 def each_backend(
@@ -47,12 +40,12 @@ def each_backend(
     for backend in backends:
         for device in DEVICES:
             for dtype in dtypes or (torch.float64,):
-                args = [x.to(device, dtype) for x in (STUDENT, TEACHER, QUEUE)]
+                args = [x.to(device, dtype) for x in (STUDENT, TEACHER, KEYS)]
                 if info is NCE:
                     args = [args[0], args[2], torch.arange(8, device=device)]
                 params.append(
                     pytest.param(
-                        Case(info, backend, device, dtype, Sample("own", tuple(args))),
+                        Case(info, backend, device, dtype, Sample("here", tuple(args))),
                         id=f"{backend}-{device.type}-{str(dtype)[6:]}",
                         marks=[pytest.mark.gpu] if device.type == "cuda" else [],
                     )
@@ -105,12 +98,12 @@ def test_temperatures_get_gradients(case: Case, divergence: str) -> None:
     wanted = value_and_gradients(INFO.definition, *case.sample.args, **options)
     assert len(got) == 6
     for g, w in zip(got[:4], wanted[:4], strict=True):
-        torch.testing.assert_close(g, w, **FP64)
+        assert_same(g, w)
     for g, w in zip(got[4:], wanted[4:], strict=True):
         torch.testing.assert_close(g, w)  # fp32, as the temperatures are
     own, theirs = own.item(), theirs.item()
     options |= {"student_temperature": own, "teacher_temperature": theirs}
-    torch.testing.assert_close(case.call(*case.sample.args, **options), got[0], **FP64)
+    assert_same(case.call(*case.sample.args, **options), got[0])
 
 
 @each_backend(info=NCE)
@@ -119,7 +112,7 @@ def test_temperature_of_info_nce_gets_a_gradient(case: Case) -> None:
     got = value_and_gradients(case.call, *case.sample.args, **options)
     wanted = value_and_gradients(NCE.definition, *case.sample.args, **options)
     for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, **FP64)
+        assert_same(g, w)
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, math.nan])
@@ -139,7 +132,7 @@ def test_divergences_differ_by_the_entropy_and_have_one_gradient(case: Case) -> 
         for name in ("kl", "cross_entropy")
     )
     log_p = (reference.similarities(teacher, queue, True) / 0.02).log_softmax(-1)
-    torch.testing.assert_close(ce - kl, -(log_p.exp() * log_p).sum(-1), **FP64)
+    assert_same(ce - kl, -(log_p.exp() * log_p).sum(-1))
     gradients = [torch.autograd.grad(loss.sum(), student)[0] for loss in (kl, ce)]
     assert torch.equal(*gradients)
 
@@ -155,7 +148,7 @@ def test_excluding_a_key_is_leaving_it_out(case: Case) -> None:
         rows = student[i : i + 1], teacher[i : i + 1]
         wanted = value_and_gradients(case.call, *rows, queue[keep], reduction="none")
         for g, w in zip(got[:3], wanted[:3], strict=True):
-            torch.testing.assert_close(g[i], w[0], **FP64)
+            assert_same(g[i], w[0])
 
 
 @each_backend(torch.float32)
@@ -187,8 +180,8 @@ def test_an_own_key_is_one_more_key(case: Case, divergence: str) -> None:
         by_queue += by_bank[:-1]
         wanted = value[0], by_rows[0][0], by_rows[1][0], by_bank[-1]
         for g, w in zip((got[0], got[1], got[2], got[4]), wanted, strict=True):
-            torch.testing.assert_close(g[i], w, **FP64)
-    torch.testing.assert_close(got[3], by_queue, **FP64)
+            assert_same(g[i], w)
+    assert_same(got[3], by_queue)
 
 
 @each_backend(torch.float32)
@@ -263,7 +256,7 @@ def test_equal_sides_do_not_diverge(case: Case) -> None:
     student, _, queue = case.sample.args
     options = {"student_temperature": 0.05, "teacher_temperature": 0.05}
     for result in value_and_gradients(case.call, student, student, queue, **options):
-        torch.testing.assert_close(result, torch.zeros_like(result), **FP64)
+        assert_same(result, torch.zeros_like(result), size=1.0)
 
 
 @each_backend(info=NCE)
@@ -271,7 +264,7 @@ def test_info_nce_is_the_cross_entropy_of_the_similarities(case: Case) -> None:
     queries, keys, positives = case.sample.args
     got = case.call(queries, keys, positives, temperature=0.5)
     logits = F.normalize(queries) @ F.normalize(keys).T / 0.5
-    torch.testing.assert_close(got, F.cross_entropy(logits, positives), **FP64)
+    assert_same(got, F.cross_entropy(logits, positives))
 
 
 @each_backend(info=NCE)
@@ -281,7 +274,7 @@ def test_info_nce_is_the_limit_of_a_sharp_teacher(case: Case) -> None:
     options = {"student_temperature": 0.2, "teacher_temperature": 1e-6}
     sharp = kd.relational_kl(queries, keys[:8], keys, **options, backend=case.backend)
     got = case.call(queries, keys, positives, temperature=0.2)
-    torch.testing.assert_close(got, sharp, **FP64)
+    assert_same(got, sharp)
 
 
 @each_backend(torch.float32, info=NCE)
@@ -341,7 +334,7 @@ def test_a_maximum_may_lie_in_any_tile(case: Case) -> None:
     got = value_and_gradients(case.call, rows, rows.flip(0), keys, **options)
     wanted = value_and_gradients(INFO.definition, rows, rows.flip(0), keys, **options)
     for g, w in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g, w, **FP64)
+        assert_same(g, w)
 
 
 @each_backend(torch.float32)
@@ -356,7 +349,7 @@ def test_only_what_asks_takes_a_second_sweep(case: Case) -> None:
         forward, *backward = (results for _, _, results in calls.made)
         return forward[1].numel(), *(x.numel() for results in backward for x in results)
 
-    rows, keys = STUDENT.numel(), QUEUE.numel()
+    rows, keys = STUDENT.numel(), KEYS.numel()
     assert sizes(False, False, False) == (0,)
     assert sizes(True, False, False) == (rows, rows, 0, 0, 0)
     assert sizes(False, True, False) == (0, 0, rows, 0, 0)
@@ -370,15 +363,15 @@ def test_only_what_asks_takes_a_second_sweep(case: Case) -> None:
 def test_the_wider_dtype_is_taken_under_autocast() -> None:
     narrow = STUDENT.bfloat16()
     with torch.autocast("cpu", torch.bfloat16):
-        got = kd.relational_kl(narrow, TEACHER.float(), QUEUE)
-    assert torch.equal(got, kd.relational_kl(narrow.double(), TEACHER.float().double(), QUEUE))
+        got = kd.relational_kl(narrow, TEACHER.float(), KEYS)
+    assert torch.equal(got, kd.relational_kl(narrow.double(), TEACHER.float().double(), KEYS))
 
 
 def test_explain_says_where_the_gradient_is_computed() -> None:
     student = STUDENT.clone().requires_grad_()
-    answer = kd.explain("relational_kl", student, TEACHER, QUEUE)
+    answer = kd.explain("relational_kl", student, TEACHER, KEYS)
     assert "forward sweep" in answer.choices["gradient"]
-    answer = kd.explain("info_nce", STUDENT, QUEUE, torch.arange(8), backend="reference")
+    answer = kd.explain("info_nce", STUDENT, KEYS, torch.arange(8), backend="reference")
     assert answer.choices["gradient"].startswith("none")
     assert answer.backend == "reference"
 

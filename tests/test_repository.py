@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import subprocess
@@ -84,6 +85,14 @@ def test_every_op_has_all_of_its_files(op: str) -> None:
         assert (ROOT / path).is_file(), path
 
 
+def test_every_module_has_its_test() -> None:
+    """The test of kdkernels/nn/<module>.py is tests/nn/test_<module>.py; what several modules share
+    is tested in test_modules.py, test_errors.py and test_state.py."""
+    modules = {path.stem for path in (ROOT / "kdkernels" / "nn").glob("[!_]*.py")}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "nn").glob("*.py")}
+    assert tests == modules | {"modules", "errors", "state"}
+
+
 def _targets(text: str) -> list[str]:
     """Relative targets of Markdown links, without their anchors."""
     found = re.findall(r"\]\(([^)\s]+)\)", text)
@@ -149,12 +158,61 @@ def test_records_name_no_machine_and_no_path() -> None:
         assert not re.search(r'"/(?:home|work|root|tmp|usr)', text), path.name
 
 
-def test_no_test_is_expected_to_fail() -> None:
-    """Missing hardware is deselected in conftest.py; anything else that fails is a fault."""
-    marks = [
-        f"{path.name}: {line.strip()}"
-        for path in (ROOT / "tests").rglob("*.py")
-        for line in path.read_text().splitlines()
-        if re.search(r"mark\.(?:xfail|skip\b)", line) and path.name != "test_repository.py"
+def _tests() -> list[tuple[str, ast.AST]]:
+    """Every node of every file of tests, with the place to name."""
+    return [
+        (f"{path.relative_to(ROOT)}:{node.lineno}", node)
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if hasattr(node, "lineno")
     ]
-    assert marks == []
+
+
+def _literals(node: ast.AST) -> list[float]:
+    return [
+        found.value
+        for found in ast.walk(node)
+        if isinstance(found, ast.Constant) and type(found.value) in (int, float)
+    ]
+
+
+def test_no_test_has_a_tolerance_of_its_own() -> None:
+    """Tolerances are 0, names of kdkernels.testing.numerics, torch's, or units of torch.finfo.
+    (pytest.approx, which knows no rtol and atol, is for the rounded numbers of records.)"""
+    given = [
+        place
+        for place, node in _tests()
+        if isinstance(node, ast.keyword)
+        and node.arg in ("rtol", "atol")
+        and any(_literals(node.value))
+    ]
+    compared = [
+        place
+        for place, node in _tests()
+        if isinstance(node, ast.Compare)
+        and any(isinstance(op, (ast.Lt, ast.LtE)) for op in node.ops)
+        and any(
+            isinstance(side, ast.Constant) and type(side.value) is float and 0 < side.value < 0.01
+            for side in (node.left, *node.comparators)
+        )
+    ]
+    assert given + compared == []
+
+
+def test_what_is_not_run_is_named_and_nothing_is_expected_to_fail() -> None:
+    """Cases of absent backends are deselected in conftest.py; every skip has its reason."""
+    forbidden, unnamed = [], []
+    for place, node in _tests():
+        name = node.attr if isinstance(node, ast.Attribute) else None
+        if name == "xfail" or (name == "skip" and ast.unparse(node).endswith("mark.skip")):
+            forbidden.append(place)
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        reason = node.args or [word for word in node.keywords if word.arg == "reason"]
+        if called == "pytest.skip" and not reason:
+            unnamed.append(place)
+        if called.endswith("skipif") and not any(word.arg == "reason" for word in node.keywords):
+            unnamed.append(place)
+    assert forbidden == []
+    assert unnamed == []

@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is special about rkd: published values, what does not change it, close and equal rows,
-memory; and its module."""
+memory."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import DEVICES, Case, assert_within_budget
-from labelled import FP64, WAVES, info_of, waves
-from test_nn import maps
+from labelled import info_of
 from torch import Tensor
+from values import STUDENT, assert_same
+from values import WIDE_TEACHER as TEACHER
 
-import kdkernels as kd
 from kdkernels import _dispatch
-from kdkernels.testing import peak
+from kdkernels.testing import numerics, peak
 from kdkernels.testing.opinfo import Sample, randn
 from kdkernels.testing.opinfos.rkd import eager_angle, eager_distance
 
-TEACHER = waves(8, 24, 0.7, 0.23, 0.1)
 NAMES = ("rkd_distance", "rkd_angle")
 DISTANCE = NAMES[:1]
 FLOAT64 = torch.float64
@@ -33,12 +31,14 @@ def _case(name: str, backend: str, *args: Tensor) -> Case:
 
 
 def each_backend(
-    dtype: torch.dtype = torch.float64, names: tuple[str, ...] = NAMES
+    dtype: torch.dtype = torch.float64,
+    names: tuple[str, ...] = NAMES,
+    backends: tuple[str, ...] = _dispatch.BACKENDS,
 ) -> pytest.MarkDecorator:
     params = []
     for name in names:
         for device in DEVICES:
-            for backend in _dispatch.BACKENDS:
+            for backend in backends:
                 case = _case(name, backend, *(torch.ones(3, 2, device=device, dtype=dtype),) * 2)
                 marks = [pytest.mark.gpu] if device.type == "cuda" else []
                 if case.why_not() is None:
@@ -58,7 +58,7 @@ def loss_and_gradients(case: Case) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 @each_backend(names=DISTANCE)
 def test_distance_has_the_published_value(case: Case) -> None:
-    loss, (gradient, _) = loss_and_gradients(on(case, WAVES, TEACHER))
+    loss, (gradient, _) = loss_and_gradients(on(case, STUDENT, TEACHER))
     # given to twelve digits
     assert f"{loss.item():.12f}" == "0.055708203530"
     assert f"{gradient.norm().item():.12f}" == "0.027520851923"
@@ -66,44 +66,41 @@ def test_distance_has_the_published_value(case: Case) -> None:
 
 @each_backend(torch.float32, names=DISTANCE)
 def test_distance_has_the_published_value_in_fp32(case: Case) -> None:
-    rows = on(case, WAVES, TEACHER)
+    rows = on(case, STUDENT, TEACHER)
     assert_within_budget(rows, rows.errors())
 
 
 @each_backend()
 def test_eager_baselines_compute_the_same(case: Case) -> None:
     eager = eager_distance if case.info.name == "rkd_distance" else eager_angle
-    rows = on(case, WAVES, TEACHER)
+    rows = on(case, STUDENT, TEACHER)
     loss, (gradient, _) = loss_and_gradients(rows)
     student = rows.sample.args[0].clone().requires_grad_()
     wanted = eager(student, rows.sample.args[1])
     (wanted_gradient,) = torch.autograd.grad(wanted, student)
-    torch.testing.assert_close(loss, wanted.detach(), **FP64)
-    size = wanted_gradient.abs().max()
-    torch.testing.assert_close(gradient / size, wanted_gradient / size, rtol=0, atol=FP64["rtol"])
+    assert_same(loss, wanted.detach())
+    assert_same(gradient, wanted_gradient)
 
 
 @each_backend()
 def test_motions_and_scale_change_nothing(case: Case) -> None:
     rotation = torch.linalg.qr(randn(16, 16, seed=5, device=torch.device("cpu"), dtype=FLOAT64))[0]
-    moved = 7 * WAVES @ rotation + torch.arange(16)
-    loss, (gradient, _) = loss_and_gradients(on(case, WAVES, TEACHER))
+    moved = 7 * STUDENT @ rotation + torch.arange(16)
+    loss, (gradient, _) = loss_and_gradients(on(case, STUDENT, TEACHER))
     other, (other_gradient, _) = loss_and_gradients(on(case, moved, TEACHER))
-    torch.testing.assert_close(other, loss, **FP64)
-    back = 7 * other_gradient @ rotation.mT.to(other_gradient)
-    size = gradient.abs().max()
-    torch.testing.assert_close(back / size, gradient / size, rtol=0, atol=FP64["rtol"])
+    assert_same(other, loss)
+    assert_same(7 * other_gradient @ rotation.mT.to(other_gradient), gradient)
     # what a motion or a scale would move is not in the gradient
-    x = on(case, WAVES, TEACHER).sample.args[0]
+    x = on(case, STUDENT, TEACHER).sample.args[0]
+    size = gradient.abs().max()
     for product in (gradient.sum(0), (gradient * x).sum()):
-        torch.testing.assert_close(product / size, 0 * product, rtol=0, atol=FP64["rtol"])
+        assert_same(product, 0 * product, size=size)
 
 
-@each_backend()
+# Triton's tiles are small in the interpreter: every test has several of them.
+@each_backend(backends=("cpu", "cuda", "reference"))
 def test_several_tiles_of_all_kinds(case: Case) -> None:
     """More rows than a tile has, and a last tile that is not full."""
-    if case.backend == "triton":
-        pytest.skip("its tiles are small in the interpreter")
     device = torch.device("cpu")
     s, t = (randn(150, D, seed=D, device=device, dtype=FLOAT64) for D in (12, 5))
     rows = on(case, s, t)
@@ -139,7 +136,7 @@ def test_equal_rows(case: Case) -> None:
     # of the student only: nothing to be told from nothing, and no gradient to say where
     rows = on(case, one, TEACHER[:6])
     loss, (gradient, of_teacher) = loss_and_gradients(rows)
-    torch.testing.assert_close(loss, case.info.define(rows.sample), **FP64)
+    assert_same(loss, case.info.define(rows.sample))
     assert loss > 0
     assert not gradient.any()
     assert of_teacher.isfinite().all()
@@ -148,16 +145,16 @@ def test_equal_rows(case: Case) -> None:
 @each_backend()
 def test_few_rows(case: Case) -> None:
     for B in (0, 1, 2):
-        rows = on(case, WAVES[:B], TEACHER[:B])
+        rows = on(case, STUDENT[:B], TEACHER[:B])
         loss, gradients = loss_and_gradients(rows)
         # two rows are at the mean distance, and there is one angle of three rows, between equals
-        assert loss.abs() <= 1e-20
+        assert loss.abs() <= numerics.FP64_RELATIVE**2
         assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 @each_backend()
 def test_equal_sides_cost_nothing(case: Case) -> None:
-    loss, gradients = loss_and_gradients(on(case, WAVES, WAVES.clone()))
+    loss, gradients = loss_and_gradients(on(case, STUDENT, STUDENT.clone()))
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients)
 
@@ -176,45 +173,3 @@ def test_extra_memory(name: str, B: int, matrices: float) -> None:
     shape = dataclasses.replace(info.bench[0], sizes={"B": B, "D": 16})
     used = peak.extra_mib(name, shape, torch.float32, "fwd_bwd", "cpu", cpu)
     assert used < matrices * B * B * 4 / peak.MIB
-
-
-PRESETS: dict[str, tuple[float, float, bool, bool]] = {
-    "repdistiller": (25, 50, False, False),
-    "lenscloth": (1, 2, False, True),
-    "torchdistill": (1, 2, False, False),
-    "mmrazor": (25, 50, True, True),
-}
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_of_the_module(preset: str) -> None:
-    distance, angle, unit_student, unit_teacher = PRESETS[preset]
-    student, teacher = maps(6, 3, 4), maps(6, 20)
-    s = F.normalize(student.flatten(1), dim=1) if unit_student else student.flatten(1)
-    t = F.normalize(teacher, dim=1) if unit_teacher else teacher
-    expected = distance * eager_distance(s, t) + angle * eager_angle(s, t)
-    torch.testing.assert_close(kd.nn.RKDLoss(preset=preset)(student, teacher), expected)
-
-
-def test_the_module_leaves_out_what_weighs_nothing_and_adds_layers() -> None:
-    pairs = [maps(6, 3, 4), maps(6, 5)], [maps(6, 20), maps(6, 4)]
-    only = kd.nn.RKDLoss(3.0, 0.0)(*pairs)
-    expected = sum(3 * eager_distance(s.flatten(1), t) for s, t in zip(*pairs, strict=True))
-    torch.testing.assert_close(only, expected)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"preset": "mine"}, ValueError, "preset must be one of 'repdistiller', 'lenscloth'"),
-        ({"distance_weight": -1}, ValueError, "distance_weight must be a finite number"),
-        ({"angle_weight": "2"}, TypeError, "angle_weight must be a number, got str"),
-        ({"distance_weight": 0, "angle_weight": 0}, ValueError, "angle_weight must be above 0"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of"),
-    ],
-)
-def test_the_module_names_what_does_not_fit(
-    options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        kd.nn.RKDLoss(**options)

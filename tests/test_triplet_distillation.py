@@ -93,35 +93,6 @@ def test_compiles_without_a_graph_break(negatives: str) -> None:
     torch.testing.assert_close(gradient(loss, student), gradient(expected, student))
 
 
-def test_module_weighs_the_function() -> None:
-    student, teacher, labels = batch()
-    module = kd.nn.TripletDistillationLoss(negatives="hardest", margin=1)
-    expected = 2 * kd.triplet_distillation(
-        student, teacher, labels, negatives="hardest", margin=1.0
-    )
-    torch.testing.assert_close(module(student, teacher, labels), expected)
-    assert repr(module) == (
-        "TripletDistillationLoss(weight=2, margin=1, negatives='hardest', backend='auto')"
-    )
-    random = kd.nn.TripletDistillationLoss()
-    first, second = (random(student, teacher, labels, seeded(5)) for _ in range(2))
-    assert torch.equal(first, second)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"negatives": "easy"}, "negatives must be one of"),
-        ({"margin": -1.0}, "margin must be a finite number that is not negative"),
-        ({"weight": float("nan")}, "weight must be a finite number"),
-        ({"backend": "gpu"}, "backend must be one of"),
-    ],
-)
-def test_bad_options(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        kd.nn.TripletDistillationLoss(**options)
-
-
 def test_the_teacher_gets_no_gradient() -> None:
     student, teacher, labels = batch()
     teacher.requires_grad_()

@@ -7,11 +7,14 @@ No spills, no more shared memory than there is, and tensor cores where a product
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+import kdkernels.triton
 from kdkernels.testing import triton_targets
 from kdkernels.testing.triton_targets import SHARED_KIB, TARGETS, Compiled
 
@@ -47,6 +50,14 @@ def test_kernels_compile_without_spills_and_fit(
         if bool(kernel.instructions) != kernel.expects_tensor_core:
             wrong.append(f"{kernel.name}: {found}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_are_found_wherever_they_are_defined() -> None:
+    root = Path(kdkernels.triton.__file__).parent
+    kernel = re.compile(r"^def (_\w+_kernel(?:_\w+)?)\(", re.MULTILINE)
+    defined = {name for path in root.rglob("*.py") for name in kernel.findall(path.read_text())}
+    assert defined
+    assert triton_targets.kernels_of_all_ops() == defined
 
 
 @pytest.mark.parametrize("target", TARGETS)

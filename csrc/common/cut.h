@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a sweep over tiles of a large matrix is shared among cores: blocks of one axis are tasks, the
-// other axis follows within a task, or is cut into pieces where there are few blocks.
+// A sweep over tiles of a large matrix is shared among cores so: the blocks of one axis are tasks,
+// and a task goes along the other axis, which is cut into pieces where there are few blocks.
 #pragma once
 
 #include <algorithm>
@@ -11,7 +11,8 @@
 
 namespace kdk {
 
-// Depends on the shapes alone, so that sums over pieces do not change with the number of threads.
+// The cut depends on the shapes alone, so that sums over pieces do not change with the number of
+// threads.
 struct Cut {
   static constexpr int64_t kTasks = 16;  // at least, where the shapes have so many blocks
   int64_t blocks, pieces, steps;         // steps: blocks of the other axis in a piece

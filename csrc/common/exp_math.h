@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// exp and log for scalars or for GCC vectors of them.
+// exp and log are written here for scalars and for GCC vectors of them.
 #pragma once
 
 #include <cstdint>

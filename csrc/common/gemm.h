@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products through the BLAS that torch carries, reached by the stable C shim.
+// Matrices are multiplied by the BLAS that torch carries, which is reached through the stable C
+// shim.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +26,10 @@ struct Gram {
   bool symmetric;
 };
 
-// Several such products at once, cut into tasks over output blocks and, where those are few, over
-// the contraction. The cut depends on the shapes alone and partial sums are added in a fixed order.
-// (BLAS itself rounds differently with other numbers of threads where a product is not cut.)
+// Makes several such products at once. They are cut into tasks over blocks of the output and, where
+// there are few blocks, over the contraction. The cut depends on the shapes alone and partial sums
+// are added in a fixed order. (BLAS itself rounds differently with other numbers of threads where a
+// product is not cut.)
 template <typename T>
 void grams(const std::vector<Gram<T>>& jobs);
 

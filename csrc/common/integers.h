@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Division of sizes, which are not negative.
+// Sizes are divided and rounded here. They are not negative.
 #pragma once
 
 #include <cstdint>
@@ -8,10 +8,10 @@
 
 namespace kdk {
 
-// a / b, rounded up.
+// Returns a / b, rounded up.
 KDK_HOST_DEVICE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The least multiple of b that is not below a.
+// Returns the least multiple of b that is not below a.
 KDK_HOST_DEVICE constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace kdk

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The widest vectors of an instruction set, for the `*_simd.cpp` (see simd.h).
+// The `*_simd.cpp` (see simd.h) find here the widest vectors of the instruction set that they are
+// compiled for.
 #pragma once
 
 #include <cstdint>
@@ -34,7 +35,7 @@ using Vector = typename Lanes<T>::Vector;
 template <typename T>
 constexpr int kCount = Lanes<T>::kCount;
 
-// The first `count` lanes, the others 0; all of them if kFull.
+// Loads the first `count` lanes and sets the others to 0. With kFull, all lanes are loaded.
 template <bool kFull, typename T>
 inline __attribute__((always_inline)) Vector<T> load(const T* p, int64_t count) {
   if constexpr (kFull) return *reinterpret_cast<const Vector<T>*>(p);
@@ -52,7 +53,7 @@ inline __attribute__((always_inline)) void store(T* p, Vector<T> x, int64_t coun
   }
 }
 
-// x in the first `count` lanes, `other` beyond.
+// Keeps x in the first `count` lanes and puts `other` into the lanes behind them.
 template <bool kFull, typename T>
 inline __attribute__((always_inline)) Vector<T> within(Vector<T> x, int64_t count, T other) {
   if constexpr (kFull) return x;
@@ -60,7 +61,7 @@ inline __attribute__((always_inline)) Vector<T> within(Vector<T> x, int64_t coun
   return x;
 }
 
-// 0 where the result would not be a normal number.
+// exp(x), or 0 where the result would not be a normal number.
 template <typename T>
 inline __attribute__((always_inline)) Vector<T> exp_of_negative(Vector<T> x) {
   const Vector<T> e = exp_minus<T, Vector<T>, typename Lanes<T>::Integers>(-x);
@@ -74,7 +75,7 @@ inline __attribute__((always_inline)) double sum(Vector<T> x) {
   return total;
 }
 
-// step<kFull>(j, count) for each vector of n elements.
+// Calls step<kFull>(j, count) for each vector of n elements.
 template <typename T, typename F>
 inline __attribute__((always_inline)) void each_vector(int64_t n, const F& step) {
   int64_t j = 0;

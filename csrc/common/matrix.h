@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A view of a strided matrix. Sizes and strides are in elements.
+// A matrix here is a view of strided memory. Sizes and strides are in elements.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The values of an option under the names that the operators take.
+// The operators take options by name; tables of these say which value a name has.
 #pragma once
 
 #include <stdexcept>
@@ -14,7 +14,8 @@ struct Named {
   E value;
 };
 
-// The public functions have checked the name; who calls an operator past them gets an error.
+// Returns the value under a name. The public functions have checked the name, so only a call of an
+// operator past them can fail here.
 template <typename E, size_t kCount>
 E by_name(const Named<E> (&options)[kCount], std::string_view name) {
   for (const Named<E>& option : options) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loops over torch's own threads. A loop inside a loop runs serially, and so do BLAS calls inside
-// one.
+// Loops run on torch's threads. A loop inside a loop runs serially, and so do BLAS calls inside a
+// loop.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -13,7 +13,7 @@ namespace kdk {
 // Work below this many operations costs less than waking a thread.
 inline constexpr double kParallelOps = 2e5;
 
-// f(i) for i in [0, n), each about `ops` operations.
+// Calls f(i) for i in [0, n). Each call takes about `ops` operations.
 template <typename F>
 void parallel_each(int64_t n, double ops, const F& f) {
   const int64_t grain =
@@ -33,17 +33,17 @@ inline int64_t thread_index() {
   return index;
 }
 
-// Pieces of scratch memory that a loop started here needs for thread_index() to choose from. A loop
-// inside a loop runs on the thread of the outer one and under its index, where the number of
-// threads may be 1.
+// Returns how many pieces of scratch memory a loop started here needs, for thread_index() to choose
+// one of. A loop inside a loop runs on the thread of the outer one and under its index, where the
+// number of threads may be 1.
 inline int64_t thread_slots() {
   return std::max<int64_t>(torch::stable::get_num_threads(), thread_index() + 1);
 }
 
-// f(i, j) once for every pair i <= j of n blocks, so that no two calls running at the same time
-// share a block: a call may write to rows i and rows j. The pairs of one round are a round-robin
-// tournament's, and rounds follow one another, so each block sees its partners in an order that
-// does not depend on the number of threads.
+// Calls f(i, j) once for every pair i <= j of n blocks, so that no two calls running at the same
+// time share a block: a call may write to rows i and rows j. The pairs of one round are those of a
+// round-robin tournament, and rounds follow one another, so each block sees its partners in an
+// order that does not depend on the number of threads.
 template <typename F>
 void parallel_pairs(int64_t n, double ops, const F& f) {
   parallel_each(n, ops, [&](int64_t i) { f(i, i); });
@@ -57,8 +57,9 @@ void parallel_pairs(int64_t n, double ops, const F& f) {
   }
 }
 
-// f(i, j) once for every tile of n x m blocks, so that no two calls running at the same time share
-// a row or a column of blocks; in rounds, with the order of parallel_pairs' promise.
+// Calls f(i, j) once for every tile of n x m blocks, so that no two calls running at the same time
+// share a row or a column of blocks. Each row and column sees its tiles in an order that does not
+// depend on the number of threads.
 template <typename F>
 void parallel_tiles(int64_t n, int64_t m, double ops, const F& f) {
   const int64_t longer = std::max(n, m), shorter = std::min(n, m);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of rows that several ops need, shared by the CPU and CUDA kernels.
+// Several ops need this arithmetic of rows. The CPU and CUDA kernels share it.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +33,7 @@ KDK_HOST_DEVICE T product_tolerance(int64_t D) {
 
 inline constexpr double kEps = 1e-12;  // the clamp of F.normalize, on the norm
 
-// max(x, floor) that keeps NaN, as torch.clamp_min does.
+// Returns max(x, floor) and keeps NaN, as torch.clamp_min does.
 KDK_HOST_DEVICE double clamp_min(double x, double floor) { return x < floor ? floor : x; }
 
 }  // namespace kdk

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see simd.h).
+// This file is compiled once per instruction set (see simd.h).
 #include "rows_simd.h"
 
 #include "rows_math.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectorised loops over one or two rows, one table of functions per instruction set.
+// These are vectorised loops over one or two rows. Each instruction set has one table of them.
 #pragma once
 
 #include <cstdint>
@@ -10,11 +10,11 @@ namespace kdk::rows {
 
 template <typename T>
 struct Loops {
-  // sum of x y
+  // returns the sum of x y
   double (*dot)(const T* x, const T* y, int64_t n);
-  // sum (x - y)^2
+  // returns the sum of (x - y)^2
   double (*squared_difference)(const T* x, const T* y, int64_t n);
-  // sums += x - origin; returns sum (x - origin)^2
+  // sums += x - origin. Returns the sum of (x - origin)^2.
   double (*add_offsets)(const T* x, const T* origin, double* sums, int64_t n);
   // x -= y
   void (*subtract)(T* x, const T* y, int64_t n);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features whose losses have kept their derivatives: rows times factors.
+// Where a loss has kept its derivative by the features, the gradient of the features is that
+// derivative with each row multiplied by a factor.
 #pragma once
 
 #include "parallel.h"
@@ -8,7 +9,7 @@
 
 namespace kdk {
 
-// Row i of x [B, D] times factor i of `factors` [B]; both in T.
+// Multiplies row i of x [B, D] by factor i of `factors` [B]. Both are in T.
 template <typename T>
 Tensor scaled_rows(const Tensor& x, const Tensor& factors) {
   const Tensor rows = torch::stable::contiguous(x);

@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Run-time choice of an instruction set. CMake compiles each `*_simd.cpp` once per level, with
-// KDK_SIMD_LEVEL naming the namespace; those files keep everything else in it and include only what
-// inlines, so that no function compiled for a wide level can be linked into a narrow one.
+// The instruction set is chosen at run time. CMake compiles each `*_simd.cpp` once per level, with
+// KDK_SIMD_LEVEL naming the level's namespace. Such a file keeps all of its functions in that
+// namespace and includes only functions that are inlined, so that no function compiled for a wide
+// level can be linked into a narrow one.
+//
+// A product and a sum are rounded apart unless the file says otherwise, in a line that begins with
+// "fp-contract: fast" and gives the reason. CMake reads that line.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +19,7 @@ enum class SimdLevel { kBaseline, kAvx2, kAvx512 };
 // "avx2", "avx512") allows.
 SimdLevel simd_level();
 
-// An integer as wide as T, so that a loop that counts keeps its number of lanes.
+// An integer as wide as T: a loop that counts in it keeps its number of lanes.
 template <typename T>
 using Count = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
 

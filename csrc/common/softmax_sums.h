@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmaxes that are summed part by part: sums relative to a maximum that grows, and their merging.
-// Shared by the CPU and CUDA kernels; T is double, or float.
+// Softmaxes are summed part by part: each sum is relative to a maximum that grows, and sums of
+// parts are merged. The CPU and CUDA kernels share this arithmetic; T is double or float.
 #pragma once
 
 #include <cmath>
@@ -21,25 +21,25 @@ KDK_HOST_DEVICE float softmax_exp(float x) {
 #endif
 }
 
-// The sum of exp(a - max) over some logits a, of which max is the largest; NaN is no maximum, but
-// in the sum.
+// The sum of exp(a - max) over some logits a, of which max is the largest. A logit that is NaN is
+// never the maximum, but makes the sum NaN.
 template <typename T>
 struct SoftmaxSum {
   T max = -static_cast<T>(__builtin_huge_val()), sum = 0;
 
-  // What the sum is multiplied by where the maximum is `most`; 0 if there is no logit.
+  // Returns what the sum has to be multiplied by to be relative to `most`; 0 if there is no logit.
   KDK_HOST_DEVICE T factor(T most) const {
     return sum == 0 ? T(0) : max == most ? T(1) : softmax_exp(max - most);
   }
 
-  // To a maximum at least as large.
+  // Makes the sum relative to `most`, which is at least as large as the maximum.
   KDK_HOST_DEVICE void raise(T most) {
     sum *= factor(most);
     max = most;
   }
 };
 
-// Both sides' sums, and that of the teacher's exp(b - max_b) times
+// The sums of both sides, and as `mean` the sum of the teacher's exp(b - max_b) times
 //   c = subtract_entropy (b - max_b) - (a - max_a),
 // which cancels nothing, as sums of b - a would.
 template <typename T>
@@ -47,7 +47,7 @@ struct SoftmaxSums {
   SoftmaxSum<T> student, teacher;
   T mean = 0;
 
-  // To maxima at least as large.
+  // Makes the sums relative to these maxima, which are at least as large as the present ones.
   KDK_HOST_DEVICE void raise(T most_student, T most_teacher, bool subtract_entropy) {
     if (teacher.sum != 0) {
       const T by_teacher = teacher.max == most_teacher ? T(0) : teacher.max - most_teacher;
@@ -59,7 +59,7 @@ struct SoftmaxSums {
     teacher.raise(most_teacher);
   }
 
-  // The sums over both parts.
+  // Adds the sums over another part.
   KDK_HOST_DEVICE void add(SoftmaxSums other, bool subtract_entropy) {
     const T most_student = student.max < other.student.max ? other.student.max : student.max;
     const T most_teacher = teacher.max < other.teacher.max ? other.teacher.max : teacher.max;

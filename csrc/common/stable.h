@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The few things that the kernels need of LibTorch's stable ABI.
+// The kernels need only these few things of LibTorch's stable ABI.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -22,12 +22,12 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// As the C shim takes a dtype.
+// The number of a dtype in the C shim.
 inline int32_t shim_dtype(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
-// An uninitialised contiguous tensor, by default on the CPU. Straight through the C shim:
+// Returns an uninitialised contiguous tensor, by default on the CPU. It calls the C shim itself:
 // torch::stable::new_empty looks its operator up by name in every call, which shows at small batch.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
                     int32_t device_type = aoti_torch_device_type_cpu(), int32_t device = 0) {
@@ -55,7 +55,7 @@ class View {
   explicit View(const Matrix<T>& m)
       : View(m.data, m, shim_dtype(scalar_type_of<std::remove_const_t<T>>)) {}
 
-  // a block of a matrix of any type: `data` is its first element
+  // Views a block of a matrix of any type, whose first element is `data`.
   template <typename T>
   View(const void* data, const Matrix<T>& form, int32_t dtype) {
     const int64_t sizes[] = {form.rows, form.cols}, strides[] = {form.row_stride, form.col_stride};
@@ -72,7 +72,7 @@ class View {
   AtenTensorHandle handle_ = nullptr;
 };
 
-// Scratch memory that comes from torch's allocator, so that its profiler sees it. Uninitialised.
+// Uninitialised scratch memory. It comes from torch's allocator, so that torch's profiler sees it.
 template <typename T>
 class Scratch {
  public:
@@ -85,18 +85,19 @@ class Scratch {
   std::optional<Tensor> tensor_;
 };
 
-// x in another dtype; itself where it has that one already.
+// Returns x in a dtype: x itself where it has that dtype.
 inline Tensor in_dtype(const Tensor& x, ScalarType dtype) {
   return x.scalar_type() == dtype ? x : torch::stable::to(x, dtype);
 }
 
-// x in fp32 or fp64.
+// Returns x in fp32 or fp64.
 template <typename T>
 Tensor in_type(const Tensor& x) {
   return in_dtype(x, scalar_type_of<T>);
 }
 
-// Likewise; also contiguous, without a call through the dispatcher where it is so already.
+// Returns x in fp32 or fp64 and contiguous, without a call through the dispatcher where it is so
+// already.
 template <typename T>
 Tensor contiguous_in_type(const Tensor& x) {
   const Tensor wide = in_type<T>(x);
@@ -108,8 +109,8 @@ inline bool blas_takes(int64_t cols, int64_t row_stride, int64_t col_stride) {
   return col_stride == 1 && row_stride >= cols;
 }
 
-// A matrix in fp32 or fp64 that BLAS takes, by its rows or by its columns; where it lies if it is
-// so already.
+// Returns a matrix in fp32 or fp64 that BLAS takes by its rows or by its columns: x itself where it
+// is so already.
 template <typename T>
 Tensor for_blas(const Tensor& x) {
   const Tensor wide = in_type<T>(x);
@@ -118,7 +119,8 @@ Tensor for_blas(const Tensor& x) {
   return fits ? wide : torch::stable::contiguous(wide);
 }
 
-// The same of groups of matrices, and of their rows alone, which are then contiguous.
+// Returns groups of matrices in fp32 or fp64 that BLAS takes by their rows: x itself where it is so
+// already.
 template <typename T>
 Tensor groups_for_blas(const Tensor& x) {
   const Tensor wide = in_type<T>(x);
@@ -135,7 +137,7 @@ Matrix<T> matrix(const Tensor& x) {
   return {static_cast<T*>(x.mutable_data_ptr()), x.size(0), x.size(1), x.stride(0), x.stride(1)};
 }
 
-// Group g of a [G, rows, cols] tensor.
+// Returns group g of a [G, rows, cols] tensor.
 template <typename T>
 Matrix<T> group(const Tensor& x, int64_t g) {
   return {static_cast<T*>(x.mutable_data_ptr()) + g * x.stride(0), x.size(1), x.size(2),

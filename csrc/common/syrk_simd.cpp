@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see simd.h). x is packed, kSyrkDepth columns at a time, into
-// panels of kCols rows stored column by column, [panel][k][kCols]; the one copy serves as both
-// operands. A tile of kRows x kCols outputs stays in registers over the packed depth: per column
-// two vector loads, kRows broadcasts, 2 kRows FMAs.
+// This file is compiled once per instruction set (see simd.h). x is packed, kSyrkDepth columns at a
+// time, into panels of kCols rows stored column by column, [panel][k][kCols]; the one copy serves
+// as both operands. A tile of kRows x kCols outputs stays in registers over the packed depth: per
+// column two vector loads, kRows broadcasts, 2 kRows FMAs.
 //
 // fp-contract: fast, since products are only added up.
 #include "syrk_simd.h"

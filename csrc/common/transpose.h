@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block of 4 x 4 floats, transposed in registers, for the `*_simd.cpp` (see simd.h).
+// The `*_simd.cpp` (see simd.h) transpose blocks of 4 x 4 floats in registers.
 #pragma once
 
 namespace kdk {

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of contrastive, shared by the CPU and CUDA kernels.
+// This is the arithmetic of contrastive.
 #pragma once
 
 #include "../common/host_device.h"
 
 namespace kdk::contrastive {
 
-// The loss of a pair is half of the square of this, and its derivative by the distance plus or
-// minus this: the distance of two rows of one label, else what is missing to the margin.
+// Returns the misfit of a pair: the distance of two rows of one label, and what the distance of two
+// rows of different labels lacks to the margin. The loss of the pair is half of the square of the
+// misfit, and the derivative by the distance is plus or minus the misfit.
 template <typename T>
 KDK_HOST_DEVICE T misfit(T d, T margin, bool same_label) {
   if (same_label) return d;

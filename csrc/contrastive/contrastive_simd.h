@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectorised loops of contrastive on the CPU, one table of functions per instruction set.
+// These are the vectorised loops of contrastive on the CPU. Each instruction set has one table of
+// them.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU operator kdkernels_C::correlation_fwd. Arguments were checked by the public function. One
-// pass over rows for the moments of rows and columns, one for the gradient; probabilities are
-// computed in both and never stored.
+// CPU operator kdkernels_C::correlation_fwd. Arguments were checked by the public function. A first
+// pass over the rows adds up the moments of rows and columns, a second one makes the gradient; both
+// compute the probabilities and never store them.
 #include <algorithm>
 #include <tuple>
 #include <vector>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of correlation. Derivation and names: docs/ops/correlation.md.
+// This is the arithmetic of correlation. docs/ops/correlation.md derives it and explains the names.
 #pragma once
 
 #include <cmath>
@@ -8,7 +8,8 @@
 
 namespace kdk::correlation {
 
-// Of two vectors, less their means where those are taken out.
+// The moments of two vectors a and b, from which their means have been subtracted if the
+// correlation is centred.
 struct Moments {
   double aa, bb, ab;  // sums of squares and of products
 };

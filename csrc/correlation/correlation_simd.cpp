@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
 #include "correlation_simd.h"
 
 #include "../common/lanes.h"
@@ -48,7 +48,8 @@ Moments moments(const T* a, const T* b, int64_t n, T centre) {
   return {sum<T>(aa), sum<T>(bb), sum<T>(ab)};
 }
 
-// Of a chunk of columns: the moments of `count` rows about the means joined to those of `before`.
+// Joins, for a chunk of columns, the moments of `count` rows about their means to those of `before`
+// rows.
 inline __attribute__((always_inline)) void join(const Columns& from, double count, double before,
                                                 int64_t n, const Columns& into) {
   const double share = count / (before + count), weight = before * share;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// gram_mse for B no larger than the features are wide: both Grams in split sums, then their rows;
-// the backward makes weights of them, and a product. Two launches each way.
+// These kernels are for B no larger than the features are wide. The forward makes both Grams in
+// split sums, and then reduces their rows; the backward turns them into weights, which a product
+// multiplies with the features. Each direction takes two launches.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/semaphores.h"
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   }
 }
 
-// The sum of n numbers in fp64, for all threads of the block.
+// Returns the sum of n numbers in fp64 to all threads of the block.
 __device__ double sum_of(const double* x, int64_t n) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < n; i += kThreads) sum += x[i];

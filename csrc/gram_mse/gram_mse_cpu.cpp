@@ -19,7 +19,8 @@ Options parse(const std::string& normalize, const std::string& kernel, double ga
           static_cast<int>(order), by_name(kAlgorithms, algorithm)};
 }
 
-// Features as the algorithms read them: rows that BLAS takes, or unit rows if the Gram is of those.
+// Returns features as the algorithms read them: rows that BLAS takes, or unit rows if the Gram is
+// made of unit rows.
 template <typename T>
 Tensor prepare(const Tensor& x, Normalize normalize) {
   const Tensor from = groups_for_blas<T>(x);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The three algorithms of gram_mse on one group of rows, in fp32 or fp64. Residuals:
-// kdkernels/ops/gram_mse.py.
+// The three algorithms of gram_mse work on one group of rows, in fp32 or fp64. The residuals are
+// described in kdkernels/ops/gram_mse.py.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +27,8 @@ struct Forward {
   Matrix<T> gram_student, gram_teacher, cross;
 };
 
-// The gradient of one side. `side` is the side that it is for, so the teacher's has the two sides
-// swapped and `cross` transposed.
+// The arguments for the gradient of one side, which is called `side`. For the teacher's gradient
+// the two sides are swapped and `cross` is transposed.
 template <typename T>
 struct Backward {
   Matrix<const T> side, other;            // [B, D_side], [B, D_other]; unit rows for kFeature
@@ -51,7 +51,7 @@ void factored_forward(const Forward<T>& call, const Options& options);
 template <typename T>
 void factored_backward(const Backward<T>& call, const Options& options);
 
-// Losses and coefficients of all rows from their sums, [B, kSums].
+// Computes the losses and coefficients of all rows from their sums [B, kSums].
 template <typename T>
 void finish_rows(const Forward<T>& call, const double* sums, bool l2);
 

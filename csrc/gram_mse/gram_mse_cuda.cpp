@@ -200,7 +200,7 @@ void multiply_streamed(const Device& device, const Operands& operands, WeightsPa
   }
 }
 
-// Of features x, also through their normalisation.
+// Returns the gradient of features x, through their normalisation if they are normalised.
 Tensor gradient(const Device& device, const Operands& operands, int side, const Tensor& x,
                 const Tensor& dout, const Tensor& coef, const Tensor* grams) {
   const int64_t G = operands.G, B = operands.B, D = x.size(2);

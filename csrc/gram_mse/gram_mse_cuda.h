@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels of gram_mse, and the parameters that they share. Residuals:
-// kdkernels/ops/gram_mse.py.
+// This header declares the launchers of the CUDA kernels of gram_mse, and their parameters. The
+// residuals are described in kdkernels/ops/gram_mse.py.
 #pragma once
 
 #include "../common/cuda/product.h"
@@ -8,8 +8,9 @@
 
 namespace kdk::gram_mse {
 
-// What happens to Gram entries before the difference is squared.
-enum class Form { kRow, kPlain, kTaylor };  // divided by a norm of their row, nothing, a polynomial
+// What happens to Gram entries before the difference is squared: kRow divides them by a norm of
+// their row, kTaylor puts them through a polynomial.
+enum class Form { kRow, kPlain, kTaylor };
 
 struct Problem {
   cuda::Source x[2];  // student and teacher, [G, B, D]
@@ -20,14 +21,15 @@ struct Problem {
   Taylor<float> taylor;
 };
 
-// 1 / |x_i| of both sides.
+// A launch computes 1 / |x_i| of both sides.
 struct NormsParams {
   cuda::Source x[2];
   int64_t G, B;
   float* scale;  // [2, G, B]; null for none
 };
 
-// Both Grams in split sums, the norms, and zeros for what follows, in one launch.
+// One launch makes both Grams in split sums and the norms, and clears the semaphores of the next
+// launch.
 struct ResidentParams {
   Problem problem;
   float* parts[2];  // [splits, G, B, B]
@@ -37,7 +39,7 @@ struct ResidentParams {
   unsigned* semaphores;  // [G]
 };
 
-// Adds up the splits, and reduces rows to coefficients and loss.
+// A launch adds up the splits, and reduces rows to coefficients and loss.
 struct FinishParams {
   Problem problem;
   const float* parts[2];  // [splits, G, B, B]; may be the Grams if there is one split
@@ -49,8 +51,8 @@ struct FinishParams {
   unsigned* semaphores;  // [G]
 };
 
-// W of dX = W X, symmetric: what a gradient makes of two Grams. Of normalised features it is scaled
-// on both sides, so that it multiplies them as they are.
+// A launch makes the symmetric W of dX = W X from both Grams. For normalised features W is scaled
+// on both sides, so that it multiplies the features as they are.
 struct WeightsParams {
   Problem problem;                      // its x is not read
   const float *side_gram, *other_gram;  // [G, B, B]
@@ -63,8 +65,9 @@ struct WeightsParams {
   int64_t semaphore_count;
 };
 
-// Streamed: sums over the tiles of `tiles` rows of tiles, and what later rows have of those by
-// symmetry. In doubles, of kSums each, one piece per tile.
+// In the streamed form, a launch takes `tiles` rows of tiles and leaves the sums of their rows, and
+// the sums that later rows have in the same tiles by symmetry. The sums are kSums doubles per row
+// and tile.
 struct PairSumsParams {
   Problem problem;
   int64_t group;
@@ -73,7 +76,7 @@ struct PairSumsParams {
   double* across;        // [tiles, kSums, B]: of rows in tile j > i, from tile (i, j)
 };
 
-// Adds those up; the rows of these tiles are then complete.
+// A launch adds up the sums of PairSumsParams. The rows of its tiles are then complete.
 struct PairFinishParams {
   PairSumsParams sums;
   double* totals;      // [kSums, B], what earlier tiles left
@@ -81,7 +84,7 @@ struct PairFinishParams {
   double* row_losses;  // [B]
 };
 
-// Some rows of W from their diagonal on, as in WeightsParams. They end with a tile, or the batch.
+// A launch makes some rows of W, from the diagonal on. They end with a tile or with the batch.
 struct PairWeightsParams {
   WeightsParams weights;  // its Grams are not read; weights is [rows, B - first]
   int64_t group, first;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CUDA kernels of gram_mse do with entries of the Grams and with rows.
+// The CUDA kernels of gram_mse share what they do with entries of the Grams and with rows.
 #pragma once
 
 #include "../common/cuda/rows.h"
@@ -11,13 +11,14 @@ __device__ __forceinline__ float row_scale(const Problem& p, int side, int64_t g
   return p.scale != nullptr && i < p.B ? p.scale[(side * p.G + g) * p.B + i] : 1.0f;
 }
 
-// (A - K)^2 where rows are not normalised.
+// Returns (A - K)^2 of an entry, where rows are not normalised.
 __device__ __forceinline__ float squared_error(const Problem& p, float a, float k) {
   const float error = p.form == Form::kTaylor ? p.taylor.value(a) - p.taylor.value(k) : a - k;
   return error * error;
 }
 
-// One entry of both Grams, to the sums of its row: kSums, or the squared error in the first.
+// Adds one entry of both Grams to the kSums sums of its row, or its squared error to the first of
+// them.
 __device__ __forceinline__ void add_entry(const Problem& p, double (&sums)[kSums], float a,
                                           float k) {
   if (p.form != Form::kRow) {
@@ -64,7 +65,7 @@ __device__ __forceinline__ RowCoefs<Wide> row_coefs(const WeightsParams& p, int6
           static_cast<Wide>(coef[(3 + p.side) * p.problem.B])};
 }
 
-// W_ij; `factor` is what all of W is multiplied by, and the scales of both rows.
+// Returns W_ij. `factor` is what all of W is multiplied by, times the scales of both rows.
 template <typename Wide>
 __device__ __forceinline__ float weight(const WeightsParams& p, float side, float other,
                                         const RowCoefs<Wide>& i, const RowCoefs<Wide>& j,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The factored algorithm: every B x B product becomes products with D x D factors, swept by panels
-// of rows.
+// In the factored algorithm every B x B product becomes products with D x D factors, which are
+// swept by panels of rows.
 #include <algorithm>
 #include <vector>
 

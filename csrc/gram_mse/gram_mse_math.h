@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of gram_mse, shared by the CPU and CUDA kernels. Derivation and names:
-// docs/ops/gram_mse.md.
+// The CPU and CUDA kernels share this arithmetic of gram_mse. docs/ops/gram_mse.md derives it and
+// explains the names.
 #pragma once
 
 #include <cmath>
@@ -26,7 +26,8 @@ struct RowResult {
   double coef[kCoefs];
 };
 
-// One row of the loss and its coefficients, from the row's sums; row_l2 or row_l1.
+// Returns one row of the loss and its coefficients, from the row's sums, for row_l2 (`l2`) or
+// row_l1.
 KDK_HOST_DEVICE RowResult normalized_row(const double sums[kSums], bool l2) {
   const double norm_s = l2 ? sqrt(sums[0]) : sums[3], norm_t = l2 ? sqrt(sums[1]) : sums[4];
   const double r = clamp_min(norm_s, kEps), q = clamp_min(norm_t, kEps);
@@ -46,10 +47,10 @@ KDK_HOST_DEVICE RowResult normalized_row(const double sums[kSums], bool l2) {
   return row;
 }
 
-// What every row has where rows are not normalised: the derivative of sum (A - K)^2.
+// The coefficients of every row where rows are not normalised: the derivative of sum (A - K)^2.
 inline constexpr double kUniformCoef[kCoefs] = {-2, 2, 2, 0, 0};
 
-// Polynomial of a Gram entry in place of the Gaussian kernel, and its derivative.
+// The polynomial of a Gram entry that stands for the Gaussian kernel, and its derivative.
 template <typename T>
 struct Taylor {
   T coefficient[kMaxOrder + 1];
@@ -65,7 +66,8 @@ struct Taylor {
     }
   }
 
-  // Less the constant term: only differences are used, and they keep more digits without it.
+  // Leaves out the constant term: only differences of values are used, and they keep more digits
+  // without it.
   KDK_HOST_DEVICE T value(T s) const {
     T v = coefficient[order];
     for (int p = order - 1; p >= 1; --p) v = v * s + coefficient[p];
@@ -84,8 +86,8 @@ KDK_HOST_DEVICE T sign(T x) {
   return x > T(0) ? T(1) : x < T(0) ? T(-1) : x;  // NaN stays NaN
 }
 
-// dloss/dA_ij + dloss/dA_ji, the weight of features j in the gradient of features i. `side` is the
-// Gram entry of the side that the gradient is for, and b, c are its coefficients.
+// Returns dloss/dA_ij + dloss/dA_ji, the weight of features j in the gradient of features i. `side`
+// is the Gram entry of the side that the gradient is for, and b and c are that side's coefficients.
 template <typename T>
 KDK_HOST_DEVICE T linear_weight(T side, T other, T a_i, T a_j, T b_i, T b_j, T c_i, T c_j) {
   return (b_i + b_j) * side + (a_i + a_j) * other + (c_i + c_j) * sign(side);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Options of gram_mse by name, as the operators take them.
+// The operators of gram_mse take options by these names.
 #pragma once
 
 #include "../common/named.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h). Sums are kept in fp64: the loss is a
-// difference of row sums that nearly cancel as the student approaches the teacher, and next to a
-// product of depth D they cost nothing.
+// This file is compiled once per instruction set (see ../common/simd.h). Sums are kept in fp64: the
+// loss is a difference of row sums that nearly cancel as the student approaches the teacher, and
+// next to a product of depth D they cost nothing.
 #include "gram_mse_simd.h"
 
 #if !defined(KDK_SIMD_LEVEL)

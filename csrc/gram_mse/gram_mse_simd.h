@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectorised epilogues of gram_mse on the CPU, one table of functions per instruction set.
+// These are the vectorised epilogues of gram_mse on the CPU. Each instruction set has one table of
+// them.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +13,15 @@ namespace kdk::gram_mse {
 
 template <typename T>
 struct Epilogues {
-  // Adds a tile's row sums (kSums per row) to rows[i * kSums], and its column sums to cols[s * n +
-  // j] unless null.
+  // Adds a tile's row sums, kSums per row, to rows[i * kSums], and unless `cols` is null its column
+  // sums to cols[s * n + j].
   void (*row_sums)(Matrix<const T> side, Matrix<const T> other, bool l1, double* rows,
                    double* cols);
-  // sum over the tile of (A - K)^2, or of (f(A) - f(K))^2 if f is given.
+  // Returns the sum over the tile of (A - K)^2, or of (f(A) - f(K))^2 if f is given.
   double (*squared_difference)(Matrix<const T> side, Matrix<const T> other, const Taylor<T>* f);
-  // weights = linear_weight of each entry, in fp64: a rounding of a coefficient would be common to
-  // a whole row and add up in the product. a_i, b_i, c_i are per row of the tile, a_j, b_j, c_j per
-  // column. weights may be one of the two tiles.
+  // weights = linear_weight of each entry, in fp64: the rounding error of a coefficient would be
+  // common to a whole row and add up in the product. a_i, b_i and c_i belong to rows of the tile,
+  // a_j, b_j and c_j to its columns. `weights` may be one of the two tiles.
   void (*linear_weights)(Matrix<const T> side, Matrix<const T> other, const double* a_i,
                          const double* b_i, const double* c_i, const double* a_j, const double* b_j,
                          const double* c_j, Matrix<T> weights);

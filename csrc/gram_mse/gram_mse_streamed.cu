@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// gram_mse for B larger than the features are wide: a block makes the same tile of both Grams, on
-// or above the diagonal, and leaves sums of its rows, or weights of a gradient, for some rows of
-// tiles at a time. Forward and backward of a side multiply 6 B^2 D times.
+// These kernels are for B larger than the features are wide. A block makes the same tile of both
+// Grams, on or above the diagonal, and leaves sums of the tile's rows, or weights of a gradient.
+// Some rows of tiles are made at a time. Forward and backward of a side take 6 B^2 D
+// multiplications.
 #include <type_traits>
 
 #include "../common/cuda/launch.h"
@@ -17,7 +18,8 @@ using namespace kdk::cuda;
 constexpr int kPairSharedBytes = kSharedBytes + kTile * kTile * static_cast<int>(sizeof(float));
 static_assert(kPairSharedBytes <= kMostSharedBytes);
 
-// Tile (i0, j0) of both Grams, staged: the teacher's where the operands were, the student's behind.
+// Tile (i0, j0) of both Grams, staged: the teacher's tile k lies where the operands were, the
+// student's tile a behind it.
 struct Pair {
   float *a, *k;
 };
@@ -38,7 +40,7 @@ __device__ __forceinline__ Pair pair_of(const Problem& p, int64_t g, int64_t i0,
   return pair;
 }
 
-// One entry of a staged tile, of unit features if they are normalised.
+// Returns one entry of a staged tile, as unit features have it if features are normalised.
 __device__ __forceinline__ float entry(const Problem& p, float* tile, int side, int64_t g,
                                        int64_t i0, int64_t j0, int row, int column) {
   const float x = *staged(tile, row, column);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiled algorithms: `resident` keeps both Grams, `streamed` sweeps their tiles on and above the
-// diagonal and never holds more than two tiles a thread.
+// There are two tiled algorithms: `resident` keeps both Grams, `streamed` sweeps their tiles on and
+// above the diagonal and never holds more than two tiles a thread.
 #include <algorithm>
 #include <vector>
 

@@ -23,7 +23,7 @@ __device__ __forceinline__ TilePlace place(const CudaProjection& p) {
   return {i * kTile, j * kTile, i, j};
 }
 
-// x w^T of a tile.
+// Multiplies the tile x w^T.
 template <Math kMath>
 __device__ __forceinline__ void project(Accumulators& acc, unsigned char* shared,
                                         const CudaProjection& p, const TilePlace& tile) {
@@ -38,7 +38,7 @@ __device__ __forceinline__ float bias(const CudaProjection& p, int64_t n) {
   return to_float(static_cast<const Element<kMath>*>(p.bias)[n * p.bias_stride]);
 }
 
-// 4 bits, a zero behind each.
+// Spreads 4 bits, so that a zero follows each.
 __device__ __forceinline__ unsigned spread(unsigned x) {
   x = (x | x << 2) & 0x33;
   return (x | x << 1) & 0x55;

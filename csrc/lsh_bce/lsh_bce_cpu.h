@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sweeps of lsh_bce over tiles of projections, in fp32 or fp64. Residuals:
+// lsh_bce sweeps over tiles of projections, in fp32 or fp64. The residuals are described in
 // kdkernels/ops/lsh_bce.py.
 #pragma once
 
@@ -30,11 +30,12 @@ struct Problem {
 template <typename T>
 void encode(const Projection<T>& projection, Matrix<uint8_t> codes);
 
-// loss [B] and, unless null, gradient [B, D] of each row. Only rows that count are written.
+// Computes the loss [B] and, unless null, the gradient [B, D] of each row. Only rows that count are
+// written.
 template <typename T>
 void forward(const Problem<T>& problem, T* loss, const Matrix<T>* gradient);
 
-// dweight [N, D] and dbias [N], each unless null, of the losses times dout [B].
+// Computes dweight [N, D] and dbias [N], each unless null, for the losses times dout [B].
 template <typename T>
 void backward(const Problem<T>& problem, const T* dout, int64_t dout_stride,
               const Matrix<T>* dweight, T* dbias);

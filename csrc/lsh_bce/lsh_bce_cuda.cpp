@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor> lsh_bce_fwd(Tensor student, Tensor codes, Tensor weig
   return {loss, dloss};
 }
 
-// In chunks of directions, of which each row of dweight needs one only.
+// Makes both gradients in chunks of directions: each row of dweight needs one chunk only.
 void weight_gradients(const Device& device, const Tensor& dout, const Operands& operands,
                       const Tensor& codes, const Optional& sample_mask,
                       const Tensor& dweight,  // [N, D], or empty

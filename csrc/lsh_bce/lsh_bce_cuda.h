@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels of lsh_bce.
+// This header declares the launchers of the CUDA kernels of lsh_bce, and their parameters. The
+// residuals are described in kdkernels/ops/lsh_bce.py.
 #pragma once
 
 #include "../common/cuda/product.h"
 
 namespace kdk::lsh_bce {
 
-// Features and directions, and their product in tiles.
+// Features and directions, whose product is made in tiles.
 struct CudaProjection {
   cuda::Source features;  // [B, D]
   cuda::Source weight;    // [N, D]
@@ -25,7 +26,7 @@ struct ProjectParams {
   int64_t codes_stride_b, codes_stride_n;
   const float* factor;  // [B], factor_stride apart, of the derivatives; null for 1
   int64_t factor_stride;
-  // results, each null if nobody asks for it
+  // The results. Each pointer is null if nobody asks for the result.
   float* loss;  // [tiles of N, B]: sums over the directions of a tile; loss_stride between tiles
   int64_t loss_stride;
   void* dz;      // [B, N] contiguous: factor times the derivatives, in the dtype of the features

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of lsh_bce, on scalars or on GCC vectors of them. Derivation:
-// docs/ops/lsh_bce.md.
+// This is the arithmetic of lsh_bce, on scalars or on GCC vectors of them. docs/ops/lsh_bce.md
+// derives it.
 #pragma once
 
 #include "../common/exp_math.h"
@@ -18,14 +18,15 @@ KDK_HOST_DEVICE V log1p_unit(V e) {
   return two_atanh<T, kLog1pTerms<T>>(e / (e + T(2)));
 }
 
-// Of one projection z and its bit y, 0 or 1, with e = exp(-|z|).
-// max(z, 0) - z y is exact, and not finite where z is not.
+// Returns the cross-entropy of one projection z and its bit y, 0 or 1, given e = exp(-|z|). max(z,
+// 0) - z y is exact, and not finite where z is not.
 template <typename T, typename V>
 KDK_HOST_DEVICE V cross_entropy(V z, V y, V e) {
   return (z > T(0) ? z : V{}) - z * y + log1p_unit<T>(e);
 }
 
-// sigmoid(z) - y without its cancellation: the sigmoid of z, or minus that of -z.
+// Returns sigmoid(z) - y without its cancellation: it is the sigmoid of z, or minus the sigmoid of
+// -z.
 template <typename T, typename V>
 KDK_HOST_DEVICE V slope(V z, V y, V e) {
   const V sign = 1 - 2 * y;

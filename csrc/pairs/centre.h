@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Squared norms of rows, and the point to subtract from all rows so that distances from
-// |x|^2 + |y|^2 - 2 <x, y> keep their digits.
+// Distances are computed as |x|^2 + |y|^2 - 2 <x, y>. This header has the squared norms of rows,
+// and the point that is subtracted from all rows so that the distances keep their digits.
 #pragma once
 
 #include <cmath>
@@ -11,13 +11,13 @@
 
 namespace kdk::pairs {
 
-// Squared norm of a row with unit stride; NaN where the row is not finite (kNormLimit), which makes
-// its distances NaN.
+// Returns the squared norm of a row with unit stride. It is NaN where the row is not finite
+// (kNormLimit), which makes the row's distances NaN.
 template <typename T>
 T norm_or_nan(const T* x, int64_t n);
 
-// A point that the rows of x lie around; empty where that is 0 or cannot be subtracted safely from
-// the rows of these norms. x: [n, D], columns contiguous.
+// Returns a point that the rows of x lie around. The result is empty where the point is 0 or cannot
+// be subtracted safely from the rows of these norms. x: [n, D], columns contiguous.
 //
 // |x|^2 + |y|^2 - 2 <x, y> rounds relative to the squared norms, so rows that lie close together
 // far from 0, as in a batch that has collapsed, would lose their distances; and distances do not
@@ -26,8 +26,8 @@ T norm_or_nan(const T* x, int64_t n);
 // What is left of the mean is at most q / 2 <= 2 s per element, so squared norms are on average
 // within 5 times the squared deviations. Rows around 0 (means below s) are not moved, and in rows
 // of few bits, such as whole numbers, equal distances stay equal, since the products of multiples
-// of q are exact. Where that does not matter, q may be finer by a power of two, and less of the
-// mean is left.
+// of q are exact. Where equal distances need not stay equal, q may be finer by a power of two, and
+// less of the mean is left.
 template <typename T>
 std::vector<T> centre_of(Matrix<const T> x, const std::vector<T>& norm,
                          const std::vector<T>& other_norm, int finer_bits = 0);

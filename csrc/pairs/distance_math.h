@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distances of labelled rows and their derivatives, shared by the CPU and CUDA kernels.
+// The CPU and CUDA kernels share these distances of labelled rows and their derivatives.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@ namespace kdk::pairs {
 
 enum class Distance { kEuclidean, kSqEuclidean, kCosine };
 
-// A distance in terms of the squared Euclidean one; cosine is for unit vectors.
+// Returns a distance, given the squared Euclidean one. kCosine is for unit vectors.
 template <typename T = double>
 KDK_HOST_DEVICE T from_squared(std::type_identity_t<T> d2, Distance distance) {
   return distance == Distance::kEuclidean     ? std::sqrt(d2)
@@ -19,8 +19,8 @@ KDK_HOST_DEVICE T from_squared(std::type_identity_t<T> d2, Distance distance) {
                                               : T(0.5) * d2;
 }
 
-// The factor w of d(distance)/dx = w (x - y); 0 at coincident points, where the square root has no
-// derivative.
+// Returns the factor w of d(distance)/dx = w (x - y). It is 0 at coincident points, where the
+// square root has no derivative.
 template <typename T = double>
 KDK_HOST_DEVICE T slope(std::type_identity_t<T> d, Distance distance) {
   if (distance == Distance::kEuclidean) return d > 0 || d != d ? 1 / d : 0;

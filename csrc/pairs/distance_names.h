@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distances by name, as the operators take them.
+// The operators take distances by these names.
 #pragma once
 
 #include "../common/named.h"

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// One sweep over tiles of distances between labelled rows, for losses that are sums over pairs or
-// triplets: a loss weighs the distances of a tile, and the sweep carries the weights to the rows.
+// Losses that are sums over pairs or triplets of labelled rows use this one sweep over tiles of
+// their distances: a loss weighs the distances of a tile, and the sweep adds up what the weights
+// contribute to the gradients of the rows.
 //
-// With w the derivative of the sum by a distance times the slope of that distance, the gradient of
-// row x_i is (sum_j w_ij) x_i - sum_j w_ij y_j. In batch, only tiles on and above the diagonal are
-// multiplied, and each one serves its rows and its columns.
+// Let w be the derivative of the sum by a distance times the slope of that distance. Then the
+// gradient of row x_i is (sum_j w_ij) x_i - sum_j w_ij y_j. In batch, only tiles on and above the
+// diagonal are multiplied, and each one serves its rows and its columns.
 #pragma once
 
 #include <algorithm>
@@ -22,16 +23,16 @@
 
 namespace kdk::pairs {
 
-// Anchors or references, and what the sweep adds to their gradient.
+// The anchors or the references, and what the sweep adds up for their gradient.
 template <typename T>
 struct Side {
   const SortedRows<T>& sorted;
   const T* original;  // [n, D], rows in the caller's order, not centred
   bool needed;
-  // Kept in fp64: with large classes, thousands of terms that largely cancel.
-  std::optional<Scratch<double>>
-      weighted;                // [n, D] sorted: sum of the weights times the other rows
-  std::vector<double> weight;  // [n] sorted: sum of the weights
+  // [n, D] sorted: the sums of the weights times the other rows. They are kept in fp64: with large
+  // classes, thousands of terms largely cancel.
+  std::optional<Scratch<double>> weighted;
+  std::vector<double> weight;  // [n] sorted: sums of the weights
 
   Side(const SortedRows<T>& rows, const Tensor& x, bool needed_)
       : sorted(rows), original(static_cast<const T*>(x.const_data_ptr())), needed(needed_) {
@@ -46,8 +47,9 @@ struct Side {
 
   const T* row(int64_t i) const { return original + sorted.row[i] * sorted.x.cols; }
 
-  // [n, D] in the caller's order, or [0] where not needed. `more`(i, sum) may subtract from
-  // sum `weighted_row(i)` of sorted row i, with about `ops` operations.
+  // Returns the gradient [n, D] in the caller's order, or [0] where it is not needed. `more`(i,
+  // sum) may subtract contributions from `sum`, which is weighted_row(i) of sorted row i; it takes
+  // about `ops` operations.
   template <typename More>
   Tensor gradient(double ops, const More& more) const {
     if (!needed) return empty({0}, scalar_type_of<T>);
@@ -62,7 +64,7 @@ struct Side {
   }
 };
 
-// A gradient of NaN, or [0] where not needed.
+// Returns a gradient of NaN, or [0] where it is not needed.
 template <typename T>
 Tensor nan_gradient(const Side<T>& side) {
   if (!side.needed) return empty({0}, scalar_type_of<T>);
@@ -89,7 +91,7 @@ struct Sweep {
   Side<T>& references;
   Distance distance;
   TileGrid grid;
-  // of a squared distance from products, relative to the squared norms
+  // The error of a squared distance from products, relative to the squared norms.
   T tolerance = product_tolerance<T>(anchors.sorted.x.cols);
   const Loops<T>& kernels = loops<T>();
   // in batch, [B] sorted: squared norms for `distances_wide`, which is taken where they are there
@@ -105,7 +107,8 @@ struct Sweep {
         references(in_batch ? anchors : *others),
         distance(distance_),
         grid(TileGrid::fitted(anchors.sorted.size(), references.sorted.size(), in_batch)) {
-    // So that 0 times such a row is 0; a sum that takes a distance to one is NaN all the same.
+    // Rows that are not finite become 0, so that 0 times such a row is 0. A sum that takes a
+    // distance to one is NaN all the same.
     blank(rows.anchors);
     if (rows.others) blank(*rows.others);
   }
@@ -126,7 +129,7 @@ struct Sweep {
   bool in_batch() const { return rows.ranges.in_batch; }
   bool needs_gradient() const { return anchors.needed || references.needed; }
 
-  // From the difference of the rows as they were given.
+  // Returns the distance that the difference of the rows gives, as the caller gave them.
   double measure(int64_t i, int64_t j) const {
     const double d2 = rows::loops<T>().squared_difference(anchors.row(i), references.row(j),
                                                           anchors.sorted.x.cols);
@@ -134,7 +137,8 @@ struct Sweep {
   }
   T from_difference(int64_t i, int64_t j) const { return static_cast<T>(measure(i, j)); }
 
-  // How far the distance d > 0 of a pair may be from the exact one by the rounding of its products.
+  // Returns how far the distance d > 0 of a pair may be from the exact one, by the rounding of
+  // products.
   T slack(int64_t i, int64_t j, T d) const {
     const T squared = tolerance * (anchors.sorted.norm[i] + references.sorted.norm[j]);
     return distance == Distance::kEuclidean     ? squared / d
@@ -170,7 +174,7 @@ struct Sweep {
     int64_t i, j;  // within a tile
   };
 
-  // What one thread needs for a tile.
+  // The memory that one thread needs for a tile.
   struct Workspace {
     T* memory;     // distances, weights and spare, and a product
     int64_t size;  // of each of the first three
@@ -216,7 +220,7 @@ struct Sweep {
     std::vector<Workspace> each_;
   };
 
-  // f(block) for every tile, as TileGrid::each has it.
+  // Calls f(block) for every tile, as TileGrid::each does.
   template <typename F>
   void each_tile(const F& f) const {
     grid.each(2.0 * grid.tile_size() * (anchors.sorted.x.cols + 8), f);
@@ -250,8 +254,8 @@ struct Sweep {
     }
   }
 
-  // Adds to the gradients of both sides what the weights of a measured tile contribute. Overwrites
-  // the weights.
+  // Adds to the gradients of both sides what the weights of a measured tile contribute, and
+  // overwrites the weights.
   template <typename Stretches>
   void add_gradient(const Tile<T>& tile, const Stretches& stretches, const std::vector<Pair>& close,
                     Workspace& workspace) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
 #include "pair_sweep_simd.h"
 
 #include <type_traits>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the losses over labelled rows share: rows in the order of their labels, and which of them
-// are candidates of an anchor.
+// Losses over labelled rows put the rows into the order of their labels, and ask which of them are
+// candidates of an anchor.
 //
 // Rows of one label lie next to each other, so a row of a tile is one stretch of positives between
 // two of negatives, and no label is compared.
@@ -16,7 +16,8 @@
 
 namespace kdk::pairs {
 
-// Rows in the order of their labels, less a point common to anchors and references.
+// Rows in the order of their labels. A point common to anchors and references is subtracted from
+// them.
 template <typename T>
 struct SortedRows {
   std::vector<int64_t> row;    // original row
@@ -32,7 +33,7 @@ struct SortedRows {
   int64_t size() const { return static_cast<int64_t>(row.size()); }
 };
 
-// Which references have the label of an anchor; both in sorted order.
+// For each anchor, the references that have its label. Both are in sorted order.
 struct LabelRanges {
   bool in_batch;                     // the references are the anchors: none is its own positive
   std::vector<int64_t> first, last;  // of each anchor: references [first, last)
@@ -40,7 +41,7 @@ struct LabelRanges {
   LabelRanges(const std::vector<int64_t>& anchors, const std::vector<int64_t>& references,
               bool in_batch);
 
-  // Whether reference j has the label of anchor i; also true of the anchor itself.
+  // Returns whether reference j has the label of anchor i, which is also true of the anchor itself.
   bool same(int64_t i, int64_t j) const { return j >= first[i] && j < last[i]; }
 
   // Calls f(begin, end) for the stretches of columns [0, n) of a tile, whose first one is reference
@@ -64,7 +65,7 @@ struct LabelRanges {
   }
 };
 
-// Anchors and references of one call; in batch they are the same rows.
+// The anchors and the references of one call, which are the same rows in batch.
 template <typename T>
 struct Labelled {
   SortedRows<T> anchors;

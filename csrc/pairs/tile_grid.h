@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiles of a matrix of pairs, whose rows are those of one side and whose columns are the rows
-// of the other side. In batch both sides are one: the matrix is symmetric, or its other half
-// follows from the one that is visited, and the grid has the tiles on and above the diagonal only.
+// A matrix of pairs has the rows of one side as its rows and those of the other side as its
+// columns, and is cut into tiles. In batch both sides are one. Then one half of the matrix tells
+// the other, and the grid has the tiles on and above the diagonal only.
 #pragma once
 
 #include <algorithm>
@@ -29,12 +29,13 @@ struct TileGrid {
   bool in_batch;
   int64_t rows, cols;  // of all tiles but the last ones
 
-  // Square tiles of one size.
+  // Cuts the matrix into square tiles of one size.
   static TileGrid square(int64_t N, int64_t M, bool in_batch, int64_t tile) {
     return {N, M, in_batch, tile, tile};
   }
 
-  // Tiles that are smaller where the matrix is small, so that all cores get some.
+  // Cuts the matrix into tiles that are smaller where the matrix is small, so that all cores get
+  // some.
   static TileGrid fitted(int64_t N, int64_t M, bool in_batch) {
     const auto fit = [](int64_t n, int64_t least) {
       return std::clamp(round_up(n / 8, 32), least, kMostTile);
@@ -47,16 +48,16 @@ struct TileGrid {
   int64_t down() const { return ceil_div(N, rows); }
   int64_t across() const { return ceil_div(M, cols); }
 
-  // In batch: how many tiles there are, and the number of one of them.
+  // In batch, these return how many tiles there are, and the number of one of them.
   int64_t triangle() const { return down() * (down() + 1) / 2; }
   int64_t triangle_index(const Block& block) const {
     const int64_t ti = block.i0 / rows, tj = block.j0 / cols;
     return tj * (tj + 1) / 2 + ti;
   }
 
-  // f(block) for each tile, on all cores, each about `ops` operations. No two calls that run at the
-  // same time share rows or columns, and rows and columns meet their tiles in an order that depends
-  // on the sizes alone.
+  // Calls f(block) for each tile, on all cores. A call takes about `ops` operations. No two calls
+  // that run at the same time share rows or columns, and rows and columns meet their tiles in an
+  // order that depends on the sizes alone.
   template <typename F>
   void each(double ops, const F& f) const {
     const auto visit = [&](int64_t ti, int64_t tj) { f(block(ti, tj)); };
@@ -67,8 +68,8 @@ struct TileGrid {
     }
   }
 
-  // The same with the tiles of the same rows one after another on one core, so that two calls may
-  // share columns. Not in batch.
+  // Does the same, but visits the tiles of the same rows one after another on one core, so that two
+  // calls may share columns. Not for a grid in batch.
   template <typename F>
   void each_by_rows(double ops, const F& f) const {
     parallel_each(down(), ops * across(), [&](int64_t ti) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Values in the epilogue of the product of rows. Where the sides are one, only tiles on and above
-// the diagonal are multiplied, and each is stored twice.
+// Values are made in the epilogue of the product of rows. In batch, only tiles on and above the
+// diagonal are multiplied, and each is stored twice.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
@@ -36,7 +36,8 @@ __global__ void __launch_bounds__(kThreads)
   (second ? p.number[1] : p.number[0])[i] = number;
 }
 
-// f(accumulator, k, c) of this thread's 8 x 8, number k down and c across.
+// Calls f(accumulator, k, c) for this thread's 8 x 8 accumulators, where k counts rows and c
+// columns.
 template <typename F>
 __device__ __forceinline__ void for_each_value(Accumulators& acc, const F& f) {
   KDK_UNROLL
@@ -46,8 +47,8 @@ __device__ __forceinline__ void for_each_value(Accumulators& acc, const F& f) {
   }
 }
 
-// Products become similarities or squared distances, those of close pairs kMarked. Whether a lane
-// of this warp has one.
+// Turns products into similarities or squared distances, and squared distances of close pairs into
+// kMarked. Returns whether a lane of this warp has a close pair.
 __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesParams& p, int64_t g,
                                                int64_t i0, int64_t j0) {
   if (p.metric == Metric::kDot) return false;
@@ -79,8 +80,8 @@ __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesPa
   return __ballot_sync(kWarp, close) != 0;
 }
 
-// The marked squared distances of this warp's part of the tile, from differences: eight lanes have
-// a pair.
+// Computes the marked squared distances of this warp's part of the tile from differences. Eight
+// lanes have a pair.
 template <typename T>
 __device__ __forceinline__ void differences(float* tile, const ValuesParams& p, int64_t g,
                                             int64_t i0, int64_t j0) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of rows from tiles of weights: the weights of some rows at a time, which a product
-// reads while they are in the L2 cache, and what it leaves of distances.
+// The gradient of rows comes from tiles of weights. One kernel makes the weights of some rows at a
+// time, and a product reads them while they are in the L2 cache. For distances, a second kernel
+// finishes the gradient from that product.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/rows.h"
 #include "../common/cuda/semaphores.h"
@@ -23,7 +24,8 @@ struct Weight {
   bool close;
 };
 
-// From the incoming gradient and the value. bound, other: as PairsParams has them.
+// Returns the weight of a pair, from the incoming gradient and the value. PairsParams explains
+// `bound` and `other`.
 __device__ __forceinline__ Weight weight_of(const PairsParams& p, float gradient, float value,
                                             float bound, float other, bool itself) {
   if (p.metric == Metric::kDot) return {gradient, false};
@@ -34,7 +36,8 @@ __device__ __forceinline__ Weight weight_of(const PairsParams& p, float gradient
   return {w, w != 0 && is_close(p.metric, value, bound, other)};
 }
 
-// 64 x 64 numbers of a matrix, 16 of each thread, read along whichever axis is contiguous.
+// A piece of a matrix: 64 x 64 numbers, of which each thread has 16. They are read along whichever
+// axis is contiguous.
 template <typename T>
 class Piece {
  public:

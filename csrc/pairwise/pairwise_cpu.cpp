@@ -11,7 +11,8 @@
 namespace kdk::pairwise {
 namespace {
 
-// A tensor like x, [N, D] or [G, N, D], but of so many columns.
+// Returns an uninitialised tensor like x, which is [N, D] or [G, N, D], but with another number of
+// columns.
 Tensor like(const Tensor& x, int64_t columns, ScalarType type) {
   if (x.dim() == 2) return empty({x.size(0), columns}, type);
   return empty({x.size(0), x.size(1), columns}, type);
@@ -22,7 +23,7 @@ Matrix<T> plane(const Tensor& x, int64_t g) {
   return x.dim() == 2 ? matrix<T>(x) : group<T>(x, g);
 }
 
-// The rows of both sides, in T.
+// The rows of both sides, as tensors of T.
 template <typename T>
 struct Sides {
   Tensor x;
@@ -31,7 +32,7 @@ struct Sides {
   Sides(const Tensor& x_, const Optional& y_)
       : x(contiguous_in_type<T>(x_)), y(y_ ? Optional(contiguous_in_type<T>(*y_)) : std::nullopt) {}
 
-  // f(g, the rows of group g)
+  // Calls f(g, rows of group g) for each group.
   template <typename F>
   void each(Metric metric, const F& f) const {
     const Tensor& other = y ? *y : x;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sweeps of pairwise over tiles of one matrix of values, in fp32 or fp64.
+// pairwise sweeps over the tiles of one matrix of values, in fp32 or fp64.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,13 @@
 
 namespace kdk::pairwise {
 
-// One matrix of a tensor [N, M] or [G, N, M] of any floating-point type and strides.
+// One matrix of a tensor, which is [N, M] or [G, N, M] and has any floating-point type and strides.
 class Plane {
  public:
   Plane(const Tensor& x, int64_t g);
 
-  // The matrix where it lies; only if it is of T, else blocks are read and written.
+  // Whether the matrix is of type T. If so, it can be used where it lies; else its blocks are read
+  // and written.
   template <typename T>
   bool is_of() const {
     return type_ == scalar_type_of<T>;
@@ -26,7 +27,7 @@ class Plane {
     return {static_cast<T*>(data_), rows_, cols_, row_stride_, col_stride_};
   }
 
-  // The block at (row0, col0), converted on the way.
+  // Reads or writes the block at (row0, col0), and converts it on the way.
   template <typename T>
   void read(int64_t row0, int64_t col0, Matrix<T> to) const;
   template <typename T>
@@ -40,7 +41,7 @@ class Plane {
   int64_t rows_, cols_, row_stride_, col_stride_;
 };
 
-// Rows of one side, as they are given and as products take them.
+// The rows of one side, as they are given and as products take them.
 template <typename T>
 struct Rows {
   Matrix<const T> given;  // [n, D], columns contiguous
@@ -50,7 +51,7 @@ struct Rows {
   std::vector<T> norm;    // distances: squared, of x; NaN where the row is not finite
 };
 
-// The rows of both sides. `y` is empty where they are those of `x`.
+// The rows of both sides. `y` is empty in batch, where its rows would be those of `x`.
 template <typename T>
 struct Pair {
   Rows<T> x;
@@ -62,12 +63,12 @@ struct Pair {
   const Rows<T>& other() const { return y ? *y : x; }
 };
 
-// Fills `out` with the values, each half from the other where the sides are one.
+// Fills `out` with the values. In batch, one half of it is mirrored into the other.
 template <typename T>
 void forward(const Pair<T>& pair, double gamma, const Plane& out);
 
-// dx [N, D], and dy [M, D] where the sides differ; either may be null where it is not needed.
-// `out` is read for distances only.
+// Computes dx [N, D], and dy [M, D] where the sides differ. Either may be null where it is not
+// needed. `out` is read for distances only.
 template <typename T>
 void backward(const Pair<T>& pair, double gamma, const Plane& dout, const Plane* out,
               const Matrix<T>* dx, const Matrix<T>* dy);

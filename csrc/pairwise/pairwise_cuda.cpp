@@ -20,7 +20,8 @@ int64_t groups_of(const Tensor& x) { return x.dim() == 2 ? 1 : x.size(0); }
 int64_t count_rows(const Tensor& x) { return x.size(x.dim() - 2); }
 int64_t columns_of(const Tensor& x) { return x.size(x.dim() - 1); }
 
-// An uninitialised tensor like x, [N, D] or [G, N, D], but of so many columns.
+// Returns an uninitialised tensor like x, which is [N, D] or [G, N, D], but with another number of
+// columns.
 Tensor like(const Device& device, const Tensor& x, int64_t columns, ScalarType dtype) {
   if (x.dim() == 2) return device.empty({x.size(0), columns}, dtype);
   return device.empty({x.size(0), x.size(1), columns}, dtype);
@@ -40,7 +41,7 @@ Strided strided_of(const Tensor& x) {
   return matrix;
 }
 
-// One side as it is given and as products take it, with a number of each row.
+// The rows of one side, as they are given and as products take them, with a number for each row.
 struct Side {
   Tensor given, multiplied;  // contiguous rows
   Math given_math, math;     // of either
@@ -58,7 +59,7 @@ struct Side {
   float* number() const { return numbers ? data_of<float>(*numbers) : nullptr; }
 };
 
-// Both sides; one where they are the same.
+// Both sides, which are one in batch.
 struct Sides {
   Metric metric;
   double gamma;
@@ -100,14 +101,14 @@ Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool
   return out;
 }
 
-// Groups first, first + 1, ... of a source, or of a strided matrix.
+// Returns the groups from `first` on of a source, or of a strided matrix.
 template <typename T>
 T from_group(T x, int64_t first, int64_t element_size) {
   x.data = static_cast<const char*>(x.data) + first * x.group * element_size;
   return x;
 }
 
-// dx = a b of an incoming gradient whose rows are contiguous, without a copy of it.
+// Returns dx = a b, where a is an incoming gradient whose rows are contiguous. It is not copied.
 Tensor product_gradient(const Device& device, const Tensor& dout, Along along, const Tensor& other,
                         const Tensor& of, Math math) {
   const Tensor dx = like(device, of, columns_of(of), of.scalar_type());
@@ -120,8 +121,8 @@ Tensor product_gradient(const Device& device, const Tensor& dout, Along along, c
   return dx;
 }
 
-// The gradient of one side: the weights of some rows, or of some groups, at a time, their product
-// with the other side, and of distances what that leaves.
+// The gradient of one side. Its steps make the weights of some rows, or of some groups, and
+// multiply them with the other side; for distances they then finish the gradient.
 class Gradient {
  public:
   Gradient(const Device& device, const Sides& sides, const Side& of, const Side& other,
@@ -165,13 +166,13 @@ class Gradient {
   }
 
  private:
-  // Memory that steps use in turn.
+  // The memory that steps use in turn.
   struct Step {
     Tensor weights, sums, close;
     Tensor product;  // of a step (distances), or of all of them
   };
 
-  // Groups g ... g + groups of rows first ... first + rows.
+  // Makes the gradient of `rows` rows from row `first` on, in `groups` groups from group g on.
   void add(const Step& step, int64_t g, int64_t groups, int64_t first, int64_t rows,
            const Tensor& dx) const {
     const int64_t given = of_.given.element_size();
@@ -221,7 +222,7 @@ class Gradient {
   int64_t G_, N_, M_, D_;
 };
 
-// Zeros where there is no pair or no feature.
+// Returns a gradient of zeros, for where there is no pair or no feature.
 Tensor nothing(const Device& device, const Tensor& of) {
   Tensor dx = like(device, of, columns_of(of), of.scalar_type());
   return torch::stable::zero_(dx);

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels of pairwise. Residuals: kdkernels/ops/pairwise.py.
+// This header declares the launchers of the CUDA kernels of pairwise, and their parameters. The
+// residuals are described in kdkernels/ops/pairwise.py.
 #pragma once
 
 #include "../common/cuda/product.h"
@@ -7,7 +8,7 @@
 
 namespace kdk::pairwise {
 
-// What the kernels need of each row beside its features.
+// The number that the kernels need of each row beside its features.
 enum class RowNumber {
   kInverse,  // 1 / max(|x|, eps)
   kSquared,  // |x|^2; NaN where the row is not finite
@@ -34,7 +35,7 @@ struct ValuesParams {
   float gamma;
 };
 
-// A matrix of each group with any strides, in elements.
+// A matrix for each group. It may have any strides, which are in elements.
 struct Strided {
   const void* data;
   int64_t group, row, column;
@@ -45,8 +46,8 @@ struct Strided {
 
 inline constexpr int kPiece = 64;  // rows and columns of the tiles that weights are made in
 
-// The pairs of some rows of one side with all rows of the other. x is the first, y the other, also
-// where that is dy's.
+// The pairs of some rows of one side, called x, with all rows of the other side, called y. For dy
+// the sides are swapped.
 struct PairsParams {
   Strided dout, values;       // [groups, all_rows, cols]; values of distances only
   const float* number;        // [groups, all_rows], RowNumber of x; null for kDot
@@ -55,13 +56,14 @@ struct PairsParams {
   bool in_batch;  // the sides are one
   Metric metric;
   float gamma;
-  // Of distances, for each row and kPiece columns: the sum of the weights, and whether a pair is
-  // close. [groups, pieces, rows]
+  // For distances, these have for each row and kPiece columns the sum of the weights, and whether a
+  // pair is close. [groups, pieces, rows]
   float* sums;
   uint8_t* close;
 };
 
-// W of dx = W y, or of dx = (sum W) x - W y (distances), without those of close pairs.
+// A launch makes W of dx = W y, or for distances of dx = (sum W) x - W y. Weights of close pairs
+// are left out.
 struct WeightsParams {
   PairsParams pairs;
   void* weights;         // [groups, rows, cols]
@@ -69,7 +71,8 @@ struct WeightsParams {
   int64_t semaphore_count;
 };
 
-// dx of distances: (sum W) x - W y, and the close pairs by differences.
+// For distances, a launch makes dx = (sum W) x - W y, and adds the contributions of close pairs by
+// differences.
 struct GradientParams {
   PairsParams pairs;
   cuda::Source x, y;     // [groups, all_rows, D], [groups, cols, D]
@@ -77,7 +80,8 @@ struct GradientParams {
   void* dx;              // [groups, all_rows, D] contiguous, of the dtype of x
 };
 
-// `math` says the dtype of features, incoming gradients and values; weights of fp16 ones are fp32.
+// `math` tells the dtype of features, incoming gradients and values. For fp16 features the weights
+// are fp32.
 void launch_pairwise_row_numbers(const RowNumbersParams& params, cuda::Math math,
                                  cudaStream_t stream);
 void launch_pairwise_values(const ValuesParams& params, cuda::Math math, cudaStream_t stream);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of pairwise, shared by the CPU and CUDA kernels. Derivation: docs/ops/pairwise.md.
+// The CPU and CUDA kernels share this arithmetic of pairwise. docs/ops/pairwise.md derives it.
 #pragma once
 
 #include <cmath>
@@ -10,13 +10,13 @@ namespace kdk::pairwise {
 
 enum class Metric { kDot, kCosine, kEuclidean, kSqEuclidean, kRbf };
 
-// Whether values are functions of x - y.
+// Returns whether values are functions of x - y.
 KDK_HOST_DEVICE bool is_distance(Metric metric) {
   return metric != Metric::kDot && metric != Metric::kCosine;
 }
 
-// w of dvalue/dx = w (x - y) and dvalue/dy = w (y - x), from the value itself; 0 between coincident
-// points. factor: -2 gamma (kRbf).
+// Returns w of dvalue/dx = w (x - y) and dvalue/dy = w (y - x), from the value itself. It is 0
+// between coincident points. `factor` is -2 gamma, for kRbf.
 template <Metric kMetric, typename T>
 KDK_HOST_DEVICE T slope(T value, T factor) {
   if constexpr (kMetric == Metric::kEuclidean) {
@@ -28,8 +28,9 @@ KDK_HOST_DEVICE T slope(T value, T factor) {
   }
 }
 
-// Whether two rows are so close that products of them lose their distance (kdk::kClose), from the
-// value and a bound of each row: kRbf exp(-gamma kClose |x|^2), else kClose |x|^2. False for NaN.
+// Returns whether two rows are so close that products of them lose their distance (kdk::kClose),
+// from the value and a bound of each row: exp(-gamma kClose |x|^2) for kRbf, else kClose |x|^2.
+// Returns false for NaN.
 template <Metric kMetric, typename T>
 KDK_HOST_DEVICE bool is_close(T value, T bound, T other) {
   if constexpr (kMetric == Metric::kEuclidean) {
@@ -41,7 +42,7 @@ KDK_HOST_DEVICE bool is_close(T value, T bound, T other) {
   }
 }
 
-// The same of a metric that is known at run time; of a distance.
+// These do the same for a metric that is known at run time and is a distance.
 template <typename T>
 KDK_HOST_DEVICE T slope(Metric metric, T value, T factor) {
   return metric == Metric::kEuclidean     ? slope<Metric::kEuclidean>(value, factor)
@@ -56,7 +57,7 @@ KDK_HOST_DEVICE bool is_close(Metric metric, T value, T bound, T other) {
                                           : is_close<Metric::kRbf>(value, bound, other);
 }
 
-// A distance in terms of the squared Euclidean one.
+// Returns a distance, given the squared Euclidean one.
 template <typename T>
 KDK_HOST_DEVICE T from_squared(Metric metric, T d2, T gamma) {
   return metric == Metric::kEuclidean     ? std::sqrt(d2)
@@ -64,7 +65,7 @@ KDK_HOST_DEVICE T from_squared(Metric metric, T d2, T gamma) {
                                           : std::exp(-gamma * d2);
 }
 
-// The bound of a row for is_close, from its squared norm.
+// Returns the bound of a row for is_close, from its squared norm.
 template <typename T>
 KDK_HOST_DEVICE T close_bound(Metric metric, T norm, double gamma) {
   const T bound = norm * kClose<T>;

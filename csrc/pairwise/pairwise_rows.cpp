@@ -13,7 +13,8 @@ int64_t size_of(ScalarType type) {
   return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
 }
 
-// Of the point subtracted: what it leaves of a mean adds less than 2% to the squared norms.
+// How many bits finer the point subtracted is: what it then leaves of a mean adds less than 2% to
+// the squared norms.
 constexpr int kFinerBits = 4;
 
 template <typename T>

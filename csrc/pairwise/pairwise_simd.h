@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectorised loops of pairwise on the CPU, one table of functions per instruction set.
+// These are the vectorised loops of pairwise on the CPU. Each instruction set has one table of
+// them.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +14,9 @@ template <typename T>
 struct Loops {
   // d2_j = exp(-gamma d2_j)
   void (*rbf)(T* d2, T gamma, int64_t n);
-  // how many of the pairs are close (is_close)
+  // returns how many of the pairs are close (is_close)
   int64_t (*close)(const T* value, T bound, const T* bounds, Metric metric, int64_t n);
-  // weight_j *= slope(value_j). Returns their sum, and adds each to column_sums_j.
+  // weight_j *= slope(value_j). Returns the sum of the weights, and adds weight_j to column_sums_j.
   double (*slopes)(const T* value, T* weight, Metric metric, T factor, int64_t n,
                    double* column_sums);
   // sum = factor x - sum

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of values, and of weights that carry the gradient of the values to the rows.
+// The forward makes tiles of values. The backward turns tiles of the incoming gradient into
+// weights, and adds up what they contribute to the gradients of the rows.
 //
-// With w_ij the incoming gradient times the slope of the value, the gradient of a row is
-// sum_j w_ij y_j for products, and (sum_j w_ij) x_i - sum_j w_ij y_j for distances. Where the sides
-// are one, only tiles on and above the diagonal are visited, with the incoming gradient of both
-// halves, and each one serves its rows and its columns.
+// With w_ij the incoming gradient times the slope of the value, the gradient of a row is sum_j w_ij
+// y_j for products, and (sum_j w_ij) x_i - sum_j w_ij y_j for distances. In batch, only tiles on
+// and above the diagonal are visited, with the incoming gradient of both halves, and each tile
+// serves its rows and its columns.
 #include <algorithm>
 
 #include "../common/gemm.h"
@@ -53,7 +54,8 @@ struct Forward {
   Distance distance =
       pair.metric == Metric::kEuclidean ? Distance::kEuclidean : Distance::kSqEuclidean;
 
-  // Products of rows i0... and j0... become values; on the diagonal those above it only.
+  // Turns products of rows i0... and j0... into values; in a tile on the diagonal, only those above
+  // the diagonal.
   void values(Matrix<T> tile, int64_t i0, int64_t j0) const {
     const Rows<T>&x = pair.x, &y = pair.other();
     for (int64_t i = 0; i < tile.rows; ++i) {
@@ -68,7 +70,7 @@ struct Forward {
     }
   }
 
-  // From the difference of the rows as they were given.
+  // Returns the distance that the difference of the rows gives, as the caller gave them.
   T from_difference(int64_t i, int64_t j) const {
     const Matrix<const T>&x = pair.x.given, &y = pair.other().given;
     if (pair.in_batch() && i == j) return T(0);
@@ -77,7 +79,7 @@ struct Forward {
   }
 };
 
-// Fills in what is below the diagonal.
+// Fills in the values below the diagonal from those above it.
 template <typename T>
 void mirror(Matrix<T> tile) {
   constexpr int64_t kBlock = 16;
@@ -135,7 +137,8 @@ struct Backward {
   bool in_batch;
   Gradient<T>&x, &y;  // one and the same in batch
 
-  // Incoming gradients of a tile become weights; those of close pairs are carried at once.
+  // Turns the incoming gradients of a tile into weights. The contributions of close pairs are added
+  // at once.
   void weigh(Matrix<T> weight, Matrix<const T> value, int64_t i0, int64_t j0,
              double* column_sums) const {
     const T factor = static_cast<T>(-2 * gamma);

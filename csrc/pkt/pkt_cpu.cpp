@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CPU operator kdkernels_C::pkt_fwd. Arguments were checked by the public function. Sweeps over the
-// tiles on and above the diagonal; each tile serves its rows and, off the diagonal, its columns.
+// CPU operator kdkernels_C::pkt_fwd. Arguments were checked by the public function. The sweeps
+// visit the tiles on and above the diagonal; each tile serves its rows and, off the diagonal, its
+// columns.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -28,7 +29,7 @@ constexpr Named<Divergence> kDivergences[] = {{"kl", Divergence::kKl},
 
 constexpr int64_t kColumns = 64;  // of a task that sums rows
 
-// sum_j weight_j x_j in fp64, all weights 1 if null
+// Returns sum_j weight_j x_j in fp64. All weights are 1 if `weight` is null.
 template <typename T>
 std::vector<double> summed_rows(Matrix<const T> x, const double* weight) {
   std::vector<double> sums(x.cols);
@@ -52,7 +53,7 @@ double dot(const T* x, const U* y, int64_t n) {
   return sum;
 }
 
-// Student or teacher, as its products need it.
+// The student or the teacher, as products need them.
 template <typename T>
 struct Side {
   Tensor source;              // contiguous, in T
@@ -206,7 +207,7 @@ struct Sweep {
             r ? r + first : nullptr};
   }
 
-  // f(rows of sums, columns or null) for a tile; the columns are added to the same sums.
+  // Calls f(rows of sums, columns or null) for a tile, and adds the columns to the same sums.
   template <typename F>
   void add(const Pair& pair, std::vector<double>& sums, const F& f) const {
     std::vector<T> columns(pair.diagonal ? 0 : pair.s.cols);
@@ -232,7 +233,8 @@ struct Sweep {
     gemm<T>(pair.s.t(), pair.rows_i, across, 1);
   }
 
-  // The loss; r [B] and, for cosine, the products of the gradient if it is not empty.
+  // Returns the loss and computes r [B]. For kCosine it also computes the products of the gradient,
+  // unless `gradient` is null.
   double loss(std::vector<double>& r, const Matrix<T>* gradient) {
     std::vector<double> losses(grid.triangle());  // of each tile, added in order
     const double more_ops = gradient ? 4.0 * gradient->cols : 0;
@@ -250,7 +252,8 @@ struct Sweep {
     return total;
   }
 
-  // From the products W u: the rank-one parts of dL/dK, then through u = x / (|x| + eps).
+  // Completes the gradient from the products W u: adds the rank-one parts of dL/dK, then goes
+  // through u = x / (|x| + eps).
   void finish_cosine(const std::vector<double>& r, Matrix<T> gradient) const {
     const auto u = student.view(), x = matrix<const T>(student.source);
     const int64_t D = u.cols;

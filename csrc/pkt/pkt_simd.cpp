@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h). Sums are in T over a tile and in fp64
-// beyond.
+// This file is compiled once per instruction set (see ../common/simd.h). Sums are in T over a tile
+// and in fp64 beyond.
 #include "pkt_simd.h"
 
 #include "../common/lanes.h"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax weights of tiles of logits, relative to running maxima, and their sums; the merging of
-// sums; and derivatives by logits. Products read weights and derivatives from the L2 cache.
+// These kernels turn tiles of logits into softmax weights, relative to running maxima, and sum
+// them; merge the sums; and turn logits into derivatives. Products read weights and derivatives
+// from the L2 cache.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/reduce.h"
 #include "../common/cuda/semaphores.h"
@@ -12,7 +13,7 @@ namespace {
 constexpr float kInfinity = __builtin_huge_valf();
 constexpr float kNaN = __builtin_nanf("");
 
-// A number as two pieces, of which the first is its nearest.
+// Stores a number as two pieces; the first piece is the nearest number of type T.
 template <typename T>
 __device__ __forceinline__ void store_pieces(T* to, float x, int64_t width) {
   to[0] = from_float<T>(x);
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
                operand.width);
 }
 
-// Behind the stages: what the warps of a row tell one another, the maxima so far before and after a
+// Behind the stages lie what the warps of a row tell one another, the maxima before and after a
 // tile, and what each thread has summed.
 struct SweepShared {
   float across[kWarpsAcross][kTile];
@@ -55,8 +56,8 @@ static_assert(kWeightsBytes<Math::kBFloat16> <= kMostSharedBytes);
 static_assert(2 * (kWeightsBytes<Math::kBFloat16> + 1024) <= 228 << 10,
               "two blocks have to fit a multiprocessor of sm_90");
 
-// Marks the logits of what does not count, and leaves the largest of each row in `shared.across`,
-// by warps.
+// Marks the logits of keys that do not count, and leaves the largest logit that each warp has of a
+// row in `shared.across`.
 __device__ __forceinline__ void find_maxima(Accumulators& acc, SweepShared& shared,
                                             const Place& place, int tile) {
   KDK_UNROLL
@@ -79,7 +80,8 @@ __device__ __forceinline__ void find_maxima(Accumulators& acc, SweepShared& shar
   }
 }
 
-// Of row `row` of the tile, the maximum with this tile's; minus infinity where nothing counted yet.
+// Returns the maximum of row `row` with this tile's logits; minus infinity where no key has counted
+// yet.
 __device__ __forceinline__ float maximum_now(const SweepShared& shared, float before, int row) {
   float most = before;
   KDK_UNROLL
@@ -234,7 +236,7 @@ __global__ void __launch_bounds__(kThreads)
   p.lse_teacher[query] = result.lse_teacher;
 }
 
-// What the derivatives by a row's logits depend on. Of rows without a query it makes zeros.
+// What the derivatives by a row's logits depend on. Rows without a query get zeros.
 struct RowsShared {
   Marks marks;
   float dout[kTile], lse[kTile], loss[kTile];

@@ -44,7 +44,7 @@ inline std::string bwd_schema(const std::string& more = "") {
 
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// What the backward reads besides, and which gradients it is asked for.
+// The arguments of the backward alone: what it reads besides, and which gradients it is asked for.
 struct BackwardArguments {
   Tensor dout, loss, dloss, lse_student, lse_teacher;
   bool need_student, need_teacher, need_keys, need_teacher_keys;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sweeps of relational_kl over tiles of logits, in fp32 or fp64. Residuals:
+// relational_kl sweeps over tiles of logits, in fp32 or fp64. The residuals are described in
 // kdkernels/ops/relational_kl.py.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace kdk::relational_kl {
 
-// Rows against keys: logits are rows (scale keys)^T.
+// The rows and keys of one side, whose logits are rows (scale keys)^T.
 template <typename T>
 struct Side {
   Matrix<const T> rows;  // [B, D]
@@ -38,12 +38,14 @@ struct Residuals {
   T *loss, *lse_student, *lse_teacher;  // [B]
 };
 
-// `gradient` [B, D], unless null, is the derivative of the losses by the student.
+// Computes the residuals and, unless `gradient` is null, the derivative [B, D] of the losses by the
+// student.
 template <typename T>
 void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Matrix<T>* gradient);
 
-// The own logits do not matter here: the residuals hold them. Of the losses times dout [B], what is
-// not null: by the teacher [B, E], by the scaled keys [K, D], by the scaled teacher keys [K, E].
+// The gradients of the losses times dout [B], each unless null: by the teacher [B, E], by the
+// scaled keys [K, D], by the scaled teacher keys [K, E]. The backward does not need own logits: the
+// residuals hold them.
 template <typename T>
 struct Gradients {
   const Matrix<T>*teacher, *keys, *teacher_keys;

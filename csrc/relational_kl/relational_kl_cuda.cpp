@@ -24,8 +24,8 @@ const T* data_or_null(const Optional& x) {
   return x ? data_of<const T>(*x) : nullptr;
 }
 
-// Tiles of keys that a block has: blocks run in waves, and each takes as long as its tiles and the
-// filling of its pipeline, which is about one more.
+// Returns how many tiles of keys a block has. Blocks run in waves, and a wave takes as long as the
+// tiles of a block and the filling of its pipeline, which takes about as long as one more tile.
 int tiles_of_block(int64_t row_tiles, int64_t key_tiles) {
   constexpr int64_t kMost = 64, kGrid = 65535;  // blocks along the axis of keys
   const int64_t at_once = 2 * processors(), fewest = ceil_div(key_tiles, kGrid);
@@ -40,7 +40,7 @@ int tiles_of_block(int64_t row_tiles, int64_t key_tiles) {
   return static_cast<int>(best);
 }
 
-// Tensors in the form that kernels read, and both sides' rows as one operand.
+// The tensors of a call in the form that kernels read, with the rows of both sides as one operand.
 class Call {
  public:
   Call(const Device& device, const Arguments& given, bool ieee)
@@ -85,12 +85,13 @@ class Call {
     all.subtract_entropy = given.subtract_entropy;
   }
 
-  // Rows of the operand that hold so many queries.
+  // Returns how many rows of the operand hold so many queries.
   int64_t rows_of_queries(int64_t count) const {
     return round_up(teacher ? 2 * round_up(count, kGroup) : count, kTile);
   }
 
-  // Of queries first ... first + count, `first` being whole tiles, against all keys.
+  // Returns a sweep of `count` queries from query `first` on, which begins a tile, against all
+  // keys.
   SweepParams queries(int64_t first, int64_t count) const {
     SweepParams part = all;
     part.operand.data = data_of<char>(*rows_) + (teacher ? 2 : 1) * first * pieces_of(math) *
@@ -103,7 +104,7 @@ class Call {
     return part;
   }
 
-  // Of all queries against keys first ... first + count.
+  // Returns a sweep of all queries against `count` keys from key `first` on.
   SweepParams keys(int64_t first, int64_t count) const {
     SweepParams part = all;
     for (int side = 0; side < 2; ++side) {
@@ -116,7 +117,7 @@ class Call {
     return part;
   }
 
-  // The rows that a bank meets, D of their columns, as operand b of a product over them.
+  // Returns D columns of the rows that a bank meets, as operand b of a product over these rows.
   Source rows_meeting(int bank, int64_t D) const {
     Source source = source_of(*rows_);
     source.data = data_of<char>(*rows_) + (bank == 0 ? 0 : all.operand.steps[0] * kStepBytes);
@@ -138,10 +139,11 @@ class Call {
   Optional rows_;
 };
 
-// Entries per row of weights: whole stores of a thread.
+// Returns the entries of a row of weights: whole stores of a thread.
 int64_t padded(int64_t K) { return round_up(K, kGroup); }
 
-// The product of what a sweep left with keys or rows, in fp32.
+// Returns a product of the weights or derivatives that a sweep left, with keys or rows; its result
+// is fp32.
 Product product_with(const Device& device, const Source& b, int64_t M, int64_t N, int64_t K,
                      Math math) {
   Product product(device, 1, M, N, K, math);
@@ -150,8 +152,9 @@ Product product_with(const Device& device, const Source& b, int64_t M, int64_t N
   return product;
 }
 
-// Weights of M rows times keys [K, N], split into whole tiles of keys, of which each has its
-// factor: enough to fill the device twice, while a split has two tiles.
+// Returns a product of the weights of M rows with keys [K, N]. It is split into whole tiles of
+// keys, because each tile has its factor: into as many splits as fill the device twice, while a
+// split has two tiles.
 ProductParams difference_product(const Source& keys, int64_t M, int64_t N, float* out) {
   ProductParams params{};
   params.b = keys;
@@ -250,7 +253,7 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
   return {loss, dloss, lse_student, lse_teacher};
 }
 
-// What the second sweep reads besides.
+// The residuals that the second sweep reads, and the incoming gradient.
 struct Residuals {
   const Tensor &dout, &loss, &lse_student, &lse_teacher;
 
@@ -266,7 +269,7 @@ struct Residuals {
   }
 };
 
-// In chunks of rows, of which each row of dteacher needs one only.
+// Makes dteacher in chunks of rows: each row of dteacher needs one chunk only.
 void teacher_gradient(const Device& device, const Call& call, const Residuals& residuals,
                       const Tensor& dteacher) {  // [B, E]
   const int64_t E = dteacher.size(1), stride = padded(call.K);
@@ -290,9 +293,9 @@ void teacher_gradient(const Device& device, const Call& call, const Residuals& r
   }
 }
 
-// In chunks of keys, of which each row of the gradients needs one only. One product over the rows
-// of both sides makes the gradient of a bank that they share; of two banks each meets zeros in the
-// other side's rows.
+// Makes the gradients of keys in chunks of keys: each row of them needs one chunk only. Where both
+// sides share a bank, one product over the rows of both makes its gradient. Where there are two
+// banks, each meets zeros in the rows of the other side.
 void key_gradients(const Device& device, const Call& call, const Residuals& residuals,
                    const Tensor (&grads)[2]) {  // [K, D] and [K, E], or empty
   const int64_t rows = call.all.operand.rows;

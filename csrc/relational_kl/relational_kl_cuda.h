@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels of relational_kl. Residuals: kdkernels/ops/relational_kl.py.
+// This header declares the launchers of the CUDA kernels of relational_kl, and their parameters.
+// The residuals are described in kdkernels/ops/relational_kl.py.
 //
 // Rows of both sides make one operand, so that one product with a tile of keys gives both sides'
-// logits: eight student rows, the same eight of the teacher, and so on. Query q is row
-// q / 8 * 16 + q % 8, its teacher the one 8 further on; without a teacher query q is row q.
+// logits: eight student rows, the same eight of the teacher, and so on. Query q is row q / 8 * 16 +
+// q % 8, and its teacher is 8 rows further on. Without a teacher, query q is row q.
 #pragma once
 
 #include "../common/cuda/product.h"
@@ -13,7 +14,8 @@ namespace kdk::relational_kl {
 
 inline constexpr int kGroup = 8;  // neighbouring rows of one side
 
-// Pieces of an operand's row: two of 16 bits hold what fp32 has for a logit.
+// Returns how many pieces a row of the operand has: two pieces of 16 bits hold what a logit needs
+// of fp32.
 __host__ __device__ constexpr int pieces_of(cuda::Math math) {
   return math == cuda::Math::kBFloat16 ? 2 : 1;
 }
@@ -31,7 +33,7 @@ struct PrepareParams {
   bool teacher;
 };
 
-// Queries against keys, `tiles` tiles of keys a block.
+// A sweep of queries against keys, of which a block has `tiles` tiles.
 struct SweepParams {
   Operand operand;
   cuda::Source keys[2];   // one bank, or the student's and the teacher's; all of one length K
@@ -46,12 +48,12 @@ struct SweepParams {
   int tiles;
 };
 
-// Sums of softmaxes, and weights exp(a - maximum so far) times the student's scale.
+// A launch sums softmaxes, and leaves weights exp(a - maximum so far) times the student's scale.
 struct WeightsParams {
   SweepParams sweep;
   float* parts;     // [splits, 3, rows]: maximum, sum and mean of the keys that a block had
   float* positive;  // [B], the logit of the positive key
-  // null if nobody asks for it
+  // The weights and their maxima. Both are null if nobody asks for the gradient.
   void* weights;   // [rows, stride], of the operand's dtype
   int64_t stride;  // a multiple of kGroup
   float* maxima;   // [tiles of keys, rows], which the weights of a tile are relative to
@@ -67,9 +69,9 @@ struct MergeParams {
   float *loss, *lse_student, *lse_teacher;  // [B]
 };
 
-// The student's softmax less the teacher's, times the keys. There are few tiles and many splits, so
-// each split is stored, and another launch adds them up: a block that came last would read them
-// all.
+// A launch multiplies the student's softmax less the teacher's with the keys. There are few tiles
+// and many splits, so each split is stored, and another launch adds them up: a block that came last
+// would have to read all of them.
 struct DifferenceParams {
   // a is not read, out [splits, M, N] fp32, split_length a multiple of kTile
   cuda::ProductParams product;
@@ -81,8 +83,9 @@ struct DifferenceParams {
   const float* scale;                      // [K] or null
 };
 
-// dout times the derivatives by both sides' logits, in the operand's rows; or with `only_teacher`
-// those by the teacher's times its scale, in the queries'.
+// A launch makes dout times the derivatives by both sides' logits, in the operand's rows. With
+// `only_teacher` it makes those by the teacher's logits, times the teacher's scale, in the queries'
+// rows.
 struct DerivativesParams {
   SweepParams sweep;
   const float *loss, *lse_student, *lse_teacher;  // [B]

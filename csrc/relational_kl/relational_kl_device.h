@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sweep of a tile of rows over tiles of keys: a pipeline of copies that does not stop between
-// tiles, so the next tile's keys arrive during the epilogue of this one.
+// A tile of rows sweeps over tiles of keys. The pipeline of copies does not stop between tiles, so
+// the keys of the next tile arrive during the epilogue of this one.
 #pragma once
 
 #include "../common/cuda/main_loop.h"
@@ -13,15 +13,16 @@ using namespace kdk::cuda;
 template <Math kMath>
 inline constexpr int kStageBytes = (pieces_of(kMath) + 1) * kTileBytes;
 
-// In place of a logit that does not count: no weight, and finite, so that 0 times it is 0.
+// This stands in place of a logit that does not count. Its weight is 0, and it is finite, so that 0
+// times it is 0.
 inline constexpr float kLeast = -3e38f;
 
 __device__ __forceinline__ int64_t counting_keys(const int64_t* num_keys, int64_t all) {
   return num_keys != nullptr && *num_keys < all ? *num_keys : all;
 }
 
-// A number of which the compiler knows nothing: what follows from it is computed where it is used,
-// and occupies no register before.
+// Returns x, of which the compiler then knows nothing: what follows from x is computed where it is
+// used, and occupies no register before.
 __device__ __forceinline__ int unknown(int x) {
 #if !defined(KDK_CUDA_HOST)
   asm volatile("" : "+r"(x));
@@ -43,7 +44,7 @@ struct Place {
     const int64_t count = (all < p.K ? all : p.K) - k0();
     counting = count < 0 ? 0 : count < tiles * kTile ? static_cast<int>(count) : tiles * kTile;
   }
-  // The first row of the operand, and the first of the call's keys.
+  // These return the block's first row of the operand, and its first key among those of the call.
   __device__ __forceinline__ int64_t row0() const {
     return static_cast<int64_t>(unknown(static_cast<int>(blockIdx.x))) * kTile;
   }
@@ -52,14 +53,15 @@ struct Place {
   }
 };
 
-// A thread has eight columns of its warp's strip of 32, in pairs eight apart. Which key a column is
-// does not matter to a softmax, so the keys are put where these are eight neighbours.
+// A thread has eight columns of its warp's strip of 32, in pairs eight apart. It does not matter to
+// a softmax which key a column is, so the keys are put where a thread's eight columns are eight
+// neighbouring keys.
 __device__ __forceinline__ int key_of_column(int n) {
   return (n & ~31) + (n >> 1 & 3) * 8 + (n >> 3 & 3) * 2 + (n & 1);
 }
 
-// Which entries of a tile this thread has: rows row + 8 h, and of the block's keys key + e. Made
-// anew for each row, so that addresses of no two rows are held at once.
+// Which entries of a tile this thread has: rows row + 8 h, and of the block's keys key + e. This
+// struct is made anew for each row, so that addresses of no two rows are held at once.
 struct Entries {
   int thread, lane, across, row, key;
 
@@ -71,18 +73,18 @@ struct Entries {
         key(tile * kTile + across * kWarpColumns + lane * 8) {}
 };
 
-// Key e of row h of this thread.
+// Returns the accumulator for key e of row h of this thread.
 __device__ __forceinline__ float& entry(Accumulators& acc, int h, int e) {
   return acc[h / 2][e / 2][h % 2 * 2 + e % 2];
 }
 
-// The query that a row of the operand belongs to.
+// Returns the query that a row of the operand belongs to.
 __device__ __forceinline__ int64_t query_of(int64_t row, bool teacher) {
   return teacher ? row / (2 * kGroup) * kGroup + row % kGroup : row;
 }
 
-// Of each row of the tile, the key that is left out and the positive one, from the block's first
-// on; -1 for none that the block has.
+// For each row of the tile, the key that is left out and the positive key, counted from the block's
+// first key on; -1 where the block does not have that key.
 struct Marks {
   int out[kTile], positive[kTile];
 
@@ -120,8 +122,9 @@ __device__ __forceinline__ void load_keys(unsigned char* to, const Source& keys,
                key + c * kApart < place.counting ? count : 0, keys.aligned);
 }
 
-// epilogue(acc, tile) of tiles 0 ... tiles - 1 of the block's keys, with the logits of its rows,
-// unscaled; keys that do not count give 0. `shared` holds kStages * kStageBytes.
+// Calls epilogue(acc, tile) for tiles 0 ... tiles - 1 of the block's keys, with the unscaled logits
+// of the block's rows. Keys that do not count have logits of 0. `shared` holds kStages *
+// kStageBytes.
 template <Math kMath, typename Epilogue>
 __device__ __forceinline__ void sweep(const SweepParams& p, unsigned char* shared,
                                       const Place& place, int tiles, const Epilogue& epilogue) {
@@ -183,7 +186,8 @@ __device__ __forceinline__ void sweep(const SweepParams& p, unsigned char* share
   __syncthreads();
 }
 
-// Multiplies entries of rows first + 2 h, or of all rows if kBoth, by factors of their keys.
+// Multiplies the entries of rows first + 2 h, or of all rows if kBoth, by the factors of their
+// keys.
 template <bool kBoth>
 __device__ __forceinline__ void scale_entries(Accumulators& acc, const float* scale,
                                               const Place& place, int tile, int first = 0) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The student's gradient: both sides' weights are read from the L2 cache and become the difference
-// of the softmaxes in shared memory, each thread combining what it copied itself.
+// This kernel makes the student's gradient. The weights of both sides are read from the L2 cache
+// and become the difference of the softmaxes in shared memory; each thread combines what it copied
+// itself.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/product_tile.h"
 #include "relational_kl_device.h"

@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of relational_kl, on scalars or on GCC vectors of them, shared by the CPU and CUDA
-// kernels. Derivation: docs/ops/relational_kl.md.
+// The CPU and CUDA kernels share this arithmetic of relational_kl, on scalars or on GCC vectors of
+// them. docs/ops/relational_kl.md derives it.
 #pragma once
 
 #include "../common/softmax_sums.h"
 
 namespace kdk::relational_kl {
 
-// What p weighs in the loss, for two logarithms less the same constants as in the sums.
+// Returns the factor of p in the loss, from two logarithms less the same constants as in the sums.
 template <typename V>
 KDK_HOST_DEVICE V cost(V log_p, V log_q, bool subtract_entropy) {
   return subtract_entropy ? log_p - log_q : -log_q;
 }
 
-// The derivative of a row's loss by a logit of the teacher; that by one of the student is q - p.
+// Returns the derivative of a row's loss by a logit of the teacher. The derivative by a logit of
+// the student is q - p.
 template <typename V, typename T>
 KDK_HOST_DEVICE V by_teacher_logit(V p, V c, T loss) {
   return p * (c - loss);
@@ -24,7 +25,8 @@ struct RowResult {
   T loss, lse_student, lse_teacher;
 };
 
-// Of a row's sums over all keys, with a teacher. A row that no key is left for has a loss of 0.
+// Returns the result of a row with a teacher, from its sums over all keys. A row that no key is
+// left for has a loss of 0.
 template <typename T>
 KDK_HOST_DEVICE RowResult<T> row_result(const SoftmaxSums<T>& sums, bool subtract_entropy,
                                         bool no_key) {
@@ -35,7 +37,7 @@ KDK_HOST_DEVICE RowResult<T> row_result(const SoftmaxSums<T>& sums, bool subtrac
           sums.teacher.max + log_teacher};
 }
 
-// The same where the positive key is in the teacher's place.
+// Returns the result of a row that has a positive key in place of a teacher.
 template <typename T>
 KDK_HOST_DEVICE RowResult<T> row_result(const SoftmaxSum<T>& student, T positive) {
   const T log_student = std::log(student.sum);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectorised epilogues of relational_kl on the CPU, one table of functions per instruction set.
-// Each takes a stretch of n keys of one row; factors [n] or null for 1.
+// These are the vectorised epilogues of relational_kl on the CPU. Each instruction set has one
+// table of them. Each function takes a stretch of n keys of one row. `factors` is [n], or null
+// where all factors are 1.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +10,13 @@
 
 namespace kdk::relational_kl {
 
-// Of weights exp(logit - maximum): their sums, and the sum of the teacher's times c, where
-// c = subtract_entropy (b - max_b) - (a - max_a).
+// The sums of both sides' weights exp(logit - maximum), and as `mean` the sum of the teacher's
+// weights times c = subtract_entropy (b - max_b) - (a - max_a).
 struct Sums {
   double student, teacher, mean;
 };
 
-// What one row's derivatives depend on.
+// What the derivatives of one row's loss by its logits depend on.
 template <typename T>
 struct Row {
   T lse_student, lse_teacher, loss, dout;
@@ -24,16 +25,16 @@ struct Row {
 
 template <typename T>
 struct Epilogues {
-  // a *= factors; returns the maximum, which passes over NaN
+  // a *= factors. Returns the maximum, which ignores NaN.
   T (*maximum)(T* a, const T* factors, int64_t n);
-  // a = exp(a - max) factors; returns the sum of the exponentials
+  // a = exp(a - max) factors. Returns the sum of the exponentials.
   double (*weights)(T* a, const T* factors, int64_t n, T max);
-  // the same of both sides
+  // does the same for both sides
   Sums (*both_weights)(T* a, T* b, const T* factors, int64_t n, T max_a, T max_b,
                        bool subtract_entropy);
   // a = dout softmax(a)
   void (*softmax)(T* a, int64_t n, T lse, T dout);
-  // a and b become dout times the derivatives by them
+  // a and b become dout times the derivatives of the loss by them
   void (*derivatives)(T* a, T* b, int64_t n, const Row<T>& row);
   // x *= factors
   void (*multiply)(T* x, const T* factors, int64_t n);

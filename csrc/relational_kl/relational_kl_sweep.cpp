@@ -25,7 +25,8 @@ constexpr int64_t kKeys = 512;  // of a tile; both sides' tiles stay in a core's
 
 constexpr double kNotANumber = std::numeric_limits<double>::quiet_NaN();
 
-// f(begin, count) for the one or two stretches of keys k0 ... k0 + n that `exclude` leaves.
+// Calls f(begin, count) for the one or two stretches that `exclude` leaves of the n keys from k0
+// on.
 template <typename F>
 void each_stretch(int64_t exclude, int64_t k0, int64_t n, const F& f) {
   const int64_t at = exclude - k0;
@@ -222,8 +223,8 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
 
 namespace {
 
-// Logits of a tile turned into dout times the derivatives by them: the student's, and the teacher's
-// unless there is none.
+// Returns the tile of dout times the derivatives by the student's logits, and the tile of those by
+// the teacher's logits, if there is a teacher.
 template <typename T>
 std::pair<Matrix<T>, Matrix<T>> derivatives(const Problem<T>& problem,
                                             const Residuals<const T>& residuals, const T* dout,
@@ -266,7 +267,7 @@ void add_pieces(const Matrix<T>& to, int64_t pieces, const Part& part) {
   });
 }
 
-// A result and what pieces beyond the first add to it.
+// A result, and the pieces beyond the first that are added to it.
 template <typename T>
 class Pieces {
  public:

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Squared distances of both sides in fp64, a sweep over tiles of pairs as seen from every vertex,
-// and the gradient by weights on the student's distances.
+// rkd_angle measures the squared distances of both sides in fp64, sweeps over tiles of pairs as
+// seen from every vertex, and makes the gradient from weights on the student's distances.
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -34,8 +34,8 @@ void measure(Pairs<double>& pairs) {
   });
 }
 
-// Of the distances of one side: the largest square, NaN if any is; and by how much those of each
-// row differ.
+// The extent of the distances of one side: the largest square, which is NaN if any distance is, and
+// by how much the distances of each row differ.
 struct Extent {
   double most = 0;
   std::vector<double> uneven;  // [B] largest over smallest distance that is not 0
@@ -58,7 +58,8 @@ struct Extent {
   }
 };
 
-// Squared distances in T, with the largest one 1, and what goes with them. Rows have `stride`.
+// Squared distances in T, scaled so that the largest one is 1, and their inverse roots. Rows are
+// `stride` apart.
 template <typename T>
 class Scaled {
  public:
@@ -89,7 +90,7 @@ struct Sweep {
   double scale_student, scale_teacher;
   Matrix<double> derivative;  // [B, stride] by the scaled ones of the student; null if not needed
 
-  // The sum of the losses over the triples at some vertices, each pair of rows once.
+  // Returns the sum of the losses over the triples at some vertices, with each pair of rows once.
   template <typename T>
   double run(const std::vector<int64_t>& vertices) const {
     if (vertices.empty()) return 0;

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
 //
 // With q the squared distances, r = 1 / distance and a_j = r_ij / 2, the cosine at vertex i is
 //   psi_jk = (q_ij + q_ik - q_jk) a_j r_ik = (q_ij - q_jk) (a_j r_ik) + a_j / r_ik
-// and with g the derivative of its huber, m = g a_j r_ik and p = g psi, the sum's derivatives are
-//   by q_jk: -m,   by q_ij: sum over k of m - p r_ij^2 / 2,   by q_ik: sum over j of m - p r_ik^2 /
-//   2
+// With g the derivative of its huber, m = g a_j r_ik and p = g psi, the derivatives of the sum are
+//   by q_jk: -m
+//   by q_ij: sum over k of m - p r_ij^2 / 2
+//   by q_ik: sum over j of m - p r_ik^2 / 2
 //
 // fp-contract: fast, since both sides of a difference of products are sums.
 #include "rkd_angle_simd.h"
@@ -26,7 +27,7 @@ typename Lanes<T>::Vector load(const T* from) {
   return *reinterpret_cast<const typename Lanes<T>::Vector*>(from);
 }
 
-// One side of a vertex: r_ik and q_ik r_ik for all k of the tile.
+// One side of a vertex i: r_ik and q_ik r_ik for all k of the tile.
 template <typename T>
 struct Vertex {
   using V = typename Lanes<T>::Vector;
@@ -48,7 +49,7 @@ void add_neighbours(const T* __restrict from, T* __restrict to, int64_t n) {
   for (int64_t m = 0; m < n; ++m) to[m] = from[2 * m] + from[2 * m + 1];
 }
 
-// The sum of each of n vectors; both arrays are overwritten.
+// Returns the sum of each of n vectors. Both arrays are overwritten.
 template <typename T>
 const T* sum_lanes(typename Lanes<T>::Vector* vectors, typename Lanes<T>::Vector* spare,
                    int64_t n) {

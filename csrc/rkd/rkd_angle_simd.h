@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The inner loops of rkd_angle on the CPU, over all triples of a vertex and a tile of pairs.
+// The inner loops of rkd_angle on the CPU run over all triples of a vertex and a pair of a tile.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ namespace kdk::rkd {
 inline constexpr int64_t kAngleBlock = 64;  // most rows or columns of a tile
 inline constexpr int64_t kMostLanes = 16;   // of a vector; columns of a tile are a multiple of it
 
-// Of one side, [B, stride]: squared distances, and 1 / distance, which is 0 where the distance is 0
-// and in the columns beyond B.
+// The distances of one side, [B, stride]: their squares, and their inverses, which are 0 where the
+// distance is 0 and in the columns beyond B.
 template <typename T>
 struct Sides {
   const T *square, *inverse;
@@ -31,7 +31,7 @@ struct AngleTile {
   double* derivative;
 };
 
-// The sum of huber(psi_student - psi_teacher) over the triples of a tile.
+// Returns the sum of huber(psi_student - psi_teacher) over the triples of a tile.
 KDK_SIMD_DECLARE(template <typename T> double angles(const AngleTile<T>& tile);)
 
 template <typename T>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The losses of one side: their value, and their derivative by the student's features. Both are
-// even in the difference of the sides, so the teacher's derivative is the student's of a call with
-// the sides exchanged.
+// Each loss of rkd gives its value, and its derivative by the student's features. Both losses are
+// even in the difference of the sides, so the derivative by the teacher is that by the student of a
+// call with the sides exchanged.
 #pragma once
 
 #include "../common/stable.h"

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Three sweeps over tiles of the distances of both sides: their means, the loss, the gradient. A
-// sweep needs a number of the one before: the gradient through the mean is the same for all pairs.
-// Distances are kept between sweeps where they are no larger than the features, else measured
-// again, which costs half a product; the gradient costs a whole one in any case.
+// rkd_distance takes three sweeps over tiles of the distances of both sides: for their means, the
+// loss, and the gradient. Each sweep needs a number that the one before has found: the gradient
+// through the mean is the same for all pairs. Distances are kept between sweeps where they take no
+// more memory than the features. Else they are measured again, which costs half a product, where
+// the gradient costs a whole product in any case.
 #include <cmath>
 #include <numeric>
 #include <vector>

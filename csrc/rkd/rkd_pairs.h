@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Distances between the rows of one side of rkd, tile by tile above the diagonal, and what weights
-// on them add to the gradient. In terms of the sweep over labelled rows, here all of one label.
+// rkd measures the distances between the rows of one side tile by tile, above the diagonal, and
+// adds to the gradient what weights on them contribute. It uses the sweep over labelled rows, with
+// one label for all rows.
 #pragma once
 
 #include <algorithm>
@@ -31,14 +32,14 @@ class Pairs {
   int64_t rows() const { return sweep_.anchors.sorted.size(); }
   Matrix<T> kept() const { return Matrix<T>::contiguous(kept_.data(), rows(), rows()); }
 
-  // f(block) on all cores; no two calls at a time share rows or columns.
+  // Calls f(block) on all cores. No two calls at a time share rows or columns.
   template <typename F>
   void each(const F& f) const {
     sweep_.each_tile(f);
   }
 
-  // The tile of a block, with distances above the diagonal and weights of 0. It belongs to the
-  // calling thread until its next one. Distances are measured unless they are `kept`.
+  // Returns the tile of a block, with distances above the diagonal and weights of 0. It belongs to
+  // the calling thread until the thread's next tile. Distances are measured unless they are `kept`.
   Tile tile(const Block& block, bool kept) {
     auto& workspace = workspaces_.mine();
     Tile tile = workspace.tile(sweep_, block);
@@ -54,7 +55,8 @@ class Pairs {
     return tile;
   }
 
-  // Weights are derivatives by the distances of pairs of rows, each pair once.
+  // Adds to the gradient what the weights of a tile contribute. They are derivatives by the
+  // distances of pairs of rows, with each pair once.
   void add_gradient(const Block& block, const Tile& tile) {
     sweep_.add_gradient(tile, stretches(block), close_pairs(block), workspaces_.mine());
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectorised loops of rkd_distance on the CPU, one table of functions per instruction set.
+// These are the vectorised loops of rkd_distance on the CPU. Each instruction set has one table of
+// them.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 
 namespace kdk::rkd {
 
-// Distances of n pairs on both sides, and what brings them to a mean of 1.
+// The distances of n pairs on both sides, and the factors that bring them to a mean of 1.
 template <typename T>
 struct Compared {
   const T *student, *teacher;

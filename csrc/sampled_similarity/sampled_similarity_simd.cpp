@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Compiled once per instruction set (see ../common/simd.h).
+// This file is compiled once per instruction set (see ../common/simd.h).
 //
 // fp-contract: fast, since products are only added up.
 #include "sampled_similarity_simd.h"
@@ -26,7 +26,7 @@ Vector<T> load(const T* p) {
   return *reinterpret_cast<const Vector<T>*>(p);
 }
 
-// As many narrower numbers as there are lanes of T.
+// Vectors of as many narrower numbers as there are lanes of T.
 template <typename T>
 struct Narrow {
   static constexpr int kCount = Lanes<T>::kCount;
@@ -35,7 +35,7 @@ struct Narrow {
   typedef float Floats __attribute__((vector_size(kCount * 4), aligned(4)));
 };
 
-// As many numbers of the bank.
+// Loads as many numbers of the bank.
 template <typename T, typename E>
 Vector<T> load_wide(const E* p) {
   using Floats = typename Narrow<T>::Floats;
@@ -60,7 +60,7 @@ T widen(E x) {
   }
 }
 
-// `columns` numbers of a row that is read soon, where there is one: nothing else tells the
+// Fetches `columns` numbers of a row that is read soon, where there is one: nothing else tells the
 // processor where the next row lies.
 template <typename E>
 void fetch(const E* bank, int64_t stride, const int64_t* index, int64_t k, int64_t n,
@@ -79,7 +79,7 @@ T sum_of(Vector<T> lanes) {
   return sum;
 }
 
-// Inner products of x with kRows rows.
+// Computes the inner products of x with kRows rows.
 template <int kRows, typename T, typename E>
 void dots_of(const T* x, const E* const* rows, int64_t D, T* out) {
   constexpr int kCount = Lanes<T>::kCount;
@@ -113,7 +113,7 @@ void dots(const T* x, const E* bank, int64_t stride, const int64_t* index, int64
   }
 }
 
-// `kVectors` vectors of the sum, from column d on.
+// Computes `kVectors` vectors of the sum, from column d on.
 template <int kVectors, typename T, typename E>
 void sum_columns(const T* weights, const E* bank, int64_t stride, const int64_t* index, int64_t n,
                  int64_t d, T* out) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gathering loops of sampled_similarity on the CPU, one table of functions per instruction set.
+// These are the gathering loops of sampled_similarity on the CPU. Each instruction set has one
+// table of them.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,8 @@
 
 namespace kdk::sampled_similarity {
 
-// Loops over rows bank + index[k] stride of D contiguous numbers, k < n. E is the type of the
-// bank's numbers, and as wide as T or narrower.
+// The loops run over the rows bank + index[k] stride, k < n, of D contiguous numbers each. E is the
+// type of the bank's numbers, which is T or a narrower one.
 template <typename T, typename E>
 struct Loops {
   // out[k] = <x, row k>
@@ -19,7 +20,7 @@ struct Loops {
   // out = sum over k of weights[k] row k, added in the order of k
   void (*weighted_sum)(const T* weights, const E* bank, int64_t stride, const int64_t* index,
                        int64_t n, int64_t D, T* out);
-  // whether no number is infinite or NaN
+  // returns whether all numbers are finite
   bool (*all_finite)(const T* x, int64_t n);
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mining in the epilogue of the product of rows sorted by label: a tile whose labels do not meet
-// has negatives only, and in the batch a tile above the diagonal serves its rows and its columns.
-// Winners are merged as integers, so in any order.
+// Mining is done in the epilogue of the product of rows sorted by label. A tile whose labels do not
+// meet has negatives only, and in batch a tile above the diagonal serves its rows and its columns.
+// Winners are merged as integers, so the order does not matter.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
@@ -19,7 +19,8 @@ constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 constexpr int kPositive = 0, kNegative = 1;
 
-// What distances of a row add to every key: the key of NaN, or nothing.
+// Returns what is added to the keys of a row's distances: the key of NaN if the row is not finite,
+// else 0.
 __device__ __forceinline__ float forced(float norm) {
   return norm < kNormLimit<float> ? 0.0f : kNanKey<float>;
 }
@@ -70,7 +71,8 @@ struct Search {
   }
 };
 
-// Of a sorted anchor; a floor of +infinity admits nothing but NaN, so `active` is false there.
+// Returns the search of a sorted anchor. A floor of +infinity admits nothing but NaN, so `active`
+// is false there.
 __device__ __forceinline__ Search search_of(const MineParams& p, int side, int64_t anchor,
                                             bool& active) {
   Search search{{0, -1}, static_cast<float>(p.sign[side]), -kInfinity};
@@ -84,7 +86,7 @@ __device__ __forceinline__ Search search_of(const MineParams& p, int side, int64
   return search;
 }
 
-// A row as one that searches, or is looked at.
+// A row that searches, or that is looked at.
 struct Candidate {
   int64_t label, row;  // row is -1 if there is none
   float norm;
@@ -95,7 +97,7 @@ __device__ __forceinline__ Candidate candidate(const SortedRows& rows, int64_t i
   return {rows.label[i], rows.row[i], rows.norm[i]};
 }
 
-// One entry of the product, seen from `anchor`.
+// Looks at one entry of the product from `anchor`.
 __device__ __forceinline__ void look(Search& search, bool in_batch, int side,
                                      const Candidate& anchor, const Candidate& other, float dot) {
   const bool same = anchor.label == other.label;
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   }
 }
 
-// Of each anchor whose two winners there are: their rows, and distances from differences.
+// Stores, for each anchor that has both winners, their rows, and their distances from differences.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     triplet_distances_kernel(const __grid_constant__ DistancesParams p) {

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
   return {positive, negative, d_ap, d_an};
 }
 
-// What an anchor contributes to the gradient of the row that it chose, and to its own.
+// What an anchor and a row that it chose contribute to the gradients of both.
 template <typename T>
 struct Contribution {
   int64_t anchor;

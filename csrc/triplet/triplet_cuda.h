@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels of triplet. Residuals: kdkernels/ops/triplet.py.
+// This header declares the launchers of the CUDA kernels of triplet, and their parameters. The
+// residuals are described in kdkernels/ops/triplet.py.
 #pragma once
 
 #include "../common/cuda/product.h"
@@ -31,8 +32,8 @@ struct MineParams {
   bool in_batch;
   int sign[2];         // per side: 1 looks for the nearest, -1 for the farthest, 0 not at all
   Winner* winners[2];  // [B], of sorted anchors
-  // Only what lies beyond the winner of side `bound`, found with `bound_sign`, counts; -1:
-  // everything.
+  // Only rows beyond the winner of side `bound`, which was found with `bound_sign`, count. If it is
+  // -1, all rows count.
   int bound, bound_sign;
 };
 

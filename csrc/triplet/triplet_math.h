@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which candidate wins, shared by the CPU and CUDA kernels of triplet.
+// The CPU and CUDA kernels of triplet share here which candidate wins.
 #pragma once
 
 #include <cstdint>

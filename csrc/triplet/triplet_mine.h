@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The search for the positive and the negative of each anchor. In batch, only tiles of distances on
-// and above the diagonal are multiplied; each one serves the anchors of its rows and of its
-// columns.
+// The miner searches for the positive and the negative of each anchor. In batch, only tiles of
+// distances on and above the diagonal are multiplied; each tile serves the anchors of its rows and
+// of its columns.
 #pragma once
 
 #include <limits>
@@ -161,8 +161,8 @@ struct Miner {
     });
   }
 
-  // One tile of squared distances, anchors i0... against references j0...; in batch with `both`,
-  // also the other way.
+  // Looks at one tile of squared distances, of anchors i0... to references j0.... With `both`, in
+  // batch, the columns are anchors too.
   void look(Search<T>& search, Matrix<T> d, int64_t i0, int64_t j0, bool both,
             T* column_keys) const {
     if (both) std::fill_n(column_keys, d.cols, kInfinity);
@@ -243,7 +243,7 @@ struct Miner {
     });
   }
 
-  // The sweep passes NaN by; here whoever may choose it does.
+  // The sweep ignores NaN. Here, each anchor that has a candidate at a distance of NaN chooses it.
   void choose_nan(Search<T>& search) const {
     std::vector<int64_t> bad;
     for (int64_t j = 0; j < references.size(); ++j) {

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// How positives and negatives are chosen, by name, as the operators take it.
+// The operators take the strategies by which positives and negatives are chosen by these names.
 #pragma once
 
 #include "../common/named.h"
 
 namespace kdk::triplet {
 
-// kPaired, of positives only: row i of the references is the positive of anchor i.
+// kPaired is for positives only: row i of the references is the positive of anchor i.
 enum class Strategy { kHardest, kSemihard, kEasiest, kPaired };
 
 inline constexpr Named<Strategy> kStrategies[] = {{"hardest", Strategy::kHardest},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectorised loops of triplet on the CPU, one table of functions per instruction set.
+// These are the vectorised loops of triplet on the CPU. Each instruction set has one table of them.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@ namespace kdk::triplet {
 
 template <typename T>
 struct Loops {
-  // products <x, y_j> become squared distances: d_j = norm + norms_j - 2 d_j, at least 0
+  // Products d_j = <x, y_j> become squared distances norm + norms_j - 2 d_j, at least 0.
   void (*squared_distances)(T* d, T norm, const T* norms, int64_t n);
   // out += factor (x - y)
   void (*add_difference)(T factor, const T* x, const T* y, T* out, int64_t n);

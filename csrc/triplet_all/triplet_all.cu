@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Losses and weights from rows of distances: a block has an anchor. It ranks the distances to its
-// positives, as many at a time as it has threads, and finds where each distance to a negative lies
-// among them, by bisection. Counts and the winners of a search are merged as integers, so in any
-// order.
+// These kernels make losses and weights from rows of distances. A block has an anchor. It ranks the
+// distances to the anchor's positives, as many at a time as it has threads, and finds by bisection
+// where each distance to a negative lies among them. Counts and the winners of a search are merged
+// as integers, so the order does not matter.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/semaphores.h"
 #include "../common/cuda/tile.h"
@@ -51,7 +51,7 @@ struct Anchor {
     return j + (self >= 0 && j >= self);
   }
 
-  // The distances from column j on, +infinity for what is no negative.
+  // Loads four distances from column j on, with +infinity for rows that are no negatives.
   __device__ __forceinline__ Float4 load_negatives(int64_t j) const {
     Float4 four;
     if (j < M) four = *reinterpret_cast<const Float4*>(d + j);
@@ -62,7 +62,8 @@ struct Anchor {
     return four;
   }
 
-  // The weights from column j on, before the first positives are weighed or after.
+  // Loads four weights from column j on. `before` says that no positive has been weighed yet, so
+  // that they are 0.
   __device__ __forceinline__ Float4 load_weights(int64_t j, bool before) const {
     return before || w == nullptr ? Float4{} : *reinterpret_cast<const Float4*>(w + j);
   }
@@ -70,7 +71,8 @@ struct Anchor {
     if (w != nullptr) *reinterpret_cast<Float4*>(w + j) = weights;
   }
 
-  // f(column, distance) of this thread's share, which returns what to take off the weight.
+  // Calls f(column, distance) for this thread's share of the negatives. f returns what to take off
+  // the weight.
   template <typename F>
   __device__ __forceinline__ void each_negative(bool before, const F& f) const {
     for (int64_t j = 4 * threadIdx.x; j < M; j += 4 * threads()) {
@@ -85,13 +87,14 @@ struct Anchor {
   }
 };
 
-// What a thread has found of the losses of an anchor; NaN if a distance is.
+// What a thread has found of the losses of an anchor. The total is NaN if a distance is.
 struct Found {
   double total = 0;
   int64_t nonzero = 0;
 };
 
-// Some positives of an anchor: this thread has number `first + threadIdx.x`, if below n.
+// Some positives of an anchor. This thread has positive `first + threadIdx.x`, if threadIdx.x is
+// below n.
 struct Piece {
   int64_t first;
   int n;
@@ -119,7 +122,7 @@ __device__ Piece rank(const Anchor& anchor, int64_t first, Shared& shared) {
   return piece;
 }
 
-// How many of n descending thresholds are above x, or not below it.
+// Returns how many of n descending thresholds are above x, or not below it.
 template <bool kAbove>
 __device__ __forceinline__ int count_thresholds(const float* thresholds, int n, float x) {
   int at = 0;
@@ -132,7 +135,8 @@ __device__ __forceinline__ int count_thresholds(const float* thresholds, int n, 
   return at;
 }
 
-// The inclusive scan over the threads of the block, by an operation in any order.
+// Returns the inclusive scan over the threads of the block, by an operation that may be done in any
+// order.
 template <typename T, typename Op>
 __device__ __forceinline__ T block_scan(T x, T* shared, const Op& op) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -149,7 +153,7 @@ __device__ __forceinline__ T block_scan(T x, T* shared, const Op& op) {
 }
 
 // With k_n = #{p : d_p > e_n} and w_p = #{n : e_n < d_p}, e_n = d_n - margin, the losses add up to
-// sum_p w_p d_p - sum_n k_n e_n. Exact products in fp64.
+// sum_p w_p d_p - sum_n k_n e_n. The products are exact in fp64.
 __device__ void weigh_hinge(const WeighParams& p, const Anchor& anchor, const Piece& piece,
                             Shared& shared, Found& found) {
   const int t = threadIdx.x, n = piece.n;
@@ -177,7 +181,7 @@ __device__ void weigh_hinge(const WeighParams& p, const Anchor& anchor, const Pi
   if (anchor.w != nullptr) anchor.w[anchor.column(piece.first + t)] = static_cast<float>(weight);
 }
 
-// Each triplet by itself.
+// Weighs each triplet by itself.
 __device__ void weigh_softplus(const WeighParams& p, const Anchor& anchor, const Piece& piece,
                                Shared& shared, Found& found) {
   constexpr int kTogether = 32;  // positives whose derivatives are added up apart, for precision

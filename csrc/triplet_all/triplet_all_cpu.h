@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both forms of triplet_all on the CPU share: the distances of each anchor to its positives,
-// and how their weights reach the rows.
+// Both forms of triplet_all on the CPU share the distances of each anchor to its positives, and how
+// their weights contribute to the gradients of the rows.
 #pragma once
 
 #include <algorithm>
@@ -67,7 +67,8 @@ struct Positives {
 
   bool takes_part(int64_t i) const { return offset[i + 1] > offset[i]; }
   bool none(int64_t i0, int64_t n) const { return offset[i0 + n] == offset[i0]; }
-  // operations per row to visit the positives of an average anchor, with so many for each
+  // Returns the operations that an average anchor takes to visit its positives, at `each`
+  // operations for one of them.
   double ops(double each) const { return each * offset.back() / std::max<size_t>(count.size(), 1); }
 
  private:
@@ -109,7 +110,7 @@ struct Positives {
   }
 };
 
-// What both forms ask of a tile: the distances of anchors to their negatives.
+// Both forms ask of a tile the distances of anchors to their negatives.
 template <typename T>
 struct Negatives {
   const Sweep<T>& sweep;
@@ -130,15 +131,15 @@ struct Negatives {
   }
 };
 
-// Carries weights of the distances to positives to the rows. `weight` has the slots of `Positives`,
-// in the order of the references, and holds derivatives times slopes.
+// What the distances to positives contribute to the gradients. `weight` has the slots of
+// `Positives`, in the order of the references, and holds derivatives times slopes.
 template <typename T>
 struct PositiveContributions {
   const Sweep<T>& sweep;
   const Positives<T>& positives;
   const std::vector<double>& weight;
 
-  // Anchor i, and in batch its other role, as a positive.
+  // Subtracts the contributions to anchor i, in batch also those that it gets as a positive.
   void on_anchor(int64_t i, double* sum) const {
     const LabelRanges& ranges = sweep.rows.ranges;
     const int64_t first = ranges.first[i];
@@ -150,7 +151,8 @@ struct PositiveContributions {
     }
   }
 
-  // Reference j as a positive of anchors [begin, end), all of its label.
+  // Subtracts the contributions to reference j as a positive of anchors [begin, end), which are all
+  // anchors of its label.
   void on_reference(int64_t j, int64_t begin, int64_t end, double* sum) const {
     for (int64_t i = begin; i < end; ++i) {
       if (!positives.takes_part(i)) continue;
@@ -166,8 +168,9 @@ struct PositiveContributions {
   }
 };
 
-// Both gradients: what the sweep has added up, less what the distances to positives contribute, and
-// what `on_anchor`(i, sum) and `on_reference`(j, sum) subtract from the sum of a row.
+// Returns both gradients: what the sweep has added up, less what the distances to positives
+// contribute, and less what `on_anchor`(i, sum) and `on_reference`(j, sum) subtract from the sum of
+// a row.
 template <typename T, typename OnAnchor, typename OnReference>
 std::pair<Tensor, Tensor> gradients(const PositiveContributions<T>& contributions,
                                     const OnAnchor& on_anchor, const OnReference& on_reference) {
@@ -185,12 +188,12 @@ std::pair<Tensor, Tensor> gradients(const PositiveContributions<T>& contribution
           })};
 }
 
-// Each positive with each negative: sweeps, and returns the sum and the two gradients.
+// Sweeps with each positive and each negative, and returns the sum and the two gradients.
 template <typename T>
 std::tuple<Sum, Tensor, Tensor> with_all(Sweep<T>& sweep, const Positives<T>& positives,
                                          const Options& options);
 
-// Each positive with its semi-hard negative.
+// Does the same with each positive and its semi-hard negative.
 template <typename T>
 std::tuple<Sum, Tensor, Tensor> with_semihard(Sweep<T>& sweep, const Positives<T>& positives,
                                               const Options& options);

@@ -14,7 +14,7 @@ namespace {
 
 using namespace kdk::cuda;
 
-// One side in the order of its labels, and the memory for it.
+// The rows of one side in the order of their labels, and the memory for them.
 class Side {
  public:
   Side(const Device& device, const Tensor& features, const Tensor& label, const Tensor& order,
@@ -75,7 +75,8 @@ class Side {
   Tensor features_, label_, order_, place_, x_, norm_, sums_, weighted_;
 };
 
-// Losses and weights of a chunk, and the two products that carry the weights to the rows.
+// Makes the losses and weights of a chunk, and the two products that add up what the weights
+// contribute.
 void weigh(const Device& device, WeighParams params, const Tensor& weights, Math math) {
   const Rows &anchors = params.chunk.anchors, &references = params.chunk.references;
   const int64_t R = anchors.x.rows, M = references.x.rows, D = anchors.x.cols;

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launchers of the CUDA kernels of triplet_all, and the parameters that they share. Results:
-// kdkernels/ops/triplet_all.py.
+// This header declares the launchers of the CUDA kernels of triplet_all, and their parameters. The
+// results are described in kdkernels/ops/triplet_all.py.
 //
 // Rows are fp32 and in the order of their labels, so that the positives of an anchor are one
-// stretch of its distances. Anchors are taken in chunks: their distances, then losses and weights
-// from each row of distances, then what the weights contribute to the gradients. With W_ij the
-// derivative of the sum by d_ij times the slope of d_ij, the gradient of x_i is (sum_j W_ij) x_i -
-// sum_j W_ij r_j.
+// stretch of its row of distances. Anchors are taken in chunks. For each chunk, one launch makes
+// the distances, another makes losses and weights from each row of distances, and products add up
+// what the weights contribute to the gradients. Let W_ij be the derivative of the sum by d_ij times
+// the slope of d_ij. Then the gradient of x_i is (sum_j W_ij) x_i - sum_j W_ij r_j.
 #pragma once
 
 #include "../common/cuda/product.h"
@@ -16,16 +16,16 @@ namespace kdk::triplet_all {
 
 using pairs::Distance;
 
-// One side, anchors or references; in batch the same.
+// The rows of one side, anchors or references. In batch both are the same.
 struct Rows {
-  cuda::Source x;        // [N, D] fp32, rows of 16-byte pieces; zeros where a row is not finite
+  cuda::Source x;        // [N, D] fp32, in whole pieces of 16 bytes; a row that is not finite is 0
   float* norm;           // [N], squared; NaN where the row is not finite
-  const int64_t* order;  // [N], which rows these were
-  double* sums;          // [N], of the weights on a row; null where no gradient is needed
-  float* weighted;       // [N, D], of the weights times the other rows; likewise
+  const int64_t* order;  // [N], which row of the caller's each is
+  double* sums;          // [N], sums of the weights of a row; null where no gradient is needed
+  float* weighted;       // [N, D], sums of the weights times the other rows; null likewise
 };
 
-// Copies rows into the order of their labels.
+// A launch copies the rows of one side into the order of their labels.
 struct PrepareParams {
   Rows rows;
   cuda::Source from;               // [N, D] of `math`'s dtype
@@ -36,10 +36,10 @@ struct PrepareParams {
   int64_t *begin, *end;  // [N], the references of a row's label; null for references
 };
 
-// Distances of some anchors. Tiles of kTile^2 in which two rows are so close that products would
-// cancel are made from differences, and flagged.
+// A launch makes the distances of some anchors to all references. A tile of kTile^2 distances in
+// which two rows are so close that products would cancel is made from differences, and flagged.
 struct DistancesParams {
-  Rows anchors, references;  // those of the chunk, and all
+  Rows anchors, references;  // the anchors of the chunk, and all references
   bool in_batch;
   int64_t first;  // the chunk's first anchor
   Distance distance;
@@ -50,7 +50,7 @@ struct DistancesParams {
 
 enum class Form { kHinge, kSoftplus, kSemihard, kSoftSemihard };
 
-// Losses and weights of the anchors of a chunk.
+// A launch makes the losses and weights of the anchors of a chunk.
 struct WeighParams {
   DistancesParams chunk;       // d becomes the weights in flagged tiles
   const int64_t *begin, *end;  // [B]
@@ -61,20 +61,21 @@ struct WeighParams {
   double* losses;     // [B]
   int64_t* nonzero;   // [B]
   int64_t* triplets;  // [B]
-  // zeros for the products that follow
+  // The semaphores of the two products that follow, which this launch sets to 0.
   unsigned* semaphores[2];
   int64_t semaphore_count[2];
 };
 
-// Takes off `weighted` of anchors or references what the weights of flagged tiles contribute to
-// their gradient, from differences of rows. For references, also adds the other weights to `sums`.
+// A launch subtracts from `weighted` of anchors or references what the weights of flagged tiles
+// contribute to their gradients, from differences of rows. For references it also adds the other
+// weights to `sums`.
 struct CloseParams {
   DistancesParams chunk;
   const float* weights;
   bool references;  // whose gradient: of the references, or of the anchors
 };
 
-// dx = sums x - weighted, in the caller's order.
+// A launch makes dx = sums x - weighted, in the caller's order.
 struct GradientParams {
   Rows rows;
   float* dx;  // [N, D]

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// triplet_all with negatives="all". Each distance to a negative, less the margin, is compared with
-// the distances to the positives; how many of them are above it is minus its derivative, and how
-// many negatives are below a positive is the derivative of that one. With k_n and w_p these counts,
-// the hinge losses add up to sum_p w_p d_p - sum_n k_n (d_n - margin), in fp64 exact products.
+// triplet_all with negatives="all". Each distance d_n to a negative, less the margin, is compared
+// with the distances d_p to the positives. The number k_n of positives above it is minus the
+// derivative by d_n, and the number w_p of negatives below a positive is the derivative by d_p. The
+// hinge losses add up to sum_p w_p d_p - sum_n k_n (d_n - margin), in products that are exact in
+// fp64.
 #include "triplet_all_cpu.h"
 #include "triplet_all_simd.h"
 
@@ -80,7 +81,8 @@ struct Every : Negatives<T> {
     });
   }
 
-  // Of anchor i; puts the weights of its positives times slopes into the order of the references.
+  // Returns the sum of anchor i, and puts the weights of its positives, times slopes, into the
+  // order of the references.
   Sum finish(int64_t i) {
     const int64_t P = positives.count[i], first = positives.offset[i];
     double* w = slots.data() + first;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The arithmetic of one triplet, shared by the CPU and CUDA kernels.
+// The CPU and CUDA kernels share this arithmetic of one triplet.
 #pragma once
 
 #include <cmath>
@@ -13,13 +13,13 @@ struct Term {
   T loss, slope;  // f(u) and f'(u)
 };
 
-// At u = d_ap - d_an + margin; the loss is NaN where u is.
+// Returns the hinge at u = d_ap - d_an + margin. The loss is NaN where u is.
 template <typename T>
 KDK_HOST_DEVICE Term<T> hinge(T u) {
   return {u <= 0 ? T(0) : u, u > 0 ? T(1) : T(0)};
 }
 
-// log(1 + e^u)
+// Returns log(1 + e^u) and its derivative.
 template <typename T>
 KDK_HOST_DEVICE Term<T> softplus(T u) {
   const T z = std::exp(-std::abs(u));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What surrounds the losses: rows in the order of their labels, their distances, and the gradient
-// from weights on distances.
+// These kernels surround those of the losses: they put rows into the order of their labels, make
+// the distances, and make the gradient from weights on distances.
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
@@ -14,7 +14,7 @@ using namespace kdk::cuda;
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
-// How many of n ascending labels are below `label`, or not above it.
+// Returns how many of n ascending labels are below `label`, or with `past` not above it.
 __device__ __forceinline__ int64_t count_labels(const int64_t* labels, int64_t n, int64_t label,
                                                 bool past) {
   int64_t low = 0;
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads)
     (lane == 0 ? p.begin : p.end)[i] = count_labels(p.reference_label, p.M, p.label[i], lane == 1);
 }
 
-// Whether any thread of the block says so. `shared` may be used again afterwards.
+// Returns whether any thread of the block says so. `shared` may be used again afterwards.
 __device__ __forceinline__ bool any_of(bool says, unsigned char* shared) {
   auto* warps = reinterpret_cast<unsigned*>(shared);
   const unsigned lanes = __ballot_sync(kWarp, says);
@@ -186,7 +186,7 @@ __device__ void subtract_close(const CloseParams& p, int64_t block) {
   }
 }
 
-// Of the weights on 32 references.
+// Adds the weights of 32 references to their sums.
 __device__ void sum_columns(const CloseParams& p, int64_t block) {
   auto* shared = reinterpret_cast<double*>(shared_memory());  // [kGroups, 32]
   const DistancesParams& chunk = p.chunk;

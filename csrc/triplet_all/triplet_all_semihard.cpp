@@ -29,8 +29,8 @@ template <typename T>
 struct Semihard : Negatives<T> {
   using Negatives<T>::sweep, Negatives<T>::positives, Negatives<T>::ranges;
   const std::vector<int64_t>& row = sweep.rows.references.row;
-  // By positive in descending order of distance; of one whose tile had many positives only after
-  // the best of those before it has been taken over.
+  // One for each positive, in descending order of distance. Where bisection was used, the nearest
+  // of a positive is right only after the best of the positives before it has been taken over.
   std::vector<Candidate<T>> nearest;
   std::vector<Candidate<T>> farthest;  // of each anchor
 
@@ -127,10 +127,10 @@ struct Finish {
   const Options& options;
   const Positives<T>& positives = search.positives;
   std::vector<double> weight;  // of the positives, as PositiveContributions takes it
-  std::vector<Contribution>
-      contributions;           // of the negatives; those of anchor i from positives.offset[i] on
-  std::vector<int64_t> count;  // so many of them
-  std::vector<Sum> sums;       // of each anchor
+  // Contributions of the negatives: of anchor i, the first count[i] from positives.offset[i] on.
+  std::vector<Contribution> contributions;
+  std::vector<int64_t> count;
+  std::vector<Sum> sums;  // of each anchor
 
   Finish(const Semihard<T>& search_, const Options& options_)
       : search(search_),

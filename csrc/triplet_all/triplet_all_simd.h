@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vectorised loops of triplet_all on the CPU, one table of functions per instruction set.
+// These are the vectorised loops of triplet_all on the CPU. Each instruction set has one table of
+// them.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +11,13 @@ namespace kdk::triplet_all {
 
 inline constexpr int64_t kStretch = 256;  // most negatives that one call takes
 
-// Compares d_j - margin with the distances to the positives ("thresholds", descending), n <=
-// kStretch:
+// A function of this type compares d_j - margin with the distances to the positives, the descending
+// `thresholds`, for n <= kStretch:
 //   weight_j  becomes the derivative of the anchor's loss by d_j
 //   slots     one per threshold, see below
 //   sum       see below
-// Returns the number of losses above 0, or of negatives with such a loss, which is 0 where all
-// results are.
+// It returns the number of losses above 0, or of negatives with such a loss. Where that number is
+// 0, all results are 0.
 template <typename T>
 using Weigh = int64_t (*)(const T* d, T margin, int64_t n, const T* thresholds, int64_t P,
                           T* weight, double* slots, double* sum);

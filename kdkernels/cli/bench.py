@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from kdkernels import _dispatch
+from kdkernels._progress import Progress
 from kdkernels.cli import UsageError
-from kdkernels.cli.progress import Progress
 from kdkernels.cli.table import Table, write_json
 from kdkernels.testing import bench, record
 from kdkernels.testing.opinfo import BenchShape, OpInfo, opinfos
@@ -128,9 +128,8 @@ def run(args: argparse.Namespace) -> int:
             records.append(entry)
             progress.step(title)
             progress.note("\n".join((_table(entry).render(), *_footnotes(entry), "")))
-            if (
-                args.output is not None
-            ):  # after each record, so that an interrupted run keeps what it has
+            # after each record, so that an interrupted run keeps what it has
+            if args.output is not None:
                 args.output.mkdir(parents=True, exist_ok=True)
                 write_json({"records": records}, str(args.output / f"{_stem(args, device)}.json"))
     if args.json:

@@ -29,8 +29,8 @@ import torch
 
 import kdkernels as kd
 from kdkernels import _dispatch
+from kdkernels._progress import Progress
 from kdkernels.cli import UsageError
-from kdkernels.cli.progress import Progress
 from kdkernels.cli.table import Table, report_stream, write_json
 from kdkernels.testing import numerics
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos

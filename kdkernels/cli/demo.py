@@ -34,9 +34,9 @@ from typing import Any
 import torch
 
 import kdkernels as kd
+from kdkernels._progress import Progress
 from kdkernels.cli import UsageError
 from kdkernels.cli.check import parse_device
-from kdkernels.cli.progress import Progress
 from kdkernels.cli.table import Table, report_stream, write_json
 from kdkernels.demo import measure, training
 from kdkernels.demo.data import SOURCES, Data, missing_package
@@ -287,14 +287,14 @@ def _differences(students: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if twin is None:
             continue
         pairs = zip(student["curve_loss"], twin["curve_loss"], strict=True)
-        losses = [abs(own - other) / abs(other) for own, other in pairs]
+        losses = [abs(value - twin) / abs(twin) for value, twin in pairs]
         accuracies = zip(student["curve_accuracy"], twin["curve_accuracy"], strict=True)
         found.append({
             "name": student["name"],
             "twin": twin["name"],
             "first_loss_relative": losses[0],
             "max_loss_relative": max(losses),
-            "max_accuracy": max(abs(own - other) for own, other in accuracies),
+            "max_accuracy": max(abs(value - twin) for value, twin in accuracies),
             "final_accuracy": student["accuracy"] - twin["accuracy"],
         })  # fmt: skip
     return found
@@ -331,11 +331,11 @@ def _remarks(record: dict[str, Any]) -> list[str]:
     ]
     by_name = {student["name"]: student for student in record["students"]}
     for difference in record["differences"]:
-        own, other = by_name[difference["name"]], by_name[difference["twin"]]
-        time_ratio = other["step_time"]["median_ms"] / own["step_time"]["median_ms"]
+        student, twin = by_name[difference["name"]], by_name[difference["twin"]]
+        time_ratio = twin["step_time"]["median_ms"] / student["step_time"]["median_ms"]
         lines += [
-            f"{own['label']} against {other['label']}: {time_ratio:.1f}x the speed, "
-            f"{own['peak_bytes'] / 2**20:.1f} instead of {other['peak_bytes'] / 2**20:.1f} MiB.",
+            f"{student['label']} against {twin['label']}: {time_ratio:.1f}x the speed, "
+            f"{student['peak_bytes'] / 2**20:.1f} instead of {twin['peak_bytes'] / 2**20:.1f} MiB.",
             f"Loss curves: {difference['first_loss_relative']:.1e} apart (relative) in the first "
             f"epoch, at most {difference['max_loss_relative']:.1e} apart in any.",
             f"Test accuracies: at most {100 * difference['max_accuracy']:.1f} points apart in any "

@@ -139,9 +139,8 @@ def _op(info: OpInfo, device: torch.device) -> dict[str, Any]:
     base = {"function": info.name, "device": str(device)}
     try:
         answer = kdkernels.explain(info.public, *sample.args, **sample.kwargs)
-    except (
-        kdkernels.BackendUnavailableError
-    ) as error:  # KDKERNELS_BACKEND names one that cannot run here
+    except kdkernels.BackendUnavailableError as error:
+        # KDKERNELS_BACKEND names one that cannot run here
         return {**base, "backend": None, "error": str(error), "rejected": {}}
     return {**base, "backend": answer.backend, "error": None, "rejected": answer.rejected}
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kdkernels import _fresh
 from kdkernels.demo.losses import Criterion
 from kdkernels.demo.models import Outputs
+from kdkernels.testing import fresh
 
 _WARM_UP = 2
 _ROUNDS = 15
@@ -116,7 +116,7 @@ def peak_bytes(criterion: Criterion, batch: Batch) -> int:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "step.pt"
         torch.save((criterion, batch.tensors()), path)
-        return _fresh.call("kdkernels.demo.memory", "peak_bytes", path, torch.get_num_threads())
+        return fresh.call("kdkernels.demo.memory", "peak_bytes", path, torch.get_num_threads())
 
 
 def _synchronize(device: torch.device) -> None:

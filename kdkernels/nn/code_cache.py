@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +17,10 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset
 
-from kdkernels.cli.progress import Progress
+from kdkernels._progress import Progress
+from kdkernels.nn._dataset_order import Places, placed
 from kdkernels.nn._raw import raw_bytes
 from kdkernels.nn.lsh import LSHFeatureMimickingLoss
 
@@ -26,6 +30,7 @@ MAGIC = b"kdkernels codes\n"
 VERSION = 1
 HEADER_BYTES = 4096
 ALIGNMENT = 64
+ROWS = 8192  # of codes put in order at a time
 DTYPES = {
     str(dtype): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
@@ -104,16 +109,16 @@ class CodeCache:
     ) -> None:
         if criterion is not None:
             weight, bias = criterion.hash()
-            for name, own, given in (("weight", self.weight, weight), ("bias", self.bias, bias)):
+            for name, kept, given in (("weight", self.weight, weight), ("bias", self.bias, bias)):
                 given = given.detach().cpu()
-                if given.shape != own.shape or given.dtype != own.dtype:
-                    expected = f"{own.dtype} {list(own.shape)}"
+                if given.shape != kept.shape or given.dtype != kept.dtype:
+                    expected = f"{kept.dtype} {list(kept.shape)}"
                     got = f"{given.dtype} {list(given.shape)}"
                     raise ValueError(
                         f"criterion must have the hash_{name} that {self.path.name} was made with, "
                         f"{expected}, got {got}"
                     )
-                if not torch.equal(own, given):
+                if not torch.equal(kept, given):
                     raise ValueError(
                         f"criterion must have the hash_{name} that {self.path.name} was made with, "
                         "got other numbers of the same shape"
@@ -149,6 +154,7 @@ def encode_dataset(
     *,
     inputs: Callable[[Any], Any] | None = None,
     features: Callable[[Any], Tensor] | None = None,
+    index_of: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> CodeCache:
     """Hash a frozen teacher's features of a data set into a file, once.
@@ -157,26 +163,41 @@ def encode_dataset(
     in place of an older one of that name; an error leaves neither a part of it nor changes the old
     one.
 
+    Code i is that of sample i. That is known of
+
+    - a plain `torch.utils.data.DataLoader` over a data set with places, with any sampler or
+      batch_sampler of its own: the places are those that its sampler draws, and batches are taken
+      in that order even with in_order=False. Its `collate_fn` must keep the order of the samples of
+      a batch; for one that sorts them, give `index_of`;
+    - a `DataLoader` over an `IterableDataset` with at most one worker, and a list, tuple or
+      generator of batches: they come in the order of the data set by definition;
+    - any loader at all with `index_of`.
+
+    Every other loader is refused, also a subclass of `DataLoader` and what wraps one; so is a
+    `DataLoader` with shuffle=True, for which shuffle=False gives the same codes.
+
     Args:
         teacher: Any module. Sees the data as the loader gives it: with random augmentation, each
             sample's code is that of the one view drawn here.
-        loader: Batches in the order of the data set, so that code i is that of sample i: a
-            `DataLoader` with shuffle=False and drop_last=False, or any iterable.
+        loader: Batches of the data set, see above. It gives each sample once.
         criterion: Owner of the directions and the (fitted) bias.
         path: The file to write.
         inputs: What the teacher is called with, from a batch; by default the batch, or its first
             entry if it is a tuple or list. Moved to the teacher's device if it is a tensor.
         features: The features [B, ...] in the teacher's output; by default the output.
+        index_of: Where the samples of a batch are in the data set: from a batch to integers [B], a
+            tensor, an array or a list, e.g. `lambda batch: batch["index"]`.
         progress: A bar on standard error, where that is a terminal.
 
     Returns:
         The opened file.
 
     Raises:
-        TypeError, ValueError: a loader that shuffles, leaves samples out or is empty, or features
-            that do not fit the criterion.
+        TypeError, ValueError: a loader whose order is not known, that leaves samples out, gives one
+            twice or is empty, by name and with what to do; or features that do not fit the
+            criterion, or have not one row per sample.
     """
-    _refuse_order(loader)
+    samples, batches = placed(loader, index_of)
     weight, bias = (x.detach().cpu().contiguous() for x in criterion.hash())
     device = next((x.device for x in teacher.parameters()), criterion.hash()[0].device)
     header: dict[str, Any] = {
@@ -187,25 +208,27 @@ def encode_dataset(
         "teacher": fingerprint(teacher),
         "offsets": {},
     }
-    target, count = Path(path), 0
+    target, places = Path(path), Places(samples)
     total = _batches(loader) if progress else 0
     with _replacing(target) as file, _evaluating(teacher), Progress(total, "hashing") as bar:
         file.seek(HEADER_BYTES)
         for name, tensor in (("weight", weight), ("bias", bias)):
             header["offsets"][name] = _align(file)
             file.write(raw_bytes(tensor))
-        header["offsets"]["codes"] = _align(file)
-        for batch in loader:
+        header["offsets"]["codes"] = first = _align(file)
+        for batch, of_batch in batches:
             x = _first(batch) if inputs is None else inputs(batch)
             output = teacher(x.to(device) if isinstance(x, Tensor) else x)
             found = output if features is None else features(output)
             codes = criterion.encode(found.to(criterion.hash()[0])).cpu()
+            places.add(len(codes), of_batch)
             file.write(raw_bytes(codes))
-            count += len(codes)
             if progress:
-                bar.step(f"{count} samples")
-        _refuse_missing(loader, count)
-        header["samples"], header["bytes"] = count, file.tell()
+                bar.step(f"{places.count} samples")
+        header["samples"], header["bytes"] = places.count, file.tell()
+        order = places.finish()
+        if order is not None:
+            _put_in_order(file, first, order)
         text = MAGIC + json.dumps(header).encode()
         file.seek(0)
         file.write(text.ljust(HEADER_BYTES))
@@ -236,7 +259,7 @@ def _replacing(target: Path) -> Any:
     """A file beside the target, which becomes the target if all goes well."""
     part = target.with_name(f".{target.name}.{secrets.token_hex(8)}.part")
     try:
-        with part.open("xb") as file:
+        with part.open("x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -262,31 +285,28 @@ def _align(file: BinaryIO) -> int:
     return position
 
 
+def _put_in_order(file: BinaryIO, first: int, places: Tensor) -> None:
+    """Rows of a file from `first` on to their places, by way of a temporary file."""
+    with tempfile.TemporaryFile(prefix="kdkernels-") as copied:
+        file.seek(first)
+        shutil.copyfileobj(file, copied)
+        copied.flush()
+        memory = mmap.mmap(copied.fileno(), 0, access=mmap.ACCESS_COPY)
+        rows = torch.frombuffer(memory, dtype=torch.uint8).view(len(places), -1)
+        file.seek(first)
+        for part in places.argsort().split(ROWS):
+            block = rows[part]
+            file.write(raw_bytes(block))
+
+
 def _batches(loader: Iterable[Any]) -> int:
     """0 where nobody knows, as for a DataLoader over a stream."""
     stream = isinstance(loader, DataLoader) and isinstance(loader.dataset, IterableDataset)
-    return len(loader) if isinstance(loader, Sized) and not stream else 0
+    try:
+        return len(loader) if isinstance(loader, Sized) and not stream else 0
+    except TypeError:  # a DataLoader whose batch_sampler has no length
+        return 0
 
 
 def _first(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) else batch
-
-
-def _refuse_order(loader: Iterable[Any]) -> None:
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return
-    if not isinstance(loader.sampler, SequentialSampler):
-        raise ValueError(
-            "loader must give the samples in the order of the data set (shuffle=False), got a "
-            f"{type(loader.sampler).__name__}"
-        )
-
-
-def _refuse_missing(loader: Iterable[Any], count: int) -> None:
-    if count == 0:
-        raise ValueError("loader must give at least one sample, got none")
-    data = loader.dataset if isinstance(loader, DataLoader) else None
-    if isinstance(data, Sized) and len(data) != count:
-        raise ValueError(
-            f"loader must give each of the {len(data)} samples once (drop_last=False), got {count}"
-        )

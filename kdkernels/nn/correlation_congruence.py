@@ -23,8 +23,8 @@ class CorrelationCongruenceLoss(nn.Module):
     - `preset="paper"`: with unit features, k(x, y) = exp(-2 gamma) sum_{p=0..order} (2 gamma <x,
       y>)^p / p!, the Taylor series of a Gaussian kernel, and (1 / B^2) ||k(S, S) - k(T, T)||_F^2,
       diagonal included. This is what AberHu's Knowledge-Distillation-Zoo computes; of the three it
-      is closest to our understanding of the paper, whose full text was not at hand. Weight 0.003,
-      no parameters.
+      is closest to our understanding of the paper (unverified: full text not consulted). Weight
+      0.003, no parameters.
     - `preset="torchdistill"`: the same polynomial of features that are not normalised, taken after
       a trained linear layer on each side, and the Frobenius norm not squared: (1 / B^2) ||k(S, S) -
       k(T, T)||_F. Weight 0.003. As the features have no unit norm, the polynomial approximates no

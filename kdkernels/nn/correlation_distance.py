@@ -47,10 +47,10 @@ class CorrelationDistanceLoss(nn.Module):
       weights 2. **Its rank term has no gradient**: ranks come from two argsorts (rank="hard"). It
       shifts the value that is printed and trains nothing. The authors mix the logits of a teacher
       and of its pruned copy, and repeat the term on an augmented view: both are left to the caller.
-    - `preset="cmkd"`: Pearson and Spearman, after the abstract; no code is public. How that paper
-      weighs the two (by the entropy of the teacher's output, as we remember it) is unknown to us:
-      temperature 1 and constant weights of 1 are ours, as is everything that turns ranks into a
-      loss here.
+    - `preset="cmkd"`: Pearson and Spearman, after the abstract; no code is public. That
+      paper seems to weigh the two by the entropy of the teacher's output (unverified: full text
+      not consulted). Temperature 1 and constant weights of 1 are ours, as is everything that turns
+      ranks into a loss here.
 
     Args:
         preset: "r2kd" or "cmkd", see above.

@@ -11,23 +11,34 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.nn._state import ProcessState, once
 from kdkernels.nn.key_queue import MOST
 from kdkernels.ops import _key_bank
-from kdkernels.ops.noise_contrastive import move_rows, noise_contrastive
+from kdkernels.ops.noise_contrastive import NoiseContrastive, move_rows, noise_contrastive
 
 
-class CRDLoss(nn.Module):
+class CRDLoss(ProcessState):
     r"""Student and teacher shall tell each other's embedding of a sample from those of others.
 
     Two memories hold an embedding of every sample of the data set, one per side. The student's
-    embedding of a sample is scored against its own row and `num_negatives` random ones of the
-    teacher's memory, the teacher's against the same rows of the student's memory, and both losses
-    of noise contrastive estimation (`kdkernels.ops.noise_contrastive`) are added. The B x K x dim
-    rows are never in memory.
+    embedding of a sample is scored against the row of that sample and `num_negatives` random rows
+    of the teacher's memory, the teacher's embedding against the same rows of the student's memory.
+    Both losses of noise contrastive estimation (`kdkernels.ops.noise_contrastive`) are added. The
+    B x K x dim rows are never in memory.
 
     In training mode both memories are then moved: a row becomes `momentum` times what it was plus
     the rest of the new embedding, with unit norm. Each side's partition is set by its first batch
-    in training mode, and stays; in evaluation mode before that the batch's own is used.
+    in training mode, and stays; in evaluation mode before that, each batch sets it for itself.
+    With `update=False` the value is the same and nothing moves.
+
+    Memories and partitions are state of this process, like the keys of a `KeyQueue`: they are in
+    `state_dict` but no buffers, and `DistributedDataParallel` leaves each process its own. A
+    process knows the embeddings of the samples that it has seen.
+
+    In a block under `torch.utils.checkpoint` the memories move in the forward and not again, and
+    the gradient is that of the loss which was returned, with the negatives that were drawn. What
+    cannot be computed again raises: call backward before the next forward with other rows, and
+    keep a compiled loss outside of such a block.
 
     As the authors' code does it, with two differences: norms of embeddings are clamped at 1e-12,
     and logarithms replace exponentials, which underflow.
@@ -49,20 +60,22 @@ class CRDLoss(nn.Module):
           the last embedding is kept.
         - negatives: other rows for each sample, integer [B, num_negatives]; None draws them
           uniformly from the whole data set, the sample itself and its class included, as the
-          authors' code does without its "exact" mode. To leave the own class out, as that mode
-          does, draw them where labels are known.
+          authors' code does without its "exact" mode. To leave the class of the
+          sample out, as that mode does, draw them where labels are known.
+        - update: False computes the loss and leaves the memories and partitions as they are.
         - output: scalar, fp32 (fp64 for a module in fp64).
 
     Attributes:
         embed_student, embed_teacher: Linear layers, both trained: give the parameters of this
             module to the optimiser.
-        student_memory, teacher_memory: [num_samples, dim], buffers; at first uniform numbers with
+        student_memory, teacher_memory: [num_samples, dim]; at first uniform numbers with
             rows of norm near 1.
-        log_partitions: [2], a buffer: logarithms of the partitions of the student's scores and of
+        log_partitions: [2], logarithms of the partitions of the student's scores and of
             the teacher's; NaN before they are set.
 
     Raises:
         TypeError, ValueError: an argument does not fit, by name; from `forward` too.
+        RuntimeError: a forward that cannot be computed again is, see above.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
     Example:
@@ -73,6 +86,8 @@ class CRDLoss(nn.Module):
         Tian, Krishnan and Isola, Contrastive Representation Distillation, ICLR 2020,
         arXiv:1910.10699.
     """
+
+    state_names = ("student_memory", "teacher_memory", "log_partitions")
 
     student_memory: Tensor
     teacher_memory: Tensor
@@ -113,8 +128,8 @@ class CRDLoss(nn.Module):
         for side in ("student", "teacher"):
             bound = 1 / math.sqrt(dim / 3)
             first = torch.rand(num_samples, dim, generator=generator) * (2 * bound) - bound
-            self.register_buffer(f"{side}_memory", first)
-        self.register_buffer("log_partitions", torch.full((2,), torch.nan))
+            setattr(self, f"{side}_memory", first)
+        self.log_partitions = torch.full((2,), torch.nan)
 
     def sample(
         self,
@@ -122,44 +137,64 @@ class CRDLoss(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:  # [B, num_negatives]
         """Uniform negatives for each sample, drawn on its device."""
-        return torch.randint(
-            self.student_memory.shape[0],
-            (index.shape[0], self.num_negatives),
-            generator=generator,
-            device=index.device,
-        )
+        # generator=None beside sizes that a compiler does not know is more than torch takes
+        source = {} if generator is None else {"generator": generator}
+        size = (index.shape[0], self.num_negatives)
+        return torch.randint(self.student_memory.shape[0], size, device=index.device, **source)
 
     def forward(
-        self, student: Tensor, teacher: Tensor, index: Tensor, negatives: Tensor | None = None
+        self,
+        student: Tensor,  # [B, ...]
+        teacher: Tensor,  # [B, ...]
+        index: Tensor,  # [B]
+        negatives: Tensor | None = None,  # [B, num_negatives]
+        *,
+        update: bool = True,
     ) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
         _checks.labels("index", index, "student", student)
-        if negatives is None:
-            negatives = self.sample(index)
-        self._check(index, negatives)
-        rows = torch.cat([index[:, None].long(), negatives.long()], 1)
+        moves = _checks.flag("update", update) and self.training
         s = _arguments.unit_rows(self.embed_student(student), self.student_memory)
         t = _arguments.unit_rows(self.embed_teacher(teacher), self.teacher_memory)
-        of_student, of_teacher = (
-            noise_contrastive(
-                x,
-                memory,
-                rows,
-                log_partition,
-                temperature=self.temperature,
-                backend=self.backend,
-            )
-            for x, memory, log_partition in (
-                (s, self.teacher_memory, self.log_partitions[0]),
-                (t, self.student_memory, self.log_partitions[1]),
-            )
+        of_student, of_teacher = self.step(
+            (s, t, index),
+            lambda drawn: self._losses(s, t, index, drawn if negatives is None else negatives),
+            first=lambda: self.sample(index) if negatives is None else None,
+            then=(lambda losses: self._move(s, t, index, losses)) if moves else None,
         )
-        if self.training:
+        return self.weight * (of_student.loss + of_teacher.loss)
+
+    def _losses(
+        self,
+        s: Tensor,  # [B, dim]
+        t: Tensor,  # [B, dim]
+        index: Tensor,  # [B]
+        negatives: Tensor,  # [B, num_negatives]
+    ) -> tuple[NoiseContrastive, NoiseContrastive]:
+        self._check(index, negatives)
+        rows = torch.cat([index[:, None].long(), negatives.long()], 1)
+        options = {"temperature": self.temperature, "backend": self.backend}
+        partitions = once(self.log_partitions)
+        return (
+            noise_contrastive(s, self.teacher_memory, rows, partitions[0], **options),
+            noise_contrastive(t, self.student_memory, rows, partitions[1], **options),
+        )
+
+    def _move(
+        self,
+        s: Tensor,  # [B, dim]
+        t: Tensor,  # [B, dim]
+        index: Tensor,  # [B]
+        losses: tuple[NoiseContrastive, NoiseContrastive],
+    ) -> None:
+        def write() -> None:
             move_rows(self.student_memory, index, s, self.momentum)
             move_rows(self.teacher_memory, index, t, self.momentum)
-            partitions = torch.stack([of_student.log_partition, of_teacher.log_partition])
-            self.log_partitions.copy_(partitions)
-        return self.weight * (of_student.loss + of_teacher.loss)
+            self.log_partitions.copy_(torch.stack([loss.log_partition for loss in losses]))
+
+        index = index.long()
+        overwritten = {"student_memory": index, "teacher_memory": index, "log_partitions": None}
+        self.move(overwritten, write)
 
     def _check(self, index: Tensor, negatives: Tensor) -> None:
         """By name here, where the operator only knows the two side by side."""

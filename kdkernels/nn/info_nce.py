@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.nn._state import once
 from kdkernels.nn.key_queue import KeyQueue
 from kdkernels.ops.info_nce import info_nce
 
@@ -37,6 +38,13 @@ class InfoNCELoss(nn.Module):
     with the projection of the student, which is the user's. MoCo's differs: there the queue holds
     negatives only, and the other keys of the batch are none.
 
+    For two views of each image, without the other view's key of the image among a query's
+    negatives: the first call computes with its keys and does not keep them, see `update`,
+
+        loss = criterion(s1, t2, update=False) + criterion(s2, t1)
+
+    so that t1 enters the queue. Both calls with an update would have t2 there in the second one.
+
     Args:
         weight: Factor of the loss.
         temperature: Positive.
@@ -50,12 +58,15 @@ class InfoNCELoss(nn.Module):
         - queries: [B, D]; keys: [K, D]. Both receive gradients if they ask for them.
         - positives: the key of each query, integer [B]; None where query i belongs to key i, and
           keys from B on are negatives of all. With a queue keys are [B, D], and positives None.
+        - update: False computes the same value, from a copy of the queue's keys, and leaves the
+          queue as it is. Nothing without a queue.
         - output: scalar, fp32 (fp64 for fp64).
 
     Attributes:
         log_temperature: A parameter without dimensions, or None.
         queue: `KeyQueue`, which moves on in training mode only, or None. In evaluation mode a query
-            picks from the batch's keys and a copy of the queue's.
+            picks from the batch's keys and a copy of the queue's. See there for several processes
+            and for blocks under `torch.utils.checkpoint`, where it moves once.
 
     Raises:
         TypeError, ValueError: an argument does not fit, by name; from `forward` too.
@@ -100,14 +111,20 @@ class InfoNCELoss(nn.Module):
         queries: Tensor,  # [B, D]
         keys: Tensor,  # [K, D]
         positives: Tensor | None = None,  # [B]
+        *,
+        update: bool = True,
     ) -> Tensor:
-        num_keys = None
+        _checks.flag("update", update)
         if self.queue is not None:
-            keys, positives, num_keys = self._queued(queries, keys, positives)
-        elif positives is None:
-            positives = _by_order(queries, keys)
+            return self.weight * self._queued(queries, keys, positives, update)
+        positives = _by_order(queries, keys) if positives is None else positives
+        return self.weight * self._loss(queries, keys, positives)
+
+    def _loss(
+        self, queries: Tensor, keys: Tensor, positives: Tensor, num_keys: Tensor | None = None
+    ) -> Tensor:
         learned = self.log_temperature
-        return self.weight * info_nce(
+        return info_nce(
             queries,
             keys,
             positives,
@@ -118,9 +135,8 @@ class InfoNCELoss(nn.Module):
         )
 
     def _queued(
-        self, queries: Tensor, keys: Tensor, positives: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """All keys, which of them belongs to each query, and how many count."""
+        self, queries: Tensor, keys: Tensor, positives: Tensor | None, update: bool
+    ) -> Tensor:
         queue, first = self.queue, _by_order(queries, keys)
         if positives is not None:
             raise ValueError("positives must be None with a queue: query i belongs to key i")
@@ -129,12 +145,19 @@ class InfoNCELoss(nn.Module):
                 f"keys must have {queries.shape[0]} rows like queries with a queue, "
                 f"got {keys.shape[0]}"
             )
-        if self.training:
-            places = queue.enqueue(keys)
-            return queue.keys, places, queue.num_keys
-        with torch.no_grad():
-            kept = torch.cat([keys.to(queue.keys.dtype), queue.keys])
-        return kept, first, queue.num_keys + len(keys)
+
+        def loss(places: Tensor | None) -> Tensor:
+            if places is not None:
+                return self._loss(queries, queue.keys, places, queue.num_keys)
+            if self.training:
+                return self._loss(queries, *queue.after(keys))
+            with torch.no_grad():
+                kept = torch.cat([keys.to(queue.keys.dtype), queue.keys])
+            return self._loss(queries, kept, once(first), queue.num_keys + len(keys))
+
+        moves = self.training and update
+        enqueue = (lambda: queue.enqueue(keys)) if moves else None
+        return queue.step((queries, keys), loss, first=enqueue)
 
     def extra_repr(self) -> str:
         return (

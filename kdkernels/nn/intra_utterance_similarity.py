@@ -27,9 +27,9 @@ class IntraUtteranceSimilarityLoss(nn.Module):
 
     Note:
         This formula is ours, made by analogy with `SimilarityPreservingLoss`: no public code was
-        found and the full text of the paper was not at hand. The idea (similarities between the
-        frames of an utterance) is the paper's; the normalisation, the mean over utterances and the
-        default weight of 1 are not taken from it.
+        found (unverified: full text not consulted). The idea (similarities between the frames of an
+        utterance) is the paper's; the normalisation, the mean over utterances and the default
+        weight of 1 are not taken from it.
 
     Args:
         weight: Factor of the loss.

@@ -40,7 +40,7 @@ class PKTLoss(nn.Module):
     - `preset="repdistiller"`: KL divergence of cosine similarities, weight 30000, in RepDistiller,
       mdistiller and torchdistill; the function is that of the authors' code (probabilistic_kt).
       The mean is over B^2, not over rows, hence the weight. Code sums over j = i too; the paper's
-      conditional probability, as we remember it, does not.
+      conditional probability does not (unverified: full text not consulted).
     - `preset="information_flow"`: the authors' later code (pkth), kernel and divergence "combined":
       the Jeffreys divergences of cosine similarities and of Student-t ones, added, weight 1. There
       it is summed over four layers, the first three with a weight that starts at 100 and decays by

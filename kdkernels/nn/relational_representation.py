@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.nn._state import once
 from kdkernels.nn.key_queue import MOST, KeyQueue
 from kdkernels.ops.relational_kl import DIVERGENCES, relational_kl
 
@@ -62,13 +63,16 @@ class RelationalRepresentationLoss(nn.Module):
 
     Shape:
         - student: [B, ...], teacher: [B, ...], flattened. The teacher is detached.
+        - update: False computes the same value, from a copy of the keys where the batch enters
+          first, and leaves the queue as it is: see `InfoNCELoss` for two views.
         - output: scalar, fp32 (fp64 for a module in fp64).
 
     Attributes:
         embed_student: Linear layer, trained with the student: give the parameters of this module to
             the optimiser.
         embed_teacher: Linear layer, frozen.
-        queue: `KeyQueue`, which moves on in training mode only.
+        queue: `KeyQueue`, which moves on in training mode only; see there for several processes
+            and for blocks under `torch.utils.checkpoint`, where it moves once.
 
     Raises:
         TypeError, ValueError: an argument does not fit, by name; from `forward` too.
@@ -124,28 +128,51 @@ class RelationalRepresentationLoss(nn.Module):
         self.embed_teacher = nn.Linear(teacher_dim, dim).requires_grad_(False)
         self.queue = KeyQueue(queue_size, dim, init=init)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,  # [B, ...]
+        teacher: Tensor,  # [B, ...]
+        *,
+        update: bool = True,
+    ) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
         # keys are left as they are: those of init="columns" have no unit norm
         s = _arguments.unit_rows(self.embed_student(student), self.queue.keys)
         with torch.no_grad():
-            t = _arguments.unit_rows(self.embed_teacher(teacher), self.queue.keys)
-        first = PRESETS[self.preset].enqueue_first
-        if self.training and first:
+            t = once(_arguments.unit_rows(self.embed_teacher(teacher), self.queue.keys))
+        before = PRESETS[self.preset].enqueue_first
+        moves = _checks.flag("update", update) and self.training
+        if before and self.training and not update:
+            return self.weight * self.queue.step(
+                (s, t), lambda _: self._divergence(s, t, self.queue.after(t)[0])
+            )
+
+        def enqueue(_: Any = None) -> None:
             self.queue.enqueue(t)
-        loss = relational_kl(
+
+        return self.weight * self.queue.step(
+            (s, t),
+            lambda _: self._divergence(s, t, self.queue.keys),
+            first=enqueue if moves and before else None,
+            then=enqueue if moves and not before else None,
+        )
+
+    def _divergence(
+        self,
+        s: Tensor,  # [B, dim]
+        t: Tensor,  # [B, dim]
+        keys: Tensor,  # [queue_size, dim]
+    ) -> Tensor:
+        return relational_kl(
             s,
             t,
-            self.queue.keys,
+            keys,
             student_temperature=self.student_temperature,
             teacher_temperature=self.teacher_temperature,
             normalize=False,
             divergence=self.divergence,
             backend=self.backend,
         )
-        if self.training and not first:
-            self.queue.enqueue(t)
-        return self.weight * loss
 
     def extra_repr(self) -> str:
         return (

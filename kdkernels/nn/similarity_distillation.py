@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.nn._state import once
 from kdkernels.nn.key_queue import MOST, KeyQueue
 from kdkernels.ops.best_ranked import best_ranked
 from kdkernels.ops.relational_kl import relational_kl
@@ -85,10 +86,13 @@ class SimilarityDistillationLoss(nn.Module):
 
     Shape:
         - student: [B, student_dim], teacher: [B, teacher_dim]. The teacher is detached.
+        - update: False computes the same value and leaves the queue as it is: see `InfoNCELoss` for
+          two views.
         - output: scalar, fp32 (fp64 for fp64).
 
     Attributes:
-        queue: `KeyQueue`, which moves on in training mode only, or None.
+        queue: `KeyQueue`, which moves on in training mode only, or None; see there for several
+            processes and for blocks under `torch.utils.checkpoint`, where it moves once.
 
     Raises:
         TypeError, ValueError: an argument does not fit, by name; from `forward` too.
@@ -156,12 +160,19 @@ class SimilarityDistillationLoss(nn.Module):
             size, teacher_dim, student_dim=student_dim if found.two_queues else None
         )
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,  # [B, ...]
+        teacher: Tensor,  # [B, ...]
+        *,
+        update: bool = True,
+    ) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
+        moves = _checks.flag("update", update) and self.training
         return self.weight * (
             self._among_views(student, teacher)
             if self.queue is None
-            else self._against_queue(student, teacher.detach())
+            else self._against_queue(student, teacher.detach(), moves)
         )
 
     def _divergence(self, s: Tensor, t: Tensor, *keys: Tensor, **options: Any) -> Tensor:
@@ -176,7 +187,7 @@ class SimilarityDistillationLoss(nn.Module):
             **options,
         )
 
-    def _against_queue(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def _against_queue(self, student: Tensor, teacher: Tensor, moves: bool) -> Tensor:
         found, queue = PRESETS[self.preset], self.queue
         for name, x, keys in (
             ("student", student, queue.keys if queue.student_keys is None else queue.student_keys),
@@ -187,14 +198,18 @@ class SimilarityDistillationLoss(nn.Module):
                     f"{name} must have {keys.shape[1]} columns, its {name}_dim, got {x.shape[1]}"
                 )
         s, t = (_arguments.unit_rows(x, queue.keys) for x in (student, teacher))
+        t = once(t)
         own = t if found.own_key else None
-        if found.two_queues:
-            loss = self._divergence(s, t, queue.student_keys, queue.keys, normalize=False)
-        else:
-            loss = self._divergence(s, t, queue.keys, own_keys=own, normalize=False)
-        if self.training:
+
+        def loss(_: Any) -> Tensor:
+            if found.two_queues:
+                return self._divergence(s, t, queue.student_keys, queue.keys, normalize=False)
+            return self._divergence(s, t, queue.keys, own_keys=own, normalize=False)
+
+        def enqueue(_: Any) -> None:
             queue.enqueue(t, s if found.two_queues else None)
-        return loss
+
+        return queue.step((s, t), loss, then=enqueue if moves else None)
 
     def _among_views(self, student: Tensor, teacher: Tensor) -> Tensor:
         B, others = student.shape[0], self.views - 1
@@ -211,8 +226,8 @@ class SimilarityDistillationLoss(nn.Module):
         )
         plain_s, plain_t = of_student[:, 0], of_teacher[:, 0]
         s, t = of_student[:, 1:].flatten(0, 1), of_teacher[:, 1:].flatten(0, 1)
-        own = torch.arange(images, device=t.device).repeat_interleave(others)
-        counts = best_ranked(t, plain_t, own, self.share_of_wrong)
+        positives = torch.arange(images, device=t.device).repeat_interleave(others)
+        counts = best_ranked(t, plain_t, positives, self.share_of_wrong)
         rows = self._divergence(s, t, plain_s, plain_t, reduction="none")
         mean = rows.where(counts, 0.0).sum() / counts.sum().clamp_min(1)
         return mean * (self.student_temperature * self.teacher_temperature)

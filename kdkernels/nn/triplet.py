@@ -23,7 +23,7 @@ class _Preset:
     soft: bool
     normalize_embeddings: bool
     reduction: Reduction
-    own_positive: bool = False  # an anchor is its own positive where it has no other
+    self_positive: bool = False  # an anchor is the positive of itself where it has no other
     mining: str | None = None  # in place of the module's
 
 
@@ -55,7 +55,7 @@ class _MinedTripletLoss(nn.Module):
             return getattr(of_preset, name) if value is None else value
 
         self.preset = preset
-        self.own_positive = of_preset.own_positive
+        self.self_positive = of_preset.self_positive
         self.mining = of_preset.mining or self.mining
         self.margin = _checks.not_negative("margin", chosen("margin", margin))
         self.soft = _checks.flag("soft", chosen("soft", soft))
@@ -80,7 +80,7 @@ class _MinedTripletLoss(nn.Module):
         references: Tensor | None = None,  # [M, D]
         reference_labels: Tensor | None = None,  # [M]
     ) -> Tensor:
-        if self.own_positive:
+        if self.self_positive:
             if references is not None or reference_labels is not None:
                 raise ValueError(
                     f"references must be left out with preset={self.preset!r}, "
@@ -132,9 +132,9 @@ class BatchHardTripletLoss(_MinedTripletLoss):
     | "sentence-transformers"   | raw  | 5       | B anchors  | d_ap = 0, counted         |
 
     All take the Euclidean distance, not squared. Where an anchor has no negative, hence in batches
-    of one class, it adds nothing. Under the last four presets each anchor is its own positive, at
-    distance 0, where it has no other: the batch is mined against itself as a reference set, at
-    twice the work of the other presets, and no `references` can be given.
+    of one class, it adds nothing. Under the last four presets an anchor that has no other positive
+    is the positive of itself, at distance 0: the batch is mined against itself as a reference set,
+    at twice the work of the other presets, and no `references` can be given.
 
     What the codes behind the names do otherwise:
 
@@ -192,10 +192,10 @@ class BatchHardTripletLoss(_MinedTripletLoss):
     presets: ClassVar[dict[str, _Preset]] = {
         "default": _DEFAULT,
         "pytorch-metric-learning": _PML,
-        "hermans": _Preset(0.0, True, False, "mean_batch", own_positive=True),
-        "torchreid": _Preset(0.3, False, False, "mean_batch", own_positive=True),
-        "tensorflow-addons": _Preset(1.0, False, False, "mean_batch", own_positive=True),
-        "sentence-transformers": _Preset(5.0, False, False, "mean_batch", own_positive=True),
+        "hermans": _Preset(0.0, True, False, "mean_batch", self_positive=True),
+        "torchreid": _Preset(0.3, False, False, "mean_batch", self_positive=True),
+        "tensorflow-addons": _Preset(1.0, False, False, "mean_batch", self_positive=True),
+        "sentence-transformers": _Preset(5.0, False, False, "mean_batch", self_positive=True),
     }
 
 

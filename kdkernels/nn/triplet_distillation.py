@@ -87,11 +87,11 @@ class PairDistillationLoss(nn.Module):
     """Contrastive loss between each of the student's outputs and each of the teacher's: pairs of
     one class are pulled together, pairs of two classes pushed apart up to the margin.
 
-    The paper names a variant of its triplet loss on pairs, but only its abstract was at hand, and
-    the authors' code does not hold it. So this is our reading of the idea and no claim about
-    theirs: d^2 / 2 or max(margin - d, 0)^2 / 2, d the distance of raw outputs, averaged over all
-    B^2 pairs of a student's and a teacher's row. Pairs are by class, so a student's row is also
-    pulled to the teacher's rows of other samples of its class. Margin 5 is borrowed from the
+    The abstract of the paper names a variant of its triplet loss on pairs, which the authors' code
+    does not hold (unverified: full text not consulted). This is our reading of the idea and no
+    claim about theirs: d^2 / 2 or max(margin - d, 0)^2 / 2, d the distance of raw outputs, averaged
+    over all B^2 pairs of a student's and a teacher's row. Pairs are by class, so a student's row is
+    also pulled to the teacher's rows of other samples of its class. Margin 5 is borrowed from the
     triplet loss; weight 1 is ours.
 
     Args:

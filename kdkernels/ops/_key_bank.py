@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What relational_kl and info_nce share: checks of a key bank, and what comes before its sweep."""
+"""What the ops on a bank of keys share: checks, and the tensors that their operators take."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from kdkernels import _checks
-from kdkernels.reference.relational_kl import EPS
+from kdkernels._dispatch import TensorForm, form
+from kdkernels._similarity import NORM_EPS
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def meet(name: str, keys: Any, rows_name: str, rows: Any) -> None:
+def check_meeting(name: str, keys: Any, rows_name: str, rows: Any) -> None:
     """A matrix of the width and on the device of the rows that meet it."""
     _checks.matrix(rows_name, rows)
     _checks.matrix(name, keys)
@@ -24,9 +24,9 @@ def meet(name: str, keys: Any, rows_name: str, rows: Any) -> None:
     _checks.same_columns(name, keys, rows_name, rows)
 
 
-def bank(name: str, keys: Any, rows_name: str, rows: Any) -> None:
+def check_bank(name: str, keys: Any, rows_name: str, rows: Any) -> None:
     """A matrix that rows meet, with at least one row."""
-    meet(name, keys, rows_name, rows)
+    check_meeting(name, keys, rows_name, rows)
     if keys.shape[0] == 0:
         raise ValueError(f"{name} must have at least 1 row, got shape {list(keys.shape)}")
 
@@ -43,16 +43,28 @@ def temperature(name: str, value: Any, rows: Tensor) -> float | Tensor:
     return value
 
 
-def indices(
-    name: str, index: Any, of_name: str, of: Tensor, K: int, low: int = 0
-) -> None:  # index [B]
-    """One key per row."""
-    _checks.labels(name, index, of_name, of)
-    within(name, index, low, K)
+def check_num_keys(num_keys: Any, keys: Tensor) -> None:
+    """None, a number from 1 to that of the keys, or an integer tensor without dimensions."""
+    if isinstance(num_keys, Tensor):
+        _checks.integer("num_keys", num_keys)
+        if num_keys.dim() != 0:
+            raise ValueError(f"num_keys must have no dimension, got shape {list(num_keys.shape)}")
+        _checks.same_device("num_keys", num_keys, "keys", keys)
+    elif num_keys is not None:
+        _checks.count("num_keys", num_keys, 1, keys.shape[0])
+
+
+def counting(num_keys: int | Tensor | None, keys: Tensor) -> int:
+    """How many keys count, or how many there are where the number lies on a device that would be
+    waited for. Refuses a number in a tensor that is out of range."""
+    K = keys.shape[0]
+    if isinstance(num_keys, Tensor):
+        return _checks.count("num_keys", int(num_keys), 1, K) if _known(num_keys) else K
+    return K if num_keys is None else num_keys
 
 
 def within(name: str, index: Tensor, low: int, K: int) -> None:
-    """From `low` to K - 1. Values are looked at where that waits for no device."""
+    """From `low` to K - 1. Numbers are read where that waits for no device."""
     if not _known(index) or index.numel() == 0:
         return
     least, most = (int(value) for value in index.aminmax())
@@ -63,45 +75,32 @@ def within(name: str, index: Tensor, low: int, K: int) -> None:
 
 
 def _known(x: Tensor) -> bool:
-    """Whether looking at values waits for no device."""
-    compiling = torch.compiler.is_compiling() or isinstance(x, FakeTensor)
-    return x.device.type == "cpu" and not compiling
+    """Whether reading its numbers waits for no device. A subclass of Tensor may hold none."""
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def limit(num_keys: Any, keys: Tensor) -> int:
-    """Checks the number of keys that count; returns it, or where it is not known their most."""
-    K = keys.shape[0]
-    if num_keys is None:
-        return K
-    if isinstance(num_keys, Tensor):
-        _checks.integer("num_keys", num_keys)
-        if num_keys.dim() != 0:
-            raise ValueError(f"num_keys must have no dimension, got shape {list(num_keys.shape)}")
-        _checks.same_device("num_keys", num_keys, "keys", keys)
-        if not _known(num_keys):
-            return K
-        num_keys = int(num_keys)
-    return _checks.count("num_keys", num_keys, 1, K)
-
-
-def cut(
+def counted(
+    keys: Tensor | None,  # [K, D]
     num_keys: int | Tensor | None,
-    *banks: Tensor | None,  # [K, D]
-) -> tuple[Tensor | None, ...]:
-    """What the operator takes for num_keys, and the banks: cut where the number is one."""
-    if isinstance(num_keys, Tensor):
-        return num_keys.long(), *banks
-    return None, *(x if x is None else x[:num_keys] for x in banks)
+    dtype: torch.dtype,
+) -> Tensor | None:  # [K, D]
+    """The keys in a dtype, without the last ones that do not count. If the number of those that
+    count is a tensor, the keys stay as many as they are, and the operator takes the number."""
+    if keys is None:
+        return None
+    keys = keys.to(dtype)
+    # a slice even of all keys: Dynamo passes no tensor to an autograd function twice (torch 2.13)
+    return keys if isinstance(num_keys, Tensor) else keys[:num_keys]
 
 
-def one_dtype(named: dict[str, Tensor | None]) -> list[Tensor | None]:
-    """All in the first one's dtype, or under autocast in the widest."""
-    (first_name, first), *others = named.items()
-    wide = first
-    for name, x in others:
-        if x is not None:
-            _, wide = _checks.same_dtype(name, x, first_name, wide)
-    return [None if x is None else x.to(wide.dtype) for x in named.values()]
+def form_of_counted(
+    keys: Tensor | None, num_keys: int | Tensor | None, dtype: torch.dtype
+) -> TensorForm | None:
+    if keys is None:
+        return None
+    cut = num_keys is not None and not isinstance(num_keys, Tensor)
+    return form(keys, dtype=dtype, shape=(num_keys if cut else len(keys), keys.shape[1]))
 
 
 def divided(
@@ -111,8 +110,13 @@ def divided(
 ) -> Tensor:  # [B, D]
     """Rows over a temperature, in the accumulation dtype."""
     x = x.to(_checks.accumulation_dtype(x.dtype))
-    x = F.normalize(x, dim=-1, eps=EPS) if normalize else x
+    x = F.normalize(x, dim=-1, eps=NORM_EPS) if normalize else x
     return x / (by.where(by > 0, torch.nan) if isinstance(by, Tensor) else by)
+
+
+def divided_wants_gradient(x: Tensor, by: float | Tensor) -> bool:
+    """Whether `divided` returns what requires a gradient."""
+    return _checks.wants_gradient(x) or (isinstance(by, Tensor) and _checks.wants_gradient(by))
 
 
 def scale_of(
@@ -124,4 +128,14 @@ def scale_of(
         return None
     acc = _checks.accumulation_dtype(keys.dtype)
     with torch.no_grad():
-        return torch.linalg.vector_norm(keys, dim=-1, dtype=acc).clamp_min(EPS).reciprocal()
+        return torch.linalg.vector_norm(keys, dim=-1, dtype=acc).clamp_min(NORM_EPS).reciprocal()
+
+
+def form_of_scale(keys: TensorForm | None, normalize: bool) -> TensorForm | None:
+    if keys is None or not normalize:
+        return None
+    return TensorForm(keys.shape[:1], _checks.accumulation_dtype(keys.dtype), keys.device)
+
+
+def form_of_index(x: Tensor | None) -> TensorForm | None:
+    return None if x is None else form(x, dtype=torch.int64)

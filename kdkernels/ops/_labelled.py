@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops on labelled rows share: the checks of their arguments, and the autograd function of
-those whose forward computes the gradient."""
+"""What the ops on labelled rows share: checks, the rows as operators take them, and the fake of
+operators that return gradients with a sum."""
 
 from __future__ import annotations
 
@@ -11,109 +11,123 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._library import first_order
+from kdkernels._dispatch import form
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 
 
-def _unit(x: Tensor, normalize: bool) -> Tensor:
+def _unit(x: Tensor) -> Tensor:
     """Unit rows in the accumulation dtype, so that half precision rounds no distance."""
-    if not normalize:
-        return x
     return F.normalize(x.to(_checks.accumulation_dtype(x.dtype)), dim=-1)
 
 
-def _labelled(name: str, x: Tensor, labels_name: str, labels: Any) -> None:
+def _check_side(name: str, x: Tensor, labels_name: str, labels: Any) -> None:
     _checks.matrix(name, x)
     _checks.labels(labels_name, labels, name, x)
 
 
-def labelled_rows(
+def _check(
     embeddings: Tensor,
     labels: Tensor,
-    *,
-    references: Tensor | None = None,
-    reference_labels: Tensor | None = None,
-    distance: str = "euclidean",
-    normalize_embeddings: bool = True,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    distance: str,
+) -> torch.dtype:
+    """The dtype of embeddings and references."""
+    _check_side("embeddings", embeddings, "labels", labels)
+    if (references is None) != (reference_labels is None):
+        missing = "references" if references is None else "reference_labels"
+        raise ValueError(f"{missing} must be given with the other of the two, got None")
+    dtype = embeddings.dtype
+    if references is not None:
+        _check_side("references", references, "reference_labels", reference_labels)
+        _checks.same_device("references", references, "embeddings", embeddings)
+        _checks.same_columns("references", references, "embeddings", embeddings)
+        dtype = _checks.common_dtype("references", references, "embeddings", dtype)
+    _checks.choice("distance", distance, DISTANCES)
+    return dtype
+
+
+def labelled_rows(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    references: Tensor | None,  # [M, D]
+    reference_labels: Tensor | None,  # [M]
+    distance: str,
+    normalize_embeddings: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """The four tensors checked, with unit rows where asked for and int64 labels.
 
     None for the references says that they are the embeddings, None for their labels that they are
     the same tensor: Dynamo passes no tensor to an autograd function twice (torch 2.13).
     """
-    _labelled("embeddings", embeddings, "labels", labels)
-    if (references is None) != (reference_labels is None):
-        missing = "references" if references is None else "reference_labels"
-        raise ValueError(f"{missing} must be given with the other of the two, got None")
-    if references is not None:
-        _labelled("references", references, "reference_labels", reference_labels)
-        _checks.same_device("references", references, "embeddings", embeddings)
-        _checks.same_columns("references", references, "embeddings", embeddings)
-        references, embeddings = _checks.same_dtype(
-            "references", references, "embeddings", embeddings
-        )
-    _checks.choice("distance", distance, DISTANCES)
+    dtype = _check(embeddings, labels, references, reference_labels, distance)
     unit = normalize_embeddings or distance == "cosine"
-    embeddings = _unit(embeddings, unit)
     given_labels, labels = labels, labels.to(torch.int64)
     shared = reference_labels is None or reference_labels is given_labels
     reference_labels = None if shared else reference_labels.to(torch.int64)
-    if references is not None:
-        references = _unit(references, unit)
-        references = references.view_as(references) if references is embeddings else references
+    if references is None:
+        return _unit(embeddings) if unit else embeddings, labels, None, reference_labels
+    embeddings, references = _checks.in_dtype(dtype, embeddings, references)
+    if unit:
+        embeddings, references = _unit(embeddings), _unit(references)
+    references = references.view_as(references) if references is embeddings else references
     return embeddings, labels, references, reference_labels
 
 
 def both_sides(
     embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(embeddings, labels, references, reference_labels, own), as operators take them."""
-    own = references is None
+    """(embeddings, labels, references, reference_labels, in_batch), as operators take them."""
+    in_batch = references is None
     return (
         embeddings,
         labels,
-        embeddings if own else references,
+        embeddings if in_batch else references,
         labels if reference_labels is None else reference_labels,
-        own,
+        in_batch,
     )
 
 
-class SummedOverRows(torch.autograd.Function):
-    """A sum over pairs or triplets of rows, whose gradient the same sweep has computed.
+def forms_of_both_sides(
+    embeddings: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    distance: str,
+    normalize_embeddings: bool,
+) -> tuple[Any, ...]:
+    """The forms of `both_sides` of `labelled_rows`."""
+    dtype = _check(embeddings, labels, references, reference_labels, distance)
+    if normalize_embeddings or distance == "cosine":
+        dtype = _checks.accumulation_dtype(dtype)
+    x, y, r, r_y = both_sides(embeddings, labels, references, reference_labels)[:4]
+    return (
+        form(x, dtype=dtype), form(y, dtype=torch.int64), form(r, dtype=dtype),
+        form(r_y, dtype=torch.int64), references is None,
+    )  # fmt: skip
 
-    The operator returns the sum, counts, and the two derivatives of the sum.
-    """
 
-    @staticmethod
-    def forward(
-        ctx: Any,
+def need_of_both_sides(embeddings: Tensor, references: Tensor | None) -> tuple[bool, bool]:
+    """The flags need_embeddings and need_references of operators."""
+    enabled = torch.is_grad_enabled()
+    need_references = enabled and references is not None and references.requires_grad
+    return enabled and embeddings.requires_grad, need_references
+
+
+def differentiable_first(operator: Any) -> Any:
+    """An operator on `both_sides` that takes the two arguments with a gradient first."""
+
+    def call(
         embeddings: Tensor,
         references: Tensor | None,
         labels: Tensor,
         reference_labels: Tensor | None,
-        operator: Any,
-        options: tuple[Any, ...],
-        backend: str,
+        *options: Any,
     ) -> tuple[Tensor, ...]:
-        rows = both_sides(embeddings, labels, references, reference_labels)
-        need = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-        *results, dembeddings, dreferences = operator(*rows, *options, *need, backend)
-        # the rows themselves only so that a change of them or a second derivative is refused
-        inputs = (embeddings,) if references is None else (embeddings, references)
-        ctx.save_for_backward(dembeddings, dreferences, *inputs)
-        ctx.dtype = embeddings.dtype
-        ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
+        return operator(*both_sides(embeddings, labels, references, reference_labels), *options)
 
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dtotal: Tensor, *_: Any) -> tuple[Any, ...]:
-        grads = [
-            (dtotal * dx).to(ctx.dtype) if need else None
-            for dx, need in zip(ctx.saved_tensors[:2], ctx.needs_input_grad[:2], strict=True)
-        ]
-        return (*grads, *(None,) * 5)
+    return call
 
 
 def summed_fake(counts: int) -> Any:
@@ -121,17 +135,16 @@ def summed_fake(counts: int) -> Any:
 
     def fake(
         embeddings: Tensor, labels: Tensor, references: Tensor, reference_labels: Tensor,
-        own: bool, *options: Any,
+        in_batch: bool, *options: Any,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         *_, need_embeddings, need_references, _ = options
         acc = _checks.accumulation_dtype(embeddings.dtype)
+        need_references = need_references and not in_batch
         return (
             embeddings.new_empty((), dtype=acc),
             *(embeddings.new_empty((), dtype=torch.int64) for _ in range(counts)),
             embeddings.new_empty(embeddings.shape if need_embeddings else (0,), dtype=acc),
-            embeddings.new_empty(
-                references.shape if need_references and not own else (0,), dtype=acc
-            ),
+            embeddings.new_empty(references.shape if need_references else (0,), dtype=acc),
         )
 
     return fake

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._checks import accumulation_dtype
-from kdkernels.reference.relational_kl import similarities
+from kdkernels._similarity import similarities
 
 
 @torch.no_grad()
@@ -28,11 +28,13 @@ def best_ranked(
     """
     acc = accumulation_dtype(rows.dtype)  # fewer digits would make equals of what is not
     cosines = similarities(rows.to(acc), keys.to(acc), normalize=True)
-    own = cosines.gather(1, positives[:, None])
+    of_positive = cosines.gather(1, positives[:, None])
     earlier = torch.arange(keys.shape[0], device=rows.device) < positives[:, None]
-    rank = ((cosines > own) | ((cosines == own) & earlier)).sum(1)  # [B] 0 where it is right
+    rank = ((cosines > of_positive) | ((cosines == of_positive) & earlier)).sum(
+        1
+    )  # [B] 0 where it is right
     right = (rank == 0).sum()
-    # exact: a product of two fp32 numbers could round up to a whole one
+    # in fp64: a product of two fp32 numbers could round up to a whole one
     kept = right + ((rows.shape[0] - right).double() * share_of_wrong).floor()
     place = rank.argsort(stable=True).argsort()
     return place < kept

@@ -14,45 +14,55 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
 from kdkernels._library import define_operator
-from kdkernels.ops._labelled import SummedOverRows, both_sides, labelled_rows, summed_fake
+from kdkernels.ops._gradient_in_forward import GradientInForward
+from kdkernels.ops._labelled import (
+    differentiable_first,
+    forms_of_both_sides,
+    labelled_rows,
+    need_of_both_sides,
+    summed_fake,
+)
 
 REDUCTIONS = ("mean", "mean_nonzero", "sum")
 
 # Results of the operator, the same for every backend; fp64 for fp64 inputs, else fp32:
 #   total        []      sum over pairs of d^2 / 2 where the labels agree, else
-#                        max(margin - d, 0)^2 / 2; with `own`, where the references are the
+#                        max(margin - d, 0)^2 / 2; with `in_batch`, where the references are the
 #                        embeddings, each pair of rows counts once and no row pairs with itself
 #   nonzero      [] int64  pairs with a loss above 0
 #   dembeddings  [B, D]  derivative of `total`; [0] unless needed
-#   dreferences  [M, D]  likewise; [0] with `own`
+#   dreferences  [M, D]  likewise; [0] with `in_batch`
 # Distances are NaN as in ops/triplet.py; a pair with such a distance makes `total` NaN.
 contrastive_fwd = define_operator(
     "contrastive",
     "fwd",
-    "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool own, "
+    "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch, "
     "float margin, str distance, bool need_embeddings, bool need_references, str backend) -> "
     "(Tensor total, Tensor nonzero, Tensor dembeddings, Tensor dreferences)",
     summed_fake(counts=1),
 )
+_forward = differentiable_first(contrastive_fwd)
 
 
 def _operator_args(
     embeddings: Tensor,
     labels: Tensor,
-    *,
-    margin: float = 1.0,
-    reduction: str = "mean",
-    distance: str = "euclidean",
-    **options: Any,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    margin: float,
+    distance: str,
+    normalize_embeddings: bool,
+    reduction: str,
 ) -> tuple[Any, ...]:
     margin = _checks.not_negative("margin", margin)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    rows = labelled_rows(embeddings, labels, distance=distance, **options)
-    need = [x is not None and x.requires_grad for x in (rows[0], rows[2])]
-    return *both_sides(*rows), margin, distance, *need
+    rows = forms_of_both_sides(
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings
+    )
+    return *rows, margin, distance, *need_of_both_sides(embeddings, references)
 
 
-def _choices(*_: Any, references: Tensor | None = None, **__: Any) -> dict[str, str]:
+def _choices(references: Tensor | None, **_: Any) -> dict[str, str]:
     return {"pairs": "of the batch" if references is None else "of the batch and the references"}
 
 
@@ -100,12 +110,12 @@ def contrastive_loss(
     margin = _checks.not_negative("margin", margin)
     _checks.choice("reduction", reduction, REDUCTIONS)
     x, y, r, r_y = labelled_rows(
-        embeddings, labels, references=references, reference_labels=reference_labels,
-        distance=distance, normalize_embeddings=normalize_embeddings,
-    )  # fmt: skip
-    total, nonzero = SummedOverRows.apply(
-        x, r, y, r_y, contrastive_fwd, (margin, distance), requested_backend(backend)
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings
     )
+    total, nonzero = GradientInForward.apply(
+        _forward, 2, 1.0, x, r, y, r_y, margin, distance, *need_of_both_sides(x, r),
+        requested_backend(backend),
+    )  # fmt: skip
     if reduction == "sum":
         return total
     if reduction == "mean_nonzero":

@@ -13,15 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._library import define_operator
-from kdkernels.ops._student_gradient import (
-    StudentGradient,
-    choices,
-    fake,
-    needs_gradient,
-    two_sides,
-)
+from kdkernels.ops._gradient_in_forward import GradientInForward
+from kdkernels.ops._two_sides import check_sides, choices, fake
 
 # Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32:
 #   loss      []      as the public function returns it
@@ -35,31 +30,35 @@ _fwd = define_operator(
 )
 
 
-def _operator_args(
+def _check(
     student: Tensor,
     teacher: Tensor,
-    *,
-    temperature: float = 1.0,
-    row_weight: float = 1.0,
-    column_weight: float = 1.0,
-    centered: bool = True,
-    eps: float = 1e-8,
+    temperature: float,
+    row_weight: float,
+    column_weight: float,
+    centered: bool,
+    eps: float,
 ) -> tuple[Any, ...]:
-    student, teacher = two_sides(student, teacher)
+    """The dtype of both sides, and the options as the operator takes them."""
+    dtype = check_sides(student, teacher)
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher must have {student.shape[1]} columns like student, got {teacher.shape[1]}"
         )
     return (
-        student,
-        teacher,
+        dtype,
         _checks.positive("temperature", temperature),
         _checks.not_negative("row_weight", row_weight),
         _checks.not_negative("column_weight", column_weight),
         _checks.flag("centered", centered),
         _checks.positive("eps", eps),
-        needs_gradient(student),
     )
+
+
+def _operator_args(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Any, ...]:
+    dtype, *checked = _check(student, teacher, **options)
+    sides = form(student, dtype=dtype), form(teacher, dtype=dtype)
+    return *sides, *checked, _checks.wants_gradient(student)
 
 
 @explained_by(_operator_args, choices)
@@ -109,10 +108,11 @@ def correlation(
         Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022,
         arXiv:2205.10536.
     """
-    student, teacher, *options = _operator_args(
-        student, teacher, temperature=temperature, row_weight=row_weight,
-        column_weight=column_weight, centered=centered, eps=eps,
-    )  # fmt: skip
-    return StudentGradient.apply(
-        student, teacher, _fwd, tuple(options), 1.0, requested_backend(backend)
+    dtype, *options = _check(
+        student, teacher, temperature, row_weight, column_weight, centered, eps
     )
+    student, teacher = _checks.in_dtype(dtype, student, teacher.detach())
+    return GradientInForward.apply(
+        _fwd, 1, 1.0, student, teacher, *options, _checks.wants_gradient(student),
+        requested_backend(backend),
+    )  # fmt: skip

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
+from kdkernels._library import define_operator, first_order, keep_for_backward
 
 NORMALIZATIONS = ("row_l2", "row_l1", "feature", "none")
 KERNELS = ("linear", "rbf_taylor")
@@ -100,16 +100,15 @@ class GramMSEFunction(torch.autograd.Function):
         options: tuple[Any, ...],
     ) -> Tensor:
         loss, *residuals = _fwd(_grouped(student), _grouped(teacher), *options)
-        ctx.save_for_backward(student, teacher, *residuals)
+        keep_for_backward(ctx, student, teacher, *residuals)
         ctx.scale, ctx.options = scale, options
-        if reduction == "none":
-            return (loss * scale).reshape(student.shape[:-2])
-        return (loss * scale if len(loss) == 1 else loss.sum(0, keepdim=True) * scale).reshape(())
+        # the result must not be a view: users change losses in place
+        return (loss.reshape(student.shape[:-2]) if reduction == "none" else loss.sum()) * scale
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        student, teacher, *residuals = ctx.saved_tensors
+    def backward(ctx: Any, kept: tuple[Tensor, ...], dout: Tensor) -> tuple[Any, ...]:
+        student, teacher, *residuals = kept
         s, t = _grouped(student), _grouped(teacher)
         dloss = (dout * ctx.scale).reshape(-1).expand(len(s))
         need_student, need_teacher = ctx.needs_input_grad[:2]
@@ -179,22 +178,22 @@ def choose_algorithm(
     return "resident" if _fits(B, D_s, D_t) else "streamed"
 
 
-def _operator_args(
+def _check(
     student: Tensor,
     teacher: Tensor,
-    *,
-    normalize: str = "row_l2",
-    kernel: str = "linear",
-    gamma: float = 0.4,
-    order: int = 2,
-    algorithm: str = "auto",
-    reduction: str = "mean",
+    normalize: str,
+    kernel: str,
+    gamma: float,
+    order: int,
+    algorithm: str,
+    reduction: str,
 ) -> tuple[Any, ...]:
+    """The dtype of both sides, and the options as the operators take them."""
     _checks.features("student", student)
     _checks.features("teacher", teacher)
     _checks.same_device("teacher", teacher, "student", student)
     _checks.same_leading("teacher", teacher, "student", student)
-    teacher, student = _checks.same_dtype("teacher", teacher, "student", student)
+    dtype = _checks.common_dtype("teacher", teacher, "student", student.dtype)
     _checks.choice("normalize", normalize, NORMALIZATIONS)
     _checks.choice("kernel", kernel, KERNELS)
     _checks.choice("algorithm", algorithm, ALGORITHMS)
@@ -206,17 +205,20 @@ def _operator_args(
         )
     B, D_s, D_t = student.shape[-2], student.shape[-1], teacher.shape[-1]
     chosen = choose_algorithm(B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm)
-    return student, teacher, normalize, kernel, gamma, order, chosen
+    return dtype, normalize, kernel, gamma, order, chosen
+
+
+def _operator_args(student: Tensor, teacher: Tensor, **options: Any) -> tuple[Any, ...]:
+    dtype, *checked = _check(student, teacher, **options)
+
+    def grouped(x: Tensor) -> TensorForm:
+        return form(x, dtype=dtype, shape=(x.shape[:-2].numel(), *x.shape[-2:]))
+
+    return grouped(student), grouped(teacher), *checked
 
 
 def _choices(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    normalize: str = "row_l2",
-    kernel: str = "linear",
-    algorithm: str = "auto",
-    **_: Any,
+    student: Tensor, teacher: Tensor, normalize: str, kernel: str, algorithm: str, **_: Any
 ) -> dict[str, str]:
     B, D_s, D_t = student.shape[-2], student.shape[-1], teacher.shape[-1]
     chosen = choose_algorithm(B, D_s, D_t, normalize=normalize, kernel=kernel, algorithm=algorithm)
@@ -282,10 +284,10 @@ def gram_mse(
         Peng et al., Correlation Congruence for Knowledge Distillation, ICCV 2019, arXiv:1904.01802
         ("rbf_taylor").
     """
-    student, teacher, *options = _operator_args(
-        student, teacher, normalize=normalize, kernel=kernel, gamma=gamma, order=order,
-        algorithm=algorithm, reduction=reduction,
-    )  # fmt: skip
+    dtype, *options = _check(
+        student, teacher, normalize, kernel, gamma, order, algorithm, reduction
+    )
+    student, teacher = _checks.in_dtype(dtype, student, teacher)
     if teacher is student:  # Dynamo passes no tensor to a Function twice (torch 2.13)
         teacher = student.view_as(student)
     B = student.shape[-2]

@@ -5,46 +5,54 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by
+from kdkernels._dispatch import Backend, explained_by, form
+from kdkernels._key_bank_call import KeyBankCall
 from kdkernels.ops import _key_bank
-from kdkernels.ops.relational_kl import apply, gradient_choice, with_dloss
+from kdkernels.ops.relational_kl import apply, gradient_choice
 
 
-def _prepare(
+def _check(
     queries: Tensor,
     keys: Tensor,
     positives: Tensor,
-    *,
-    temperature: float | Tensor = 0.07,
-    normalize: bool = True,
-    num_keys: int | Tensor | None = None,
-    reduction: str = "mean",
-) -> tuple[Any, ...]:
-    """Arguments of the forward operator, without with_dloss."""
-    _key_bank.bank("keys", keys, "queries", queries)
-    limit = _key_bank.limit(num_keys, keys)
-    _key_bank.indices("positives", positives, "queries", queries, limit)
+    temperature: float | Tensor,
+    normalize: bool,
+    num_keys: int | Tensor | None,
+    reduction: str,
+) -> tuple[torch.dtype, float | Tensor]:
+    """Everything but the numbers inside tensors; returns the common dtype and the temperature."""
+    _key_bank.check_bank("keys", keys, "queries", queries)
+    _key_bank.check_num_keys(num_keys, keys)
+    _checks.labels("positives", positives, "queries", queries)
     by = _key_bank.temperature("temperature", temperature, queries)
     _checks.flag("normalize", normalize)
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
-    queries, keys = _key_bank.one_dtype({"queries": queries, "keys": keys})
-    num_keys, keys = _key_bank.cut(num_keys, keys)
-    x = _key_bank.divided(queries, by, normalize)
-    scale = _key_bank.scale_of(keys, normalize)
-    positives = positives.long()
-    return x, None, keys, None, scale, None, positives, None, num_keys, False, None, None
+    return _checks.common_dtype("keys", keys, "queries", queries.dtype), by
 
 
-def _operator_args(*args: Any, **options: Any) -> tuple[Any, ...]:
-    prepared = _prepare(*args, **options)
-    return *prepared, with_dloss(prepared[0])
+def _operator_args(
+    queries: Tensor, keys: Tensor, positives: Tensor, **options: Any
+) -> tuple[Any, ...]:
+    dtype, by = _check(queries, keys, positives, **options)
+    num_keys = options["num_keys"]
+    bank = _key_bank.form_of_counted(keys, num_keys, dtype)
+    call = KeyBankCall(
+        form(queries, dtype=_checks.accumulation_dtype(dtype)),
+        None,
+        bank,
+        key_scale=_key_bank.form_of_scale(bank, options["normalize"]),
+        positives=_key_bank.form_of_index(positives),
+        num_keys=_key_bank.form_of_index(num_keys if isinstance(num_keys, Tensor) else None),
+    )
+    return *call, None, None, _key_bank.divided_wants_gradient(queries, by)
 
 
-def _choices(*args: Any, **options: Any) -> dict[str, str]:
-    return gradient_choice(_prepare(*args, **options)[0])
+def _choices(queries: Tensor, temperature: float | Tensor, **_: Any) -> dict[str, str]:
+    return gradient_choice(queries, temperature)
 
 
 @explained_by(_operator_args, _choices, op="relational_kl")
@@ -93,8 +101,15 @@ def info_nce(
         van den Oord, Li and Vinyals, Representation Learning with Contrastive Predictive Coding,
         2018, arXiv:1807.03748.
     """
-    prepared = _prepare(
-        queries, keys, positives, temperature=temperature, normalize=normalize, num_keys=num_keys,
-        reduction=reduction,
-    )  # fmt: skip
-    return apply(prepared, reduction, backend)
+    dtype, by = _check(queries, keys, positives, temperature, normalize, num_keys, reduction)
+    _key_bank.within("positives", positives, 0, _key_bank.counting(num_keys, keys))
+    keys = _key_bank.counted(keys, num_keys, dtype)
+    call = KeyBankCall(
+        _key_bank.divided(queries.to(dtype), by, normalize),
+        None,
+        keys,
+        key_scale=_key_bank.scale_of(keys, normalize),
+        positives=positives.long(),
+        num_keys=num_keys.long() if isinstance(num_keys, Tensor) else None,
+    )
+    return apply(call, None, None, reduction, backend)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._dispatch import Backend, explained_by, form, requested_backend
+from kdkernels._library import define_operator, first_order, keep_for_backward
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -22,7 +22,7 @@ REDUCTIONS = ("mean", "sum", "none")
 # z = student weight^T + bias [B, N] and y the bits:
 #   loss      [B]     sum over n of max(z, 0) - z y + log(1 + exp(-|z|))
 #   dloss     [B, D]  its derivative by the student, (sigmoid(z) - y) weight; empty (0) unless
-#                     with_dloss
+#                     need_student
 # A row that sample_mask leaves out is not read, and 0 in both. The gradient of a weighted sum of
 # losses is the weights times dloss, row by row, so the backward for the student is a scaling.
 # Those of weight and bias sum over rows, with weights not known before the backward: it projects
@@ -35,12 +35,12 @@ def _encode_fake(features: Tensor, weight: Tensor, bias: Tensor | None, backend:
 
 def _fwd_fake(
     student: Tensor, codes: Tensor, weight: Tensor, bias: Tensor | None,
-    sample_mask: Tensor | None, with_dloss: bool, backend: str,
+    sample_mask: Tensor | None, need_student: bool, backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc = _checks.accumulation_dtype(student.dtype)
     return (
         student.new_empty(student.shape[0], dtype=acc),
-        student.new_empty(student.shape if with_dloss else (0,), dtype=acc),
+        student.new_empty(student.shape if need_student else (0,), dtype=acc),
     )
 
 
@@ -66,7 +66,7 @@ _encode = define_operator(
 _fwd = define_operator(
     "lsh_bce",
     "fwd",
-    f"({_TENSORS}, bool with_dloss, str backend) -> (Tensor loss, Tensor dloss)",
+    f"({_TENSORS}, bool need_student, str backend) -> (Tensor loss, Tensor dloss)",
     _fwd_fake,
 )
 _bwd = define_operator(
@@ -89,26 +89,26 @@ class LSHBCEFunction(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         sample_mask: Tensor | None,
-        with_dloss: bool,
+        need_student: bool,
         reduction: str,
         backend: str,
     ) -> Tensor:
-        loss, dloss = _fwd(student, codes, weight, bias, sample_mask, with_dloss, backend)
+        loss, dloss = _fwd(student, codes, weight, bias, sample_mask, need_student, backend)
         scale = 1.0 if reduction == "sum" else 1.0 / max(weight.shape[0], 1)
         count = None
         if reduction == "mean" and sample_mask is None:
             scale /= max(student.shape[0], 1)
         elif reduction == "mean":
             count = sample_mask.sum().clamp_min(1)
-        ctx.save_for_backward(student, codes, weight, bias, sample_mask, dloss, count)
+        keep_for_backward(ctx, student, codes, weight, bias, sample_mask, dloss, count)
         ctx.scale, ctx.backend = scale, backend
         loss = loss * scale if reduction == "none" else loss.sum() * scale
         return loss if count is None else loss / count
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        *tensors, count = ctx.saved_tensors
+    def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
+        *tensors, count = kept
         dout = dout * ctx.scale if count is None else dout * ctx.scale / count
         dout = dout.expand(tensors[0].shape[0])
         need = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
@@ -122,15 +122,13 @@ def _bytes(N: int) -> int:
     return (N + 7) // 8
 
 
-def _projection(
-    name: str, x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Checks x W^T + b, and returns all in one dtype."""
+def _check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Checks x W^T + b, and returns the dtype of all."""
     _checks.matrix(name, x)
     _checks.matrix("weight", weight)
     _checks.same_device("weight", weight, name, x)
     _checks.same_columns("weight", weight, name, x)
-    weight, x = _checks.same_dtype("weight", weight, name, x)
+    dtype = _checks.common_dtype("weight", weight, name, x.dtype)
     if bias is not None:
         _checks.features("bias", bias, min_dim=1)
         _checks.same_device("bias", bias, name, x)
@@ -139,59 +137,73 @@ def _projection(
                 f"bias must have shape {list(weight.shape[:1])} like the rows of weight, "
                 f"got {list(bias.shape)}"
             )
-        bias, wide = _checks.same_dtype("bias", bias, name, x)
-        if wide.dtype != x.dtype:
-            weight, x = weight.to(wide.dtype), wide
-    return x, weight, bias
+        dtype = _checks.common_dtype("bias", bias, name, dtype)
+    return dtype
 
 
-def _encode_args(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
-    return _projection("features", features, weight, bias)
+def _cast(
+    dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    return *_checks.in_dtype(dtype, x, weight), None if bias is None else bias.to(dtype)
 
 
-def _prepare(
+def _encode_args(features: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    dtype = _check_projection("features", features, weight, bias)
+    return tuple(x if x is None else form(x, dtype=dtype) for x in (features, weight, bias))
+
+
+def _check(
     student: Tensor,
     codes: Tensor,
     weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    sample_mask: Tensor | None = None,
-    reduction: str = "mean",
-) -> tuple[Any, ...]:
-    """(student, codes, weight, bias, sample_mask)"""
-    x, w, b = _projection("student", student, weight, bias)
+    bias: Tensor | None,
+    sample_mask: Tensor | None,
+    reduction: str,
+) -> torch.dtype:
+    """The dtype of student, weight and bias."""
+    dtype = _check_projection("student", student, weight, bias)
     if not isinstance(codes, Tensor):
         raise TypeError(f"codes must be a torch.Tensor, got {type(codes).__name__}")
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be packed bits in torch.uint8, got {codes.dtype}")
-    _checks.same_device("codes", codes, "student", x)
-    B, N = x.shape[0], w.shape[0]
+    _checks.same_device("codes", codes, "student", student)
+    B, N = student.shape[0], weight.shape[0]
     if codes.shape != (B, _bytes(N)):
         raise ValueError(
             f"codes must have shape {[B, _bytes(N)]} (rows of student, 1 bit per row of weight), "
             f"got {list(codes.shape)}"
         )
     if sample_mask is not None:
-        _checks.sample_mask(sample_mask, "student", x)
+        _checks.sample_mask(sample_mask, "student", student)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    return x, codes, w, b, sample_mask
+    return dtype
 
 
-def _with_dloss(student: Tensor) -> bool:
-    return student.requires_grad and torch.is_grad_enabled()
+def _operator_args(
+    student: Tensor,
+    codes: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sample_mask: Tensor | None,
+    reduction: str,
+) -> tuple[Any, ...]:
+    dtype = _check(student, codes, weight, bias, sample_mask, reduction)
+    return (
+        form(student, dtype=dtype),
+        form(codes),
+        form(weight, dtype=dtype),
+        None if bias is None else form(bias, dtype=dtype),
+        None if sample_mask is None else form(sample_mask),
+        _checks.wants_gradient(student),
+    )
 
 
-def _operator_args(student: Tensor, *args: Any, **options: Any) -> tuple[Any, ...]:
-    prepared = _prepare(student, *args, **options)
-    return (*prepared, _with_dloss(prepared[0]))
-
-
-def _encode_choices(*_: Any, **__: Any) -> dict[str, str]:
+def _encode_choices(**_: Any) -> dict[str, str]:
     return {}
 
 
-def _choices(student: Tensor, *_: Any, **__: Any) -> dict[str, str]:
-    if _with_dloss(student):
+def _choices(student: Tensor, **_: Any) -> dict[str, str]:
+    if _checks.wants_gradient(student):
         return {"gradient": "of the student in the forward sweep (student requires one)"}
     return {"gradient": "none in the forward sweep (student requires none)"}
 
@@ -230,8 +242,9 @@ def lsh_encode(
     Reference:
         Wang, Ge and Wu, Distilling Knowledge by Mimicking Features, TPAMI 2021.
     """
+    dtype = _check_projection("features", features, weight, bias)
     with torch.no_grad():
-        return _encode(*_encode_args(features, weight, bias), requested_backend(backend))
+        return _encode(*_cast(dtype, features, weight, bias), requested_backend(backend))
 
 
 @explained_by(_operator_args, _choices)
@@ -282,7 +295,9 @@ def lsh_bce(
     Reference:
         Wang, Ge and Wu, Distilling Knowledge by Mimicking Features, TPAMI 2021.
     """
-    prepared = _prepare(student, codes, weight, bias, sample_mask=sample_mask, reduction=reduction)
+    dtype = _check(student, codes, weight, bias, sample_mask, reduction)
+    student, weight, bias = _cast(dtype, student, weight, bias)
     return LSHBCEFunction.apply(
-        *prepared, _with_dloss(prepared[0]), reduction, requested_backend(backend)
-    )
+        student, codes, weight, bias, sample_mask, _checks.wants_gradient(student), reduction,
+        requested_backend(backend),
+    )  # fmt: skip

@@ -7,7 +7,7 @@ Derivation: docs/ops/sampled_similarity.md.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
-from kdkernels._library import first_order
+from kdkernels._similarity import NOISE_EPS
 from kdkernels.ops import sampled_similarity
-from kdkernels.reference.noise_contrastive import EPS
+from kdkernels.ops._gradient_in_forward import GradientInForward
 
 
 class NoiseContrastive(NamedTuple):
@@ -26,52 +26,42 @@ class NoiseContrastive(NamedTuple):
 
 
 def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40)  # from where on exp(-x) is below the rounding of x, in fp64
+    # above 40, exp(-x) is below the rounding of x in fp64
+    return F.softplus(x, threshold=40)
 
 
-class NoiseContrastiveFunction(torch.autograd.Function):
-    """The gradient is made in the forward, so the bank may change before the backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bank: Tensor,
-        indices: Tensor,
-        log_partition: Tensor,
-        temperature: float,
-        with_dx: bool,
-        backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        B, N, m = x.shape[0], bank.shape[0], indices.shape[1] - 1
-        logits = sampled_similarity._fwd(x, bank, indices, backend).div_(temperature)
-        log_z = log_partition.to(logits.dtype)
-        if B > 0:
-            first = logits.logsumexp((0, 1)) + math.log(N / logits.numel())
-            log_z = torch.where(log_z.isnan(), first, log_z)
-        logits -= log_z
-        noise = math.log(m / N + EPS)
-        own, others = logits[:, 0], logits[:, 1:]
-        loss = _softplus(noise - own).sum()
-        loss = loss + (_softplus(others - noise) + (noise - math.log(m / N))).sum()
-        scale = 1 / max(B, 1)
-        dx = None
-        if with_dx:
-            derivative = torch.sigmoid(logits - noise)
-            derivative[:, 0] = -torch.sigmoid(noise - own)
-            derivative *= scale / temperature
-            dx = sampled_similarity._bwd(derivative, x, bank, indices, backend)
-        ctx.save_for_backward(x, dx)
-        log_z = log_z.to(log_partition.dtype)
-        log_z = log_z.clone() if log_z is log_partition else log_z
-        ctx.mark_non_differentiable(log_z)
-        return loss * scale, log_z
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dout: Tensor, _: Any) -> tuple[Any, ...]:
-        _, dx = ctx.saved_tensors
-        return (dout * dx).to(dx.dtype), *(None,) * 6
+def _loss_and_gradient(
+    x: Tensor,  # [B, D]
+    bank: Tensor,  # [N, D]
+    indices: Tensor,  # [B, 1 + m]
+    log_partition: Tensor,
+    temperature: float,
+    need_x: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(loss, the log Z that was used, gradient of x or None)"""
+    B, N, m = x.shape[0], bank.shape[0], indices.shape[1] - 1
+    logits = sampled_similarity.sampled_similarity_fwd(x, bank, indices, backend)
+    logits = logits.div_(temperature)
+    log_z = log_partition.to(logits.dtype)
+    if B > 0:
+        of_scores = logits.logsumexp((0, 1)) + math.log(N / logits.numel())
+        log_z = torch.where(log_z.isnan(), of_scores, log_z)
+    logits -= log_z
+    noise = math.log(m / N + NOISE_EPS)
+    first, others = logits[:, 0], logits[:, 1:]
+    loss = _softplus(noise - first).sum()
+    loss = loss + (_softplus(others - noise) + (noise - math.log(m / N))).sum()
+    scale = 1 / max(B, 1)
+    dx = None
+    if need_x:
+        derivative = torch.sigmoid(logits - noise)
+        derivative[:, 0] = -torch.sigmoid(noise - first)
+        derivative *= scale / temperature
+        dx = sampled_similarity.sampled_similarity_bwd(derivative, x, bank, indices, backend)
+    log_z = log_z.to(log_partition.dtype)
+    log_z = log_z.clone() if log_z is log_partition else log_z
+    return loss * scale, log_z, dx
 
 
 def noise_contrastive(
@@ -83,7 +73,7 @@ def noise_contrastive(
     temperature: float = 0.07,
     backend: Backend = "auto",
 ) -> NoiseContrastive:
-    r"""Each row shall tell its own place in a bank from m others, drawn as noise.
+    r"""Each row shall tell its place in a bank from m others, drawn as noise.
 
     With o_ik = exp(<x_i, bank[indices_ik]> / temperature) / Z and c = m / N,
 
@@ -96,7 +86,7 @@ def noise_contrastive(
     Args:
         x: [B, D], and
         bank: [N, D], as for `kdkernels.sampled_similarity`.
-        indices: Integer [B, 1 + m] with m of at least 1, the row's own place first.
+        indices: Integer [B, 1 + m] with m of at least 1, the place of the row itself first.
         log_partition: log Z without dimensions; NaN where it is yet to be set, to
             log(N mean(exp(. / temperature))) of these scores. On its device that needs no look.
         temperature: Positive.
@@ -126,12 +116,13 @@ def noise_contrastive(
         )
     _checks.same_device("log_partition", log_partition, "x", x)
     temperature = _checks.positive("temperature", temperature)
-    with_dx = x.requires_grad and torch.is_grad_enabled()
+    # the bank may change before the backward, which does not read it
     return NoiseContrastive(
-        *NoiseContrastiveFunction.apply(
-            x, bank, indices, log_partition, temperature, with_dx, requested_backend(backend)
+        *GradientInForward.apply(
+            _loss_and_gradient, 1, 1.0, x, bank, indices, log_partition, temperature,
+            _checks.wants_gradient(x), requested_backend(backend),
         )
-    )
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
+from kdkernels._library import define_operator, first_order, keep_for_backward
 
 PRODUCTS = ("dot", "cosine")  # metrics whose gradient does not need their value
 METRICS = (*PRODUCTS, "euclidean", "sqeuclidean", "rbf")
@@ -62,30 +62,31 @@ class PairwiseFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, y: Tensor | None, metric: str, gamma: float, backend: str
     ) -> Tensor:
         out = _fwd(x, y, metric, gamma, backend)
-        ctx.save_for_backward(x, y, None if metric in PRODUCTS else out)
+        keep_for_backward(ctx, x, y, None if metric in PRODUCTS else out)
         ctx.options = metric, gamma, backend
         return out
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
         metric, gamma, backend = ctx.options
         need_x, need_y = ctx.needs_input_grad[:2]
-        dx, dy = _bwd(dout, *ctx.saved_tensors, metric, gamma, need_x, need_y, backend)
+        dx, dy = _bwd(dout, *kept, metric, gamma, need_x, need_y, backend)
         return dx if need_x else None, dy if need_y else None, None, None, None
 
 
-def _sides(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both sides checked, in one dtype; None for a y that is x."""
+def _check(x: Tensor, y: Tensor | None, metric: str, gamma: float) -> tuple[torch.dtype, float]:
+    """The dtype of both sides, and gamma as the operators take it."""
     _checks.features("x", x)
-    if y is None or y is x:
-        return x, None
-    _checks.features("y", y)
-    _checks.same_device("y", y, "x", x)
-    _checks.same_groups("y", y, "x", x)
-    _checks.same_columns("y", y, "x", x)
-    y, x = _checks.same_dtype("y", y, "x", x)
-    return x, y
+    dtype = x.dtype
+    if y is not None and y is not x:
+        _checks.features("y", y)
+        _checks.same_device("y", y, "x", x)
+        _checks.same_groups("y", y, "x", x)
+        _checks.same_columns("y", y, "x", x)
+        dtype = _checks.common_dtype("y", y, "x", dtype)
+    _checks.choice("metric", metric, METRICS)
+    return dtype, _checks.positive("gamma", gamma)
 
 
 def _grouped(x: Tensor) -> Tensor:
@@ -93,16 +94,19 @@ def _grouped(x: Tensor) -> Tensor:
     return x.flatten(0, -3) if x.dim() > 3 else x
 
 
-def _operator_args(
-    x: Tensor, y: Tensor | None = None, *, metric: str = "cosine", gamma: float = 1.0
-) -> tuple[Any, ...]:
-    x, y = _sides(x, y)
-    _checks.choice("metric", metric, METRICS)
-    gamma = _checks.positive("gamma", gamma)
-    return _grouped(x), None if y is None else _grouped(y), metric, gamma
+def _operator_args(x: Tensor, y: Tensor | None, metric: str, gamma: float) -> tuple[Any, ...]:
+    dtype, gamma = _check(x, y, metric, gamma)
+
+    def grouped(side: Tensor) -> TensorForm:
+        shape = side.shape
+        if len(shape) > 3:
+            shape = (shape[:-2].numel(), *shape[-2:])
+        return form(side, dtype=dtype, shape=shape)
+
+    return grouped(x), None if y is None or y is x else grouped(y), metric, gamma
 
 
-def _choices(x: Tensor, y: Tensor | None = None, **_: Any) -> dict[str, str]:
+def _choices(x: Tensor, y: Tensor | None, **_: Any) -> dict[str, str]:
     return {"products": "half, by symmetry" if y is None or y is x else "all"}
 
 
@@ -146,6 +150,10 @@ def pairwise(
         TypeError, ValueError: an argument does not fit, by name.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
     """
-    a, b, metric, gamma = _operator_args(x, y, metric=metric, gamma=gamma)
+    dtype, gamma = _check(x, y, metric, gamma)
+    if y is None or y is x:
+        a, b = _grouped(x), None
+    else:
+        a, b = map(_grouped, _checks.in_dtype(dtype, x, y))
     out = PairwiseFunction.apply(a, b, metric, gamma, requested_backend(backend))
     return out if x.dim() <= 3 else out.reshape((*x.shape[:-1], out.shape[-1]))

@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._library import define_operator
-from kdkernels.ops._student_gradient import (
-    StudentGradient,
-    choices,
-    fake,
-    needs_gradient,
-    two_sides,
-)
+from kdkernels.ops._gradient_in_forward import GradientInForward
+from kdkernels.ops._two_sides import check_sides, choices, fake
 
 KERNELS = ("cosine", "student_t")
 DIVERGENCES = ("kl", "jeffreys")
@@ -38,13 +34,20 @@ _fwd = define_operator(
 )
 
 
-def _operator_args(
-    student: Tensor, teacher: Tensor, *, kernel: str = "cosine", divergence: str = "kl"
-) -> tuple[Any, ...]:
-    student, teacher = two_sides(student, teacher)
+def _check(student: Tensor, teacher: Tensor, kernel: str, divergence: str) -> torch.dtype:
+    """The dtype of both sides."""
+    dtype = check_sides(student, teacher)
     _checks.choice("kernel", kernel, KERNELS)
     _checks.choice("divergence", divergence, DIVERGENCES)
-    return student, teacher, kernel, divergence, needs_gradient(student)
+    return dtype
+
+
+def _operator_args(
+    student: Tensor, teacher: Tensor, kernel: str, divergence: str
+) -> tuple[Any, ...]:
+    dtype = _check(student, teacher, kernel, divergence)
+    sides = form(student, dtype=dtype), form(teacher, dtype=dtype)
+    return *sides, kernel, divergence, _checks.wants_gradient(student)
 
 
 @explained_by(_operator_args, choices)
@@ -90,10 +93,10 @@ def pkt(
         Knowledge Distillation Using Information Flow Modeling, CVPR 2020, arXiv:2005.00727
         ("student_t", "jeffreys").
     """
-    student, teacher, *options = _operator_args(
-        student, teacher, kernel=kernel, divergence=divergence
-    )
+    dtype = _check(student, teacher, kernel, divergence)
+    student, teacher = _checks.in_dtype(dtype, student, teacher.detach())
     scale = 1.0 / max(student.shape[0] ** 2, 1)
-    return StudentGradient.apply(
-        student, teacher, _fwd, tuple(options), scale, requested_backend(backend)
-    )
+    return GradientInForward.apply(
+        _fwd, 1, scale, student, teacher, kernel, divergence, _checks.wants_gradient(student),
+        requested_backend(backend),
+    )  # fmt: skip

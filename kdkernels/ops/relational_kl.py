@@ -8,89 +8,74 @@ teacher keys), 2 B (D + E) of rows. Derivation: docs/ops/relational_kl.md.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order
-from kdkernels.ops._key_bank import (
-    EPS,
-    REDUCTIONS,
-    bank,
-    cut,
-    divided,
-    indices,
-    limit,
-    meet,
-    one_dtype,
-    scale_of,
-    temperature,
-)
+from kdkernels._dispatch import Backend, explained_by, form, requested_backend
+from kdkernels._key_bank_call import KeyBankCall
+from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._similarity import NORM_EPS
+from kdkernels.ops import _key_bank
 
 DIVERGENCES = ("kl", "cross_entropy")
-CLAMPED = 0.999  # of EPS / norm: from here on the norm was clamped, up to rounding
+CLAMPED = 0.999  # of NORM_EPS / norm: from here on the norm was clamped, up to rounding
 
-# The operator knows neither norms of rows nor temperatures: student [B, D] and teacher [B, E] come
-# normalised and divided, in the accumulation dtype. Keys come as they are, with a factor per key.
-# With logits a = student (key_scale keys)^T, b = teacher (teacher_key_scale teacher_keys)^T,
-# teacher_keys None meaning keys, one key per row left out of both (exclude, -1 for none), only the
-# first num_keys of the keys counting (int64 without dimensions, on the device), one more logit per
-# row on each side (own_student, own_teacher [B], where there is a teacher), and p = softmax(b), or
-# the one key `positives` of each row where teacher is None; all [B] fp32, fp64 for fp64:
-#   loss         sum_k p_k c_k with c = subtract_entropy log p - log softmax(a)
-#   dloss [B, D] its derivative by the student; empty (0) unless with_dloss
-#   lse_student  log-sum-exp of a
-#   lse_teacher  of b; 0 where teacher is None
+# The operators take student [B, D] and teacher [B, E] normalised and divided by the temperature, in
+# the accumulation dtype, and the keys as they are, with a factor per key. The logits are
+#     a = student (key_scale keys)^T                  [B, K], and
+#     b = teacher (teacher_key_scale teacher_keys)^T  [B, K], of `keys` where teacher_keys is None.
+# A softmax of each row of a and of b runs over the keys that count: the first num_keys (int64
+# without dimensions, on the device; None: all), less the key `exclude` of the row (-1: none).
+# own_student and own_teacher [B], where given, are one more logit of each row on each side. The
+# teacher's probabilities are p = softmax(b). Where teacher is None, p is 1 at the row's key
+# `positives`. Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32:
+#   loss         [B]     sum_k p_k c_k with c = subtract_entropy log p - log softmax(a)
+#   dloss        [B, D]  its derivative by the student; empty (0) unless need_student
+#   lse_student  [B]     log-sum-exp of a
+#   lse_teacher  [B]     log-sum-exp of b; 0 where teacher is None
 # A row that no key is left for has loss and derivatives of 0, and its other residuals are not
 # read. A positive that names no key that counts makes its row NaN. The backward scales dloss by
-# rows; other gradients take a second sweep, those by the own logits none. dkeys and dteacher_keys
-# are by the scaled keys, in the accumulation dtype. Keys that do not count may be anything.
+# rows for the student. Other gradients take a second sweep over the keys, except those of
+# own_student and own_teacher, which need no operator. dkeys and dteacher_keys are derivatives by
+# the scaled keys, in the accumulation dtype. Keys that do not count may hold anything.
 
 
-def _fwd_fake(
-    student: Tensor, teacher: Tensor | None, keys: Tensor, teacher_keys: Tensor | None,
-    key_scale: Tensor | None, teacher_key_scale: Tensor | None, positives: Tensor | None,
-    exclude: Tensor | None, num_keys: Tensor | None, subtract_entropy: bool,
-    own_student: Tensor | None, own_teacher: Tensor | None, with_dloss: bool, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
+    *call, _, _, need_student, _ = args
+    student = KeyBankCall(*call).student
     loss, *sums = (student.new_empty(student.shape[0]) for _ in range(3))
-    return loss, student.new_empty(student.shape if with_dloss else (0,)), *sums
+    return loss, student.new_empty(student.shape if need_student else (0,)), *sums
 
 
-def _bwd_fake(
-    dout: Tensor, student: Tensor, teacher: Tensor | None, keys: Tensor,
-    teacher_keys: Tensor | None, key_scale: Tensor | None, teacher_key_scale: Tensor | None,
-    positives: Tensor | None, exclude: Tensor | None, num_keys: Tensor | None,
-    subtract_entropy: bool, loss: Tensor, dloss: Tensor, lse_student: Tensor, lse_teacher: Tensor,
-    need_student: bool, need_teacher: bool, need_keys: bool, need_teacher_keys: bool, backend: str,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _bwd_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *call, _, _, _, _, need_student, need_teacher, need_keys, need_teacher_keys, _ = args
+    call = KeyBankCall(*call)
     needs = (need_student, need_teacher, need_keys, need_teacher_keys)
-    like = (student, teacher, keys, teacher_keys)
+    like = (call.student, call.teacher, call.keys, call.teacher_keys)
     return tuple(
-        student.new_empty(x.shape if needed else (0,))
+        call.student.new_empty(x.shape if needed else (0,))
         for x, needed in zip(like, needs, strict=True)
     )
 
 
-_TENSORS = (
-    "Tensor student, Tensor? teacher, Tensor keys, Tensor? teacher_keys, Tensor? key_scale, "
-    "Tensor? teacher_key_scale, Tensor? positives, Tensor? exclude, Tensor? num_keys, "
-    "bool subtract_entropy"
+_IN_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool"}
+_CALL = ", ".join(
+    f"{_IN_SCHEMA[hint]} {name}" for name, hint in get_type_hints(KeyBankCall).items()
 )
 _fwd = define_operator(
     "relational_kl",
     "fwd",
-    f"({_TENSORS}, Tensor? own_student, Tensor? own_teacher, bool with_dloss, str backend) -> "
+    f"({_CALL}, Tensor? own_student, Tensor? own_teacher, bool need_student, str backend) -> "
     "(Tensor loss, Tensor dloss, Tensor lse_student, Tensor lse_teacher)",
     _fwd_fake,
 )
 _bwd = define_operator(
     "relational_kl",
     "bwd",
-    f"(Tensor dout, {_TENSORS}, Tensor loss, Tensor dloss, Tensor lse_student, Tensor lse_teacher, "
+    f"(Tensor dout, {_CALL}, Tensor loss, Tensor dloss, Tensor lse_student, Tensor lse_teacher, "
     "bool need_student, bool need_teacher, bool need_keys, bool need_teacher_keys, str backend) -> "
     "(Tensor dstudent, Tensor dteacher, Tensor dkeys, Tensor dteacher_keys)",
     _bwd_fake,
@@ -106,7 +91,7 @@ def _through_norms(
     """Gradient by the keys themselves. Where the norm is clamped, the scale is a constant."""
     if scale is not None:
         unit = keys.to(dunit.dtype) * scale[:, None]
-        along = (unit * dunit).sum(-1, keepdim=True) * (scale * EPS < CLAMPED)[:, None]
+        along = (unit * dunit).sum(-1, keepdim=True) * (scale * NORM_EPS < CLAMPED)[:, None]
         dunit = (dunit - unit * along) * scale[:, None]
         if num_keys is not None:  # norms of what does not count may be anything
             beyond = torch.arange(len(keys), device=keys.device) >= num_keys
@@ -122,7 +107,7 @@ def _by_own_logits(
     lse_teacher: Tensor,  # [B]
     subtract_entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """Derivatives of the loss, those of any key's logits."""
+    """Derivatives of the loss by these logits, which enter it like those of any key."""
     log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
     p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
     return log_q.exp() - p, p * (c - loss)
@@ -134,81 +119,77 @@ class RelationalKLFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        student: Tensor,
-        teacher: Tensor | None,
-        keys: Tensor,
-        teacher_keys: Tensor | None,
-        key_scale: Tensor | None,
-        teacher_key_scale: Tensor | None,
-        positives: Tensor | None,
-        exclude: Tensor | None,
-        num_keys: Tensor | None,
-        subtract_entropy: bool,
         own_student: Tensor | None,
         own_teacher: Tensor | None,
-        with_dloss: bool,
+        need_student: bool,
         sweep_again: bool,
         reduction: str,
         backend: str,
+        *args: Any,
     ) -> Tensor:
-        tensors = (
-            student, teacher, keys, teacher_keys, key_scale, teacher_key_scale, positives, exclude,
-            num_keys,
-        )  # fmt: skip
-        own = own_student, own_teacher
-        residuals = _fwd(*tensors, subtract_entropy, *own, with_dloss, backend)
-        loss = residuals[0]
-        # A backward that only scales dloss reads no keys: a queue may move on before it.
-        ctx.save_for_backward(*(tensors if sweep_again else tensors[:1]), *own, *residuals)
-        ctx.scale = 1 / max(student.shape[0], 1) if reduction == "mean" else 1.0
-        ctx.subtract_entropy, ctx.backend = subtract_entropy, backend
-        return loss if reduction == "none" else loss.sum() * ctx.scale
+        call = KeyBankCall(*args)
+        loss, *others = _fwd(*call, own_student, own_teacher, need_student, backend)
+        # A backward that only scales dloss reads no keys: a queue may move on before it. Its
+        # operator receives the student in the place of the keys.
+        kept = call if sweep_again else KeyBankCall(call.student, None, call.student)
+        *tensors, _ = kept
+        keep_for_backward(ctx, own_student, own_teacher, loss, *others, *tensors)
+        ctx.scale = 1 / max(call.student.shape[0], 1) if reduction == "mean" else 1.0
+        ctx.subtract_entropy, ctx.backend = call.subtract_entropy, backend
+        # a copy, since the backward reads the losses and users change theirs in place
+        return loss.clone() if reduction == "none" else loss.sum() * ctx.scale
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-        tensors, (own_student, own_teacher) = ctx.saved_tensors[:-6], ctx.saved_tensors[-6:-4]
-        loss, dloss, *sums = ctx.saved_tensors[-4:]
-        if len(tensors) == 1:  # some tensor in the keys' place
-            tensors = (tensors[0], None, tensors[0], *(None,) * 6)
-        dout = (dout * ctx.scale).expand(tensors[0].shape[0])
-        need = ctx.needs_input_grad[:4]
-        flag = ctx.subtract_entropy
-        grads = _bwd(dout, *tensors, flag, loss, dloss, *sums, *need, ctx.backend)
-        dx, dy, dq, dr = (grad if n else None for grad, n in zip(grads, need, strict=True))
-        if dq is not None:
-            dq = _through_norms(dq, tensors[2], tensors[4], tensors[8])
-        if dr is not None:
-            dr = _through_norms(dr, tensors[3], tensors[5], tensors[8])
-        own = None, None
+    def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
+        own_student, own_teacher, loss, dloss, lse_student, lse_teacher, *tensors = kept
+        call = KeyBankCall(*tensors, ctx.subtract_entropy)
+        need = KeyBankCall(*ctx.needs_input_grad[-len(KeyBankCall._fields) :])
+        dout = (dout * ctx.scale).expand(call.student.shape[0])
+        dstudent, dteacher, dkeys, dteacher_keys = _bwd(
+            dout, *call, loss, dloss, lse_student, lse_teacher, need.student, need.teacher,
+            need.keys, need.teacher_keys, ctx.backend,
+        )  # fmt: skip
+        grads = KeyBankCall(
+            dstudent if need.student else None,
+            dteacher if need.teacher else None,
+            _through_norms(dkeys, call.keys, call.key_scale, call.num_keys) if need.keys else None,
+            _through_norms(dteacher_keys, call.teacher_keys, call.teacher_key_scale, call.num_keys)
+            if need.teacher_keys
+            else None,
+            subtract_entropy=None,
+        )
+        by_own_student = by_own_teacher = None
         if own_student is not None:
-            by_logits = _by_own_logits(own_student, own_teacher, loss, *sums, flag)
-            own = tuple(dout * derivative for derivative in by_logits)
-        return dx, dy, dq, dr, *(None,) * 6, *own, *(None,) * 4
+            by_logits = _by_own_logits(
+                own_student, own_teacher, loss, lse_student, lse_teacher, call.subtract_entropy
+            )
+            by_own_student, by_own_teacher = (dout * derivative for derivative in by_logits)
+        return by_own_student, by_own_teacher, None, None, None, None, *grads
 
 
-def _prepare(
+def _check(
     student: Tensor,
     teacher: Tensor,
     keys: Tensor,
-    teacher_keys: Tensor | None = None,
+    teacher_keys: Tensor | None,
     *,
-    own_keys: Tensor | None = None,
-    student_temperature: float | Tensor = 0.1,
-    teacher_temperature: float | Tensor = 0.02,
-    normalize: bool = True,
-    divergence: str = "kl",
-    exclude: Tensor | None = None,
-    num_keys: int | Tensor | None = None,
-    reduction: str = "mean",
-) -> tuple[Any, ...]:
-    """Arguments of the forward operator, without with_dloss."""
-    bank("keys", keys, "student", student)
+    own_keys: Tensor | None,
+    student_temperature: float | Tensor,
+    teacher_temperature: float | Tensor,
+    normalize: bool,
+    divergence: str,
+    exclude: Tensor | None,
+    num_keys: int | Tensor | None,
+    reduction: str,
+) -> tuple[torch.dtype, float | Tensor, float | Tensor]:
+    """Everything but the numbers inside tensors; returns the common dtype and both temperatures."""
+    _key_bank.check_bank("keys", keys, "student", student)
     _checks.matrix("teacher", teacher)
     _checks.same_device("teacher", teacher, "student", student)
     _checks.same_leading("teacher", teacher, "student", student)
     if teacher_keys is not None:
-        bank("teacher_keys", teacher_keys, "teacher", teacher)
+        _key_bank.check_bank("teacher_keys", teacher_keys, "teacher", teacher)
         _checks.same_leading("teacher_keys", teacher_keys, "keys", keys)
     elif teacher.shape[1] != keys.shape[1]:
         raise ValueError(
@@ -218,70 +199,79 @@ def _prepare(
     if own_keys is not None:
         if teacher_keys is not None:
             raise ValueError("own_keys must be None where there are teacher_keys, got both")
-        meet("own_keys", own_keys, "teacher", teacher)
+        _key_bank.check_meeting("own_keys", own_keys, "teacher", teacher)
         _checks.same_leading("own_keys", own_keys, "student", student)
-    limit(num_keys, keys)
-    student_temperature = temperature("student_temperature", student_temperature, student)
-    teacher_temperature = temperature("teacher_temperature", teacher_temperature, student)
+    _key_bank.check_num_keys(num_keys, keys)
+    by_student = _key_bank.temperature("student_temperature", student_temperature, student)
+    by_teacher = _key_bank.temperature("teacher_temperature", teacher_temperature, student)
     _checks.flag("normalize", normalize)
     _checks.choice("divergence", divergence, DIVERGENCES)
-    _checks.choice("reduction", reduction, REDUCTIONS)
+    _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
     if exclude is not None:
-        indices("exclude", exclude, "student", student, keys.shape[0], low=-1)
-        exclude = exclude.long()
-    named = {
-        "student": student, "teacher": teacher, "keys": keys, "teacher_keys": teacher_keys,
-        "own_keys": own_keys,
+        _checks.labels("exclude", exclude, "student", student)
+    dtype = student.dtype
+    others = {
+        "teacher": teacher, "keys": keys, "teacher_keys": teacher_keys, "own_keys": own_keys
     }  # fmt: skip
-    student, teacher, keys, teacher_keys, own_keys = one_dtype(named)
-    num_keys, keys, teacher_keys = cut(num_keys, keys, teacher_keys)
-    x = divided(student, student_temperature, normalize)
-    y = divided(teacher, teacher_temperature, normalize)
-    own = None, None
-    if own_keys is not None:
-        own_keys = divided(own_keys, 1.0, normalize)
-        own = tuple((rows * own_keys).sum(-1) for rows in (x, y))
-    return (
-        x,
-        y,
-        keys,
-        teacher_keys,
-        scale_of(keys, normalize),
-        scale_of(teacher_keys, normalize),
-        None,
-        exclude,
-        num_keys,
-        divergence == "kl",
-        *own,
-    )
+    for name, x in others.items():
+        if x is not None:
+            dtype = _checks.common_dtype(name, x, "student", dtype)
+    return dtype, by_student, by_teacher
 
 
-def with_dloss(student: Tensor) -> bool:
-    return student.requires_grad and torch.is_grad_enabled()
-
-
-def apply(prepared: tuple[Any, ...], reduction: str, backend: str) -> Tensor:
-    """The loss, from the arguments of the forward operator less with_dloss."""
-    others = [x for x in prepared[1:4] if x is not None]
-    sweep_again = torch.is_grad_enabled() and any(x.requires_grad for x in others)
+def apply(
+    call: KeyBankCall,
+    own_student: Tensor | None,  # [B]
+    own_teacher: Tensor | None,  # [B]
+    reduction: str,
+    backend: str,
+) -> Tensor:
+    """The loss, from the arguments of the forward operator."""
+    others = call.teacher, call.keys, call.teacher_keys
+    sweep_again = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in others)
     return RelationalKLFunction.apply(
-        *prepared, with_dloss(prepared[0]), sweep_again, reduction, requested_backend(backend)
+        own_student, own_teacher, _checks.wants_gradient(call.student), sweep_again, reduction,
+        requested_backend(backend), *call,
+    )  # fmt: skip
+
+
+def _operator_args(
+    student: Tensor,
+    teacher: Tensor,
+    keys: Tensor,
+    teacher_keys: Tensor | None,
+    own_keys: Tensor | None,
+    **options: Any,
+) -> tuple[Any, ...]:
+    dtype, by, _ = _check(student, teacher, keys, teacher_keys, own_keys=own_keys, **options)
+    num_keys, normalize = options["num_keys"], options["normalize"]
+    acc = _checks.accumulation_dtype(dtype)
+    bank, teacher_bank = (
+        _key_bank.form_of_counted(x, num_keys, dtype) for x in (keys, teacher_keys)
     )
+    call = KeyBankCall(
+        form(student, dtype=acc),
+        form(teacher, dtype=acc),
+        bank,
+        teacher_bank,
+        _key_bank.form_of_scale(bank, normalize),
+        _key_bank.form_of_scale(teacher_bank, normalize),
+        exclude=_key_bank.form_of_index(options["exclude"]),
+        num_keys=_key_bank.form_of_index(num_keys if isinstance(num_keys, Tensor) else None),
+        subtract_entropy=options["divergence"] == "kl",
+    )
+    own_logit = None if own_keys is None else form(student, dtype=acc, shape=student.shape[:1])
+    return *call, own_logit, own_logit, _key_bank.divided_wants_gradient(student, by)
 
 
-def _operator_args(*args: Any, **options: Any) -> tuple[Any, ...]:
-    prepared = _prepare(*args, **options)
-    return *prepared, with_dloss(prepared[0])
-
-
-def gradient_choice(student: Tensor) -> dict[str, str]:
-    if with_dloss(student):
+def gradient_choice(rows: Tensor, by: float | Tensor) -> dict[str, str]:
+    if _key_bank.divided_wants_gradient(rows, by):
         return {"gradient": "of the rows in the forward sweep (they require one)"}
     return {"gradient": "none in the forward sweep (the rows require none)"}
 
 
-def _choices(*args: Any, **options: Any) -> dict[str, str]:
-    return gradient_choice(_prepare(*args, **options)[0])
+def _choices(student: Tensor, student_temperature: float | Tensor, **_: Any) -> dict[str, str]:
+    return gradient_choice(student, student_temperature)
 
 
 @explained_by(_operator_args, _choices)
@@ -347,10 +337,32 @@ def relational_kl(
         Giakoumoglou and Stathaki, Relational Representation Distillation, 2024, arXiv:2407.12073;
         Fang et al., SEED, ICLR 2021; Koohpayegani et al., CompRess, NeurIPS 2020.
     """
-    prepared = _prepare(
+    dtype, by_student, by_teacher = _check(
         student, teacher, keys, teacher_keys, own_keys=own_keys,
         student_temperature=student_temperature, teacher_temperature=teacher_temperature,
         normalize=normalize, divergence=divergence, exclude=exclude, num_keys=num_keys,
         reduction=reduction,
     )  # fmt: skip
-    return apply(prepared, reduction, backend)
+    _key_bank.counting(num_keys, keys)
+    if exclude is not None:
+        _key_bank.within("exclude", exclude, -1, keys.shape[0])
+        exclude = exclude.long()
+    x = _key_bank.divided(student.to(dtype), by_student, normalize)
+    y = _key_bank.divided(teacher.to(dtype), by_teacher, normalize)
+    keys, teacher_keys = (_key_bank.counted(bank, num_keys, dtype) for bank in (keys, teacher_keys))
+    own_student = own_teacher = None
+    if own_keys is not None:
+        own_keys = _key_bank.divided(own_keys.to(dtype), 1.0, normalize)
+        own_student, own_teacher = ((rows * own_keys).sum(-1) for rows in (x, y))
+    call = KeyBankCall(
+        x,
+        y,
+        keys,
+        teacher_keys,
+        _key_bank.scale_of(keys, normalize),
+        _key_bank.scale_of(teacher_keys, normalize),
+        exclude=exclude,
+        num_keys=num_keys.long() if isinstance(num_keys, Tensor) else None,
+        subtract_entropy=divergence == "kl",
+    )
+    return apply(call, own_student, own_teacher, reduction, backend)

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._dispatch import Backend, explained_by, form, requested_backend
+from kdkernels._library import define_operator
+from kdkernels.ops._gradient_in_forward import GradientInForward
+from kdkernels.ops._two_sides import check_sides
 
 # Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32:
 #   loss      []        mean over B^2 pairs or B^3 triples
@@ -46,56 +48,35 @@ _fwd = define_operator(
 )
 
 
-class RKDFunction(torch.autograd.Function):
-    """A loss whose gradient the forward has computed."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, relation: str, backend: str) -> Tensor:
-        loss, *gradients = _fwd(student, teacher, relation, *ctx.needs_input_grad[:2], backend)
-        # the features only so that a change of them or a second derivative is refused
-        ctx.save_for_backward(*gradients, student, teacher)
-        ctx.dtype = student.dtype
-        return loss
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
-        grads = [
-            (dloss * gradient).to(ctx.dtype) if need else None
-            for gradient, need in zip(ctx.saved_tensors[:2], ctx.needs_input_grad[:2], strict=True)
-        ]
-        return (*grads, None, None)
-
-
-def _prepare(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    _checks.matrix("student", student)
-    _checks.matrix("teacher", teacher)
-    _checks.same_device("teacher", teacher, "student", student)
-    _checks.same_leading("teacher", teacher, "student", student)
-    teacher, student = _checks.same_dtype("teacher", teacher, "student", student)
-    return student, teacher
+def _need(student: Tensor, teacher: Tensor) -> tuple[bool, bool]:
+    """The flags need_student and need_teacher."""
+    enabled = torch.is_grad_enabled()
+    return enabled and student.requires_grad, enabled and teacher.requires_grad
 
 
 def _operator_args(relation: str) -> Any:
     def operator_args(student: Tensor, teacher: Tensor) -> tuple[Any, ...]:
-        student, teacher = _prepare(student, teacher)
-        need = [x.requires_grad and torch.is_grad_enabled() for x in (student, teacher)]
-        return student, teacher, relation, *need
+        dtype = check_sides(student, teacher)
+        sides = (student, teacher)
+        return *(form(x, dtype=dtype) for x in sides), relation, *_need(student, teacher)
 
     return operator_args
 
 
 def _choices(student: Tensor, teacher: Tensor) -> dict[str, str]:
-    sides = {"student": student, "teacher": teacher}
-    asking = [name for name, x in sides.items() if x.requires_grad and torch.is_grad_enabled()]
+    sides = ("student", "teacher")
+    asking = [name for name, need in zip(sides, _need(student, teacher), strict=True) if need]
     return {"gradient": f"in the forward, of {' and '.join(asking) or 'neither side'}"}
 
 
 def _call(student: Tensor, teacher: Tensor, relation: str, backend: str) -> Tensor:
-    student, teacher = _prepare(student, teacher)
+    student, teacher = _checks.in_dtype(check_sides(student, teacher), student, teacher)
     if teacher is student:  # Dynamo passes no tensor to a Function twice (torch 2.13)
         teacher = student.view_as(student)
-    return RKDFunction.apply(student, teacher, relation, requested_backend(backend))
+    return GradientInForward.apply(
+        _fwd, 2, 1.0, student, teacher, relation, *_need(student, teacher),
+        requested_backend(backend),
+    )  # fmt: skip
 
 
 @explained_by(_operator_args("distance"), _choices)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order
+from kdkernels._dispatch import Backend, explained_by, form, requested_backend
+from kdkernels._library import define_operator, first_order, keep_for_backward
 from kdkernels.ops import _key_bank
 
 # The operators know x [B, D], bank [N, D] of the dtype of x or a narrower one, and indices [B, K]
@@ -34,13 +34,13 @@ def _bwd_fake(dscores: Tensor, x: Tensor, bank: Tensor, indices: Tensor, backend
     return x.new_empty(x.shape)
 
 
-_fwd = define_operator(
+sampled_similarity_fwd = define_operator(
     "sampled_similarity",
     "fwd",
     "(Tensor x, Tensor bank, Tensor indices, str backend) -> Tensor scores",
     _fwd_fake,
 )
-_bwd = define_operator(
+sampled_similarity_bwd = define_operator(
     "sampled_similarity",
     "bwd",
     "(Tensor dscores, Tensor x, Tensor bank, Tensor indices, str backend) -> Tensor dx",
@@ -53,19 +53,19 @@ class SampledSimilarityFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bank: Tensor, indices: Tensor, backend: str) -> Tensor:
-        ctx.save_for_backward(x, bank, indices)
+        keep_for_backward(ctx, x, bank, indices)
         ctx.backend = backend
-        return _fwd(x, bank, indices, backend)
+        return sampled_similarity_fwd(x, bank, indices, backend)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, dscores: Tensor) -> tuple[Any, ...]:
-        return _bwd(dscores, *ctx.saved_tensors, ctx.backend), None, None, None
+    def backward(ctx: Any, kept: tuple[Tensor, ...], dscores: Tensor) -> tuple[Any, ...]:
+        return sampled_similarity_bwd(dscores, *kept, ctx.backend), None, None, None
 
 
-def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments of the forward operator."""
-    _key_bank.bank("bank", bank, "x", x)
+def _check(x: Tensor, bank: Tensor, indices: Tensor) -> torch.dtype:
+    """Everything but the numbers inside tensors; returns the wider dtype of x and bank."""
+    _key_bank.check_bank("bank", bank, "x", x)
     _checks.integer("indices", indices)
     _checks.same_device("indices", indices, "x", x)
     if indices.dim() != 2 or indices.shape[0] != x.shape[0]:
@@ -73,22 +73,32 @@ def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, 
             f"indices must have shape [{x.shape[0]}, K], a row per row of x, "
             f"got {list(indices.shape)}"
         )
-    _key_bank.within("indices", indices, 0, bank.shape[0])
     if bank.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "bank must not require a gradient, which is implemented for x only: detach it, or index"
             " it in torch"
         )
-    # of no rows, since a bank is not converted: its rows are, as they are read
-    _checks.same_dtype("bank", bank[:0], "x", x[:0])
-    return x.to(torch.promote_types(x.dtype, bank.dtype)), bank, indices.long()
+    return _checks.common_dtype("bank", bank, "x", x.dtype)
 
 
-def _choices(*_: Any, **__: Any) -> dict[str, str]:
+def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of the forward operator. The bank keeps its dtype: its rows are widened as they are
+    read."""
+    dtype = _check(x, bank, indices)
+    _key_bank.within("indices", indices, 0, bank.shape[0])
+    return x.to(dtype), bank, indices.long()
+
+
+def _operator_args(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Any, ...]:
+    dtype = _check(x, bank, indices)
+    return form(x, dtype=dtype), form(bank), form(indices, dtype=torch.int64)
+
+
+def _choices(**_: Any) -> dict[str, str]:
     return {}
 
 
-@explained_by(prepared, _choices)
+@explained_by(_operator_args, _choices)
 def sampled_similarity(
     x: Tensor,  # [B, D]
     bank: Tensor,  # [N, D]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order
-from kdkernels.ops._labelled import both_sides, labelled_rows
+from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels.ops._labelled import both_sides, forms_of_both_sides, labelled_rows
 
 STRATEGIES = ("hardest", "semihard", "easiest")
 
@@ -25,7 +25,7 @@ STRATEGIES = ("hardest", "semihard", "easiest")
 #   d_ap      [B]        distance to the positive from the difference of the two rows; 0 where -1
 #   d_an      [B]        likewise
 # positives="paired" makes row i of the references the positive of anchor i, whatever its label.
-# Ties go to the lowest row. With `own` the references are the embeddings.
+# Ties go to the lowest row. With `in_batch` the references are the embeddings.
 # A row whose squared norm is not below a quarter of the largest number has distances NaN. NaN is
 # chosen before every other distance, is beyond every bound, and everything is beyond it.
 
@@ -40,19 +40,19 @@ def _fwd_fake(
 
 def _bwd_fake(
     dd_ap: Tensor, dd_an: Tensor, embeddings: Tensor, references: Tensor, positive: Tensor,
-    negative: Tensor, d_ap: Tensor, d_an: Tensor, own: bool, need_embeddings: bool,
+    negative: Tensor, d_ap: Tensor, d_an: Tensor, in_batch: bool, need_embeddings: bool,
     need_references: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
         embeddings.new_empty(embeddings.shape if need_embeddings else (0,)),
-        references.new_empty(references.shape if need_references and not own else (0,)),
+        references.new_empty(references.shape if need_references and not in_batch else (0,)),
     )
 
 
 _fwd = define_operator(
     "triplet",
     "fwd",
-    "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool own, "
+    "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch, "
     "str positives, str negatives, str distance, str backend) "
     "-> (Tensor positive, Tensor negative, Tensor d_ap, Tensor d_an)",
     _fwd_fake,
@@ -61,7 +61,7 @@ _bwd = define_operator(
     "triplet",
     "bwd",
     "(Tensor dd_ap, Tensor dd_an, Tensor embeddings, Tensor references, Tensor positive, "
-    "Tensor negative, Tensor d_ap, Tensor d_an, bool own, bool need_embeddings, "
+    "Tensor negative, Tensor d_ap, Tensor d_an, bool in_batch, bool need_embeddings, "
     "bool need_references, str distance, str backend) -> (Tensor dembeddings, Tensor dreferences)",
     _bwd_fake,
 )
@@ -85,21 +85,23 @@ class TripletFunction(torch.autograd.Function):
         rows = both_sides(embeddings, labels, references, reference_labels)
         results = _fwd(*rows, positives, negatives, distance, backend)
         inputs = (embeddings,) if references is None else (embeddings, references)
-        ctx.save_for_backward(*inputs, *results)
+        keep_for_backward(ctx, *inputs, *results)
         ctx.options = (distance, backend)
         ctx.mark_non_differentiable(results[0], results[1])
         return results
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, _p: Any, _n: Any, dd_ap: Tensor, dd_an: Tensor) -> tuple[Any, ...]:
-        embeddings, *rest = ctx.saved_tensors
-        own = len(rest) == 4
-        references, *results = (embeddings, *rest) if own else rest
+    def backward(
+        ctx: Any, kept: tuple[Tensor, ...], _p: Any, _n: Any, dd_ap: Tensor, dd_an: Tensor
+    ) -> tuple[Any, ...]:
+        embeddings, *rest = kept
+        in_batch = len(rest) == 4
+        references, *results = (embeddings, *rest) if in_batch else rest
         need_embeddings, need_references = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         dx, dr = _bwd(
-            dd_ap, dd_an, embeddings, references, *results, own, need_embeddings, need_references,
-            *ctx.options,
+            dd_ap, dd_an, embeddings, references, *results, in_batch, need_embeddings,
+            need_references, *ctx.options,
         )  # fmt: skip
         return (
             dx if need_embeddings else None,
@@ -119,39 +121,37 @@ class MinedTriplets(NamedTuple):
     d_an: Tensor  # distance of anchor and negative
 
 
-def prepare(
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    positives: str = "hardest",
-    negatives: str = "hardest",
-    distance: str = "euclidean",
-    **rows: Any,
-) -> tuple[Any, ...]:
-    """(embeddings, labels, references, reference_labels, positives, negatives, distance)"""
-    checked = labelled_rows(embeddings, labels, distance=distance, **rows)
+def _check_strategies(positives: str, negatives: str) -> None:
     _checks.choice("positives", positives, STRATEGIES)
     _checks.choice("negatives", negatives, STRATEGIES)
     if positives == negatives == "semihard":
         raise ValueError(
             "negatives must be 'hardest' or 'easiest' with positives='semihard', got 'semihard'"
         )
-    return *checked, positives, negatives, distance
 
 
-def operator_args(*args: Any, **options: Any) -> tuple[Any, ...]:
-    """Those of the forward operator, less the backend."""
-    *rows, positives, negatives, distance = prepare(*args, **options)
-    return *both_sides(*rows), positives, negatives, distance
+def _operator_args(
+    embeddings: Tensor,
+    labels: Tensor,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    positives: str,
+    negatives: str,
+    distance: str,
+    normalize_embeddings: bool,
+) -> tuple[Any, ...]:
+    rows = forms_of_both_sides(
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings
+    )
+    _check_strategies(positives, negatives)
+    return *rows, positives, negatives, distance
 
 
-def _choices(
-    *_: Any, positives: str = "hardest", negatives: str = "hardest", **__: Any
-) -> dict[str, str]:
+def _choices(positives: str, negatives: str, **_: Any) -> dict[str, str]:
     return {"mining": f"{positives} positive, {negatives} negative per anchor"}
 
 
-@explained_by(operator_args, _choices)
+@explained_by(_operator_args, _choices)
 def mine_triplets(
     embeddings: Tensor,  # [B, D]
     labels: Tensor,  # [B]
@@ -204,12 +204,13 @@ def mine_triplets(
         arXiv:1703.07737; Schroff, Kalenichenko and Philbin, FaceNet, CVPR 2015, arXiv:1503.03832.
     """
     with torch.no_grad():
-        args = operator_args(
-            embeddings, labels, references=references, reference_labels=reference_labels,
-            positives=positives, negatives=negatives, distance=distance,
-            normalize_embeddings=normalize_embeddings,
-        )  # fmt: skip
-        positive, negative, d_ap, d_an = _fwd(*args, requested_backend(backend))
+        rows = labelled_rows(
+            embeddings, labels, references, reference_labels, distance, normalize_embeddings
+        )
+        _check_strategies(positives, negatives)
+        positive, negative, d_ap, d_an = _fwd(
+            *both_sides(*rows), positives, negatives, distance, requested_backend(backend)
+        )
     anchors = (positive >= 0).nonzero().squeeze(1)
     return MinedTriplets(
         anchors, positive[anchors], negative[anchors], d_ap[anchors], d_an[anchors]

@@ -14,22 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels.ops.triplet import TripletFunction
 
 NEGATIVES = ("random", "hardest", "semihard")
 
 
-def _prepare(
+def _check(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
-    *,
-    margin: float = 5.0,
-    negatives: str = "random",
-    generator: torch.Generator | None = None,
-) -> tuple[Any, ...]:
-    """(teacher, labels, student, None, positives, negatives, distance): see ops/triplet.py"""
+    margin: float,
+    negatives: str,
+    generator: torch.Generator | None,
+) -> torch.dtype:
+    """The dtype of both sides."""
     _checks.matrix("student", student)
     _checks.matrix("teacher", teacher)
     _checks.same_device("teacher", teacher, "student", student)
@@ -37,23 +36,26 @@ def _prepare(
         raise ValueError(
             f"teacher must have shape {list(student.shape)} like student, got {list(teacher.shape)}"
         )
-    teacher, student = _checks.same_dtype("teacher", teacher, "student", student)
+    dtype = _checks.common_dtype("teacher", teacher, "student", student.dtype)
     _checks.labels("labels", labels, "student", student)
     _checks.not_negative("margin", margin)
     _checks.choice("negatives", negatives, NEGATIVES)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    labels = labels.to(torch.int64)
-    return teacher.detach(), labels, student, None, "paired", negatives, "euclidean"
+    return dtype
 
 
-def _operator_args(*args: Any, **options: Any) -> tuple[Any, ...]:
-    x, y, references, _, positives, negatives, distance = _prepare(*args, **options)
+def _operator_args(
+    student: Tensor, teacher: Tensor, labels: Tensor, negatives: str, **options: Any
+) -> tuple[Any, ...]:
+    dtype = _check(student, teacher, labels, negatives=negatives, **options)
+    y = form(labels, dtype=torch.int64)
     mined = "hardest" if negatives == "random" else negatives
-    return x, y, references, y, False, positives, mined, distance
+    sides = form(teacher, dtype=dtype), y, form(student, dtype=dtype), y
+    return *sides, False, "paired", mined, "euclidean"
 
 
-def _choices(*_: Any, negatives: str = "random", **__: Any) -> dict[str, str]:
+def _choices(negatives: str, **_: Any) -> dict[str, str]:
     return {"negatives": "drawn, no kernel runs" if negatives == "random" else negatives}
 
 
@@ -103,8 +105,9 @@ def triplet_distillation(
         Oki, Abe, Miyao and Kurita, Triplet Loss for Knowledge Distillation, IJCNN 2020,
         arXiv:2004.08116.
     """
-    options: dict[str, Any] = {"margin": margin, "negatives": negatives, "generator": generator}
-    anchors, y, rows, _, *rest = _prepare(student, teacher, labels, **options)
+    dtype = _check(student, teacher, labels, margin, negatives, generator)
+    anchors, rows = _checks.in_dtype(dtype, teacher.detach(), student)
+    y = labels.to(torch.int64)
     chosen_backend = requested_backend(backend)
     if negatives == "random":
         acc = _checks.accumulation_dtype(rows.dtype)
@@ -113,7 +116,9 @@ def triplet_distillation(
         d_ap = F.pairwise_distance(anchors, rows)
         d_an = F.pairwise_distance(anchors, rows[negative])
     else:
-        _, index, d_ap, d_an = TripletFunction.apply(anchors, y, rows, None, *rest, chosen_backend)
+        _, index, d_ap, d_an = TripletFunction.apply(
+            anchors, y, rows, None, "paired", negatives, "euclidean", chosen_backend
+        )
         kept = index >= 0
     losses = torch.where(kept, (d_ap - d_an + margin).relu(), 0.0)
     return losses.sum() / kept.sum().clamp_min(1)

@@ -10,8 +10,14 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels.ops import triplet
-from kdkernels.ops._labelled import SummedOverRows, both_sides, labelled_rows
+from kdkernels.ops._gradient_in_forward import GradientInForward
+from kdkernels.ops._labelled import (
+    differentiable_first,
+    forms_of_both_sides,
+    labelled_rows,
+    need_of_both_sides,
+)
+from kdkernels.ops.triplet import TripletFunction
 from kdkernels.ops.triplet_all import triplet_all_fwd
 
 # one triplet per anchor: (positives, negatives) of `mine_triplets`
@@ -20,6 +26,8 @@ ONE = {"batch_hard": ("hardest", "hardest"), "batch_semihard": ("hardest", "semi
 SEVERAL = {"batch_all": "all", "pair_semihard": "semihard"}
 MININGS = (*ONE, *SEVERAL)
 REDUCTIONS = ("mean_nonzero", "mean", "sum", "none")
+
+_forward_of_several = differentiable_first(triplet_all_fwd)
 
 
 def _checked(mining: str, margin: float, soft: bool, reduction: str) -> float:
@@ -39,29 +47,30 @@ def _checked(mining: str, margin: float, soft: bool, reduction: str) -> float:
 def _operator_args(
     embeddings: Tensor,
     labels: Tensor,
-    *,
-    mining: str = "batch_hard",
-    margin: float = 0.2,
-    soft: bool = False,
-    reduction: str = "mean_nonzero",
-    distance: str = "euclidean",
-    **options: Any,
+    references: Tensor | None,
+    reference_labels: Tensor | None,
+    mining: str,
+    margin: float,
+    soft: bool,
+    distance: str,
+    normalize_embeddings: bool,
+    reduction: str,
 ) -> tuple[Any, ...]:
     margin = _checked(mining, margin, soft, reduction)
+    rows = forms_of_both_sides(
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings
+    )
     if mining in ONE:
-        positives, negatives = ONE[mining]
-        options |= {"positives": positives, "negatives": negatives}
-        return triplet.operator_args(embeddings, labels, distance=distance, **options)
-    rows = labelled_rows(embeddings, labels, distance=distance, **options)
-    need = [x is not None and x.requires_grad for x in (rows[0], rows[2])]
-    return *both_sides(*rows), SEVERAL[mining], margin, soft, distance, *need
+        return *rows, *ONE[mining], distance
+    need = need_of_both_sides(embeddings, references)
+    return *rows, SEVERAL[mining], margin, soft, distance, *need
 
 
-def _op(*_: Any, mining: str = "batch_hard", **__: Any) -> str:
-    return "triplet" if mining in ONE else "triplet_all"
+def _op(mining: str, **_: Any) -> str:
+    return "triplet_all" if mining in SEVERAL else "triplet"
 
 
-def _choices(*_: Any, mining: str = "batch_hard", **__: Any) -> dict[str, str]:
+def _choices(mining: str, **_: Any) -> dict[str, str]:
     meanings = {
         "batch_hard": "hardest positive, hardest negative per anchor",
         "batch_semihard": "hardest positive, semihard negative per anchor",
@@ -126,24 +135,20 @@ def triplet_loss(
     """
     margin = _checked(mining, margin, soft, reduction)
     chosen_backend = requested_backend(backend)
-    rows: dict[str, Any] = {
-        "references": references,
-        "reference_labels": reference_labels,
-        "distance": distance,
-        "normalize_embeddings": normalize_embeddings,
-    }
+    x, y, r, r_y = labelled_rows(
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings
+    )
     if mining in SEVERAL:
-        x, y, r, r_y = labelled_rows(embeddings, labels, **rows)
-        options = SEVERAL[mining], margin, soft, distance
-        total, nonzero, valid = SummedOverRows.apply(
-            x, r, y, r_y, triplet_all_fwd, options, chosen_backend
-        )
+        total, nonzero, valid = GradientInForward.apply(
+            _forward_of_several, 2, 1.0, x, r, y, r_y, SEVERAL[mining], margin, soft, distance,
+            *need_of_both_sides(x, r), chosen_backend,
+        )  # fmt: skip
         if reduction == "sum":
             return total
         return total / (nonzero if reduction == "mean_nonzero" else valid).clamp_min(1)
-    positives, negatives = ONE[mining]
-    args = triplet.prepare(embeddings, labels, positives=positives, negatives=negatives, **rows)
-    positive, _, d_ap, d_an = triplet.TripletFunction.apply(*args, chosen_backend)
+    positive, _, d_ap, d_an = TripletFunction.apply(
+        x, y, r, r_y, *ONE[mining], distance, chosen_backend
+    )
     u = d_ap - d_an + margin
     # softplus of torch turns linear at a threshold
     losses = torch.logaddexp(u, u.new_zeros(())) if soft else u.relu()

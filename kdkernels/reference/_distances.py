@@ -36,7 +36,7 @@ def finite_pairs(
     return finite_x[..., :, None] & finite_r[..., None, :]
 
 
-def pull(
+def gradients_of_pairs(
     weight: Tensor,  # [..., B, M], derivative of a sum by each distance
     d: Tensor,  # [..., B, M]
     x: Tensor,  # [..., B, D]

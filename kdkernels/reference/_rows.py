@@ -6,16 +6,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-EPS = 1e-12  # the clamp of F.normalize, on the norm
+from kdkernels._similarity import NORM_EPS
 
 
 def normalize_backward(
     x: Tensor,  # [..., D]
-    du: Tensor,  # [..., D], the gradient of u = x / max(|x|, EPS)
+    du: Tensor,  # [..., D], the gradient of u = x / max(|x|, NORM_EPS)
 ) -> Tensor:
     """The gradient of x, in fp64: its radial part, which is taken away, can be much larger than
     what remains."""
     x, du = x.double(), du.double()
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    u = x / norm.clamp_min(EPS)
-    return (du - u * (u * du).sum(-1, keepdim=True) * (norm >= EPS)) / norm.clamp_min(EPS)
+    u = x / norm.clamp_min(NORM_EPS)
+    return (du - u * (u * du).sum(-1, keepdim=True) * (norm >= NORM_EPS)) / norm.clamp_min(NORM_EPS)

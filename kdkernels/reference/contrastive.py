@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, pull, wide
+from kdkernels.reference._distances import distances, gradients_of_pairs, wide
 
 
 def contrastive(
@@ -18,25 +18,25 @@ def contrastive(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M]
     *,
-    own: bool,
+    in_batch: bool,
     margin: float,
     distance: str = "euclidean",
 ) -> tuple[Tensor, Tensor]:
     """(sum of the losses of all pairs, number of losses above 0), differentiable by autograd.
 
-    A pair of one label costs d^2 / 2, any other max(margin - d, 0)^2 / 2. `own` says that the
+    A pair of one label costs d^2 / 2, any other max(margin - d, 0)^2 / 2. `in_batch` says that the
     references are the embeddings themselves: each pair of rows counts once.
     """
     d = distances(embeddings, references, distance)
     same = labels[:, None] == reference_labels[None]
     losses = torch.where(same, d, (margin - d).clamp_min(0)).square() / 2
-    losses = torch.where(_pairs(d, own), losses, 0.0)
+    losses = torch.where(_pairs(d, in_batch), losses, 0.0)
     return losses.sum(), (losses > 0).sum()
 
 
-def _pairs(d: Tensor, own: bool) -> Tensor:
+def _pairs(d: Tensor, in_batch: bool) -> Tensor:
     pairs = torch.ones_like(d, dtype=torch.bool)
-    return pairs.triu(1) if own else pairs
+    return pairs.triu(1) if in_batch else pairs
 
 
 def contrastive_fwd(
@@ -44,7 +44,7 @@ def contrastive_fwd(
     labels: Tensor,
     references: Tensor,
     reference_labels: Tensor,
-    own: bool,
+    in_batch: bool,
     margin: float,
     distance: str,
     need_embeddings: bool,
@@ -52,18 +52,20 @@ def contrastive_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, r = wide(embeddings), wide(references)
     total, nonzero = contrastive(
-        x, labels, r, reference_labels, own=own, margin=margin, distance=distance
+        x, labels, r, reference_labels, in_batch=in_batch, margin=margin, distance=distance
     )
     dx = dr = x.new_empty(0)
     if need_embeddings or need_references:
         d = distances(x, r, distance)
         same = labels[:, None] == reference_labels[None]
         weight = torch.where(same, d, -(margin - d).clamp_min(0))
-        dx, dr = pull(torch.where(_pairs(d, own), weight, 0.0), d, x, r, distance)
-        dx = dx + dr if own else dx
+        dx, dr = gradients_of_pairs(
+            torch.where(_pairs(d, in_batch), weight, 0.0), d, x, r, distance
+        )
+        dx = dx + dr if in_batch else dx
     return (
         total,
         nonzero,
         dx if need_embeddings else x.new_empty(0),
-        dr if need_references and not own else x.new_empty(0),
+        dr if need_references and not in_batch else x.new_empty(0),
     )

@@ -59,8 +59,8 @@ def correlation_fwd(
         rho = (a * b).sum(dim, keepdim=True) / den
         loss = loss + weight * (1 - rho).sum()
         # where a is 0, so is a: any number would do in place of its norm
-        own = rho * norm_b / (torch.where(norm_a > 0, norm_a, 1.0) * den)
-        dy = dy + weight * (a * own - b / den)
+        radial = rho * norm_b / (torch.where(norm_a > 0, norm_a, 1.0) * den)
+        dy = dy + weight * (a * radial - b / den)
     if not need_student:
         return temperature**2 * loss, y.new_empty(0)
     dz = y * (dy - (dy * y).sum(1, keepdim=True))

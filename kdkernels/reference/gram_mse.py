@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference._rows import EPS, normalize_backward
+from kdkernels._similarity import NORM_EPS
+from kdkernels.reference._rows import normalize_backward
 
 
 def gram_mse(
@@ -100,18 +101,18 @@ def gram_mse_bwd(
     if algorithm == "streamed":
         gram_student, gram_teacher = s @ s.mT, t @ t.mT
 
-    def tiled(x: Tensor, own: Tensor, other: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    def tiled(x: Tensor, side: Tensor, other: Tensor, b: Tensor, c: Tensor) -> Tensor:
         if kernel == "rbf_taylor":
             coefficients = taylor_coefficients(gamma, order)
             slope = [p * coefficient for p, coefficient in enumerate(coefficients)][1:]
-            error = _polynomial(own, coefficients) - _polynomial(other, coefficients)
-            return 4 * error * _polynomial(own, slope) @ x
-        half = b * own + a * other + c * own.sign()
+            error = _polynomial(side, coefficients) - _polynomial(other, coefficients)
+            return 4 * error * _polynomial(side, slope) @ x
+        half = b * side + a * other + c * side.sign()
         return (half + half.mT).to(x.dtype) @ x
 
-    def factored(x: Tensor, y: Tensor, own: Tensor, cross_yx: Tensor, b: Tensor) -> Tensor:
+    def factored(x: Tensor, y: Tensor, side: Tensor, cross_yx: Tensor, b: Tensor) -> Tensor:
         p, q = a.to(x.dtype), b.to(x.dtype)
-        return q * (x @ own) + x @ (x.mT @ (q * x)) + p * (y @ cross_yx) + y @ (y.mT @ (p * x))
+        return q * (x @ side) + x @ (x.mT @ (q * x)) + p * (y @ cross_yx) + y @ (y.mT @ (p * x))
 
     def gradient(source: Tensor, x: Tensor, *terms: Tensor) -> Tensor:
         dx = (factored if algorithm == "factored" else tiled)(x, *terms) * dout[:, None, None]
@@ -135,7 +136,7 @@ def gram_mse_bwd(
 def _prepare(x: Tensor, normalize: str) -> Tensor:
     """Features in the accumulation dtype, normalised if the Gram is that of unit vectors."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return F.normalize(x, dim=-1, eps=EPS) if normalize == "feature" else x
+    return F.normalize(x, dim=-1, eps=NORM_EPS) if normalize == "feature" else x
 
 
 def _polynomial(g: Tensor, coefficients: list[float]) -> Tensor:
@@ -160,19 +161,19 @@ def _row_normalised(
     """
     l2 = normalize == "row_l2"
     norm_s, norm_t = (r2.sqrt(), q2.sqrt()) if l2 else (l1_s, l1_t)
-    r, q = norm_s.clamp_min(EPS), norm_t.clamp_min(EPS)
-    own_s, own_t, cross = r2 / r**2, q2 / q**2, x / (r * q)
+    r, q = norm_s.clamp_min(NORM_EPS), norm_t.clamp_min(NORM_EPS)
+    self_s, self_t, cross = r2 / r**2, q2 / q**2, x / (r * q)
     # <dG_i, G_i> / 2, which the normalisation takes back from the gradient; nothing where the clamp
     # holds the norm
-    back_s = torch.where(norm_s >= EPS, own_s - cross, 0.0)
-    back_t = torch.where(norm_t >= EPS, own_t - cross, 0.0)
+    back_s = torch.where(norm_s >= NORM_EPS, self_s - cross, 0.0)
+    back_t = torch.where(norm_t >= NORM_EPS, self_t - cross, 0.0)
     a = -2 / (r * q)
     if l2:
         zero = torch.zeros_like(a)
         rows = (a, 2 * (1 - back_s) / r**2, 2 * (1 - back_t) / q**2, zero, zero)
     else:
         rows = (a, 2 / r**2, 2 / q**2, -2 * back_s / r, -2 * back_t / q)
-    return (own_s + own_t - 2 * cross).clamp_min(0).sum(-1), torch.stack(rows, 1)
+    return (self_s + self_t - 2 * cross).clamp_min(0).sum(-1), torch.stack(rows, 1)
 
 
 def _factored_fwd(

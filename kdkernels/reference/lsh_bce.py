@@ -68,16 +68,16 @@ def lsh_bce_fwd(
     weight: Tensor,  # [N, D]
     bias: Tensor | None,  # [N]
     sample_mask: Tensor | None,  # [B]
-    with_dloss: bool,
+    need_student: bool,
 ) -> tuple[Tensor, Tensor]:
     s, w, b = _selected(student, sample_mask), _wide(weight), _wide(bias)
     loss = lsh_bce(s, codes, w, b)
     dloss = s.new_empty(0)
-    if with_dloss:
+    if need_student:
         dloss = _dz(s, codes, w, b) @ w
     if sample_mask is not None:
         loss = loss.where(sample_mask, 0.0)
-        dloss = dloss.where(sample_mask[:, None], 0.0) if with_dloss else dloss
+        dloss = dloss.where(sample_mask[:, None], 0.0) if need_student else dloss
     return loss, dloss
 
 

@@ -6,15 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels._similarity import NOISE_EPS
 from kdkernels.reference.sampled_similarity import sampled_similarity
-
-EPS = 1e-7
 
 
 def noise_contrastive(
     x: Tensor,  # [B, D]
     bank: Tensor,  # [N, D]
-    indices: Tensor,  # [B, 1 + m]; the row's own place first
+    indices: Tensor,  # [B, 1 + m]; the place of the row itself first
     partition: Tensor | None = None,  # Z; None: set by these scores
     *,
     temperature: float = 0.07,
@@ -24,6 +23,6 @@ def noise_contrastive(
     o = torch.exp(sampled_similarity(x, bank, indices) / temperature)
     o = o / (o.detach().mean() * N if partition is None else partition)
     c = m / N
-    own = torch.log(o[:, 0] / (o[:, 0] + c + EPS))
-    others = torch.log(c / (o[:, 1:] + c + EPS))
-    return -(own.sum() + others.sum()) / len(x)
+    first = torch.log(o[:, 0] / (o[:, 0] + c + NOISE_EPS))
+    others = torch.log(c / (o[:, 1:] + c + NOISE_EPS))
+    return -(first.sum() + others.sum()) / len(x)

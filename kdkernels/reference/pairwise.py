@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, finite_pairs, pull, wide
+from kdkernels.reference._distances import distances, finite_pairs, gradients_of_pairs, wide
 from kdkernels.reference._rows import normalize_backward
 
 
@@ -41,12 +41,12 @@ def pairwise(
 
 
 def pairwise_fwd(x: Tensor, y: Tensor | None, metric: str, gamma: float) -> Tensor:
-    own, dtype = y is None, x.dtype
+    in_batch, dtype = y is None, x.dtype
     x = wide(x)
-    y = x if own else wide(y)
+    y = x if in_batch else wide(y)
     if metric in ("dot", "cosine"):
         value = pairwise(x, y, metric=metric)
-        if own:  # a product of a matrix with itself need not be symmetric to the last bit
+        if in_batch:  # a product of a matrix with itself need not be symmetric to the last bit
             value = value.triu() + value.triu(1).mT
     else:
         value = distances(x, y, "euclidean" if metric == "euclidean" else "sqeuclidean")
@@ -64,10 +64,10 @@ def pairwise_bwd(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    own, dtype = y is None, x.dtype
+    in_batch, dtype = y is None, x.dtype
     dout, x = wide(dout), wide(x)
-    y = x if own else wide(y)
-    if own:
+    y = x if in_batch else wide(y)
+    if in_batch:
         dout = dout + dout.mT
     if out is None:
         unit_x, unit_y = (F.normalize(t, dim=-1) if metric == "cosine" else t for t in (x, y))
@@ -78,7 +78,7 @@ def pairwise_bwd(
         out = wide(out)
         weight = -gamma * out * dout if metric == "rbf" else dout
         distance = "euclidean" if metric == "euclidean" else "sqeuclidean"
-        dx, dy = pull(weight, out, x, y, distance)
+        dx, dy = gradients_of_pairs(weight, out, x, y, distance)
     return (
         dx.to(dtype).contiguous() if need_x else x.new_empty(0, dtype=dtype),
         dy.to(dtype).contiguous() if need_y else x.new_empty(0, dtype=dtype),

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, pull
+from kdkernels.reference._distances import distances, gradients_of_pairs
 
 # Of the two public codes, by the divergence that each of them uses.
 NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
@@ -81,7 +81,7 @@ def pkt_fwd(
     d = (d2.double() + DISTANCE_EPS).sqrt()
     # dK/dd^2 = -K^2 / (2 d), and nothing between rows that do not differ
     w = torch.where(d2 == 0, 0.0, -gk * k_s.square() / (2 * d))
-    return loss, pull(w, d2, s, s, "sqeuclidean")[0]
+    return loss, gradients_of_pairs(w, d2, s, s, "sqeuclidean")[0]
 
 
 def _cosine(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,11 +7,14 @@ the operators in closed form, as derived in docs/ops/relational_kl.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-12  # norms are clamped at it
+from kdkernels._key_bank_call import KeyBankCall
+from kdkernels._similarity import similarities
 
 
 def relational_kl(
@@ -64,100 +67,65 @@ def first(keys: Tensor | None, num_keys: int | Tensor | None) -> Tensor | None:
     return keys if keys is None or num_keys is None else keys[: int(num_keys)]
 
 
-def similarities(x: Tensor, keys: Tensor, normalize: bool) -> Tensor:  # [B, K]
-    """Inner products, or cosines."""
-    if normalize:
-        x, keys = (F.normalize(z, dim=-1, eps=EPS) for z in (x, keys))
-    return x @ keys.mT
-
-
 def own_similarities(x: Tensor, own_keys: Tensor, normalize: bool) -> Tensor:  # [B, 1]
-    """Of each row and its own key."""
+    """Of each row and its key in `own_keys`."""
     return similarities(x[:, None], own_keys[:, None].to(x.dtype), normalize)[:, 0]
 
 
-def relational_kl_fwd(
-    student: Tensor,  # [B, D]
-    teacher: Tensor | None,  # [B, E]
-    keys: Tensor,  # [K, D]
-    teacher_keys: Tensor | None,  # [K, E]
-    key_scale: Tensor | None,  # [K]
-    teacher_key_scale: Tensor | None,  # [K]
-    positives: Tensor | None,  # [B]
-    exclude: Tensor | None,  # [B]
-    num_keys: Tensor | None,  # []
-    subtract_entropy: bool,
-    own_student: Tensor | None,  # [B]
-    own_teacher: Tensor | None,  # [B]
-    with_dloss: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out = _not_counting(len(student), len(keys), student.device, exclude, num_keys)
-    q, a = _side(student, keys, key_scale, out, num_keys)
+def relational_kl_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *args, own_student, own_teacher, need_student = args
+    call = KeyBankCall(*args)
+    out = _not_counting_of(call)
+    q, a = _student_side(call, out)
     lse_student = _log_sum_exp(a, own_student)
     log_q, of_student = _softmax(a, lse_student, out)
-    if teacher is None:
-        p, lse_teacher = _one_hot(positives, out, a.dtype), a.new_zeros(len(a))
+    if call.teacher is None:
+        p, lse_teacher = _one_hot(call.positives, out, a.dtype), a.new_zeros(len(a))
         c = (-log_q).masked_fill(p == 0, 0.0)  # infinite where another key is infinitely far
     else:
-        banks = keys, teacher_keys, key_scale, teacher_key_scale
-        _, b = _teacher_side(teacher, *banks, out, num_keys)
+        _, b = _teacher_side(call, out)
         lse_teacher = _log_sum_exp(b, own_teacher)
         log_p, p = _softmax(b, lse_teacher, out)
-        c = log_p - log_q if subtract_entropy else -log_q
+        c = log_p - log_q if call.subtract_entropy else -log_q
     loss = (p * c).sum(-1)
     if own_student is not None:
         log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
-        loss = loss + log_p.exp() * (log_p - log_q if subtract_entropy else -log_q)
-    dloss = (of_student - p) @ q if with_dloss else student.new_empty(0)
+        loss = loss + log_p.exp() * (log_p - log_q if call.subtract_entropy else -log_q)
+    dloss = (of_student - p) @ q if need_student else call.student.new_empty(0)
     return loss, dloss, lse_student, lse_teacher
 
 
 def relational_kl_bwd(
     dout: Tensor,  # [B]
-    student: Tensor,  # [B, D]
-    teacher: Tensor | None,  # [B, E]
-    keys: Tensor,  # [K, D]
-    teacher_keys: Tensor | None,  # [K, E]
-    key_scale: Tensor | None,  # [K]
-    teacher_key_scale: Tensor | None,  # [K]
-    positives: Tensor | None,  # [B]
-    exclude: Tensor | None,  # [B]
-    num_keys: Tensor | None,  # []
-    subtract_entropy: bool,
-    loss: Tensor,  # [B]
-    dloss: Tensor,  # [B, D] or empty
-    lse_student: Tensor,  # [B]
-    lse_teacher: Tensor,  # [B]
-    need_student: bool,
-    need_teacher: bool,
-    need_keys: bool,
-    need_teacher_keys: bool,
+    *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dx, dy, dq, dr = (student.new_empty(0) for _ in range(4))
+    *args, need_student, need_teacher, need_keys, need_teacher_keys = args
+    *args, loss, dloss, lse_student, lse_teacher = args
+    call = KeyBankCall(*args)
+    dx, dy, dq, dr = (call.student.new_empty(0) for _ in range(4))
     if need_student:
         dx = (dout[:, None] * dloss).contiguous()
     if not (need_teacher or need_keys or need_teacher_keys):
         return dx, dy, dq, dr
-    out = _not_counting(len(student), len(keys), student.device, exclude, num_keys)
-    _, a = _side(student, keys, key_scale, out, num_keys)
+    out = _not_counting_of(call)
+    _, a = _student_side(call, out)
     log_q, of_student = _softmax(a, lse_student, out)
     h = None
-    if teacher is None:
-        p = _one_hot(positives, out, a.dtype)
+    if call.teacher is None:
+        p = _one_hot(call.positives, out, a.dtype)
     else:
-        banks = keys, teacher_keys, key_scale, teacher_key_scale
-        r, b = _teacher_side(teacher, *banks, out, num_keys)
+        r, b = _teacher_side(call, out)
         log_p, p = _softmax(b, lse_teacher, out)
-        c = log_p - log_q if subtract_entropy else -log_q
+        c = log_p - log_q if call.subtract_entropy else -log_q
         h = dout[:, None] * p * (c - loss[:, None])
     if need_teacher:
         dy = h @ r
     if need_keys:
-        dq = (dout[:, None] * (of_student - p)).mT @ student
-        if teacher is not None and teacher_keys is None:
-            dq = dq + h.mT @ teacher
+        dq = (dout[:, None] * (of_student - p)).mT @ call.student
+        if call.teacher is not None and call.teacher_keys is None:
+            dq = dq + h.mT @ call.teacher
     if need_teacher_keys:
-        dr = h.mT @ teacher
+        dr = h.mT @ call.teacher
     return dx, dy, dq, dr
 
 
@@ -175,6 +143,11 @@ def _not_counting(
     return out if num_keys is None else out | (k >= num_keys)
 
 
+def _not_counting_of(call: KeyBankCall) -> Tensor:  # [B, K]
+    B, K = len(call.student), len(call.keys)
+    return _not_counting(B, K, call.student.device, call.exclude, call.num_keys)
+
+
 def _one_hot(positives: Tensor, out: Tensor, dtype: torch.dtype) -> Tensor:  # [B, K]
     """A positive that names no key that counts makes its row NaN."""
     hot = (positives[:, None] == torch.arange(out.shape[1], device=out.device)) & ~out
@@ -187,9 +160,9 @@ def _softmax(logits: Tensor, lse: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     return log.masked_fill(out, 0.0), log.exp().masked_fill(out, 0.0)
 
 
-def _log_sum_exp(logits: Tensor, own: Tensor | None) -> Tensor:  # [B]
+def _log_sum_exp(logits: Tensor, own_logit: Tensor | None) -> Tensor:  # [B]
     among_keys = logits.logsumexp(-1)
-    return among_keys if own is None else torch.logaddexp(among_keys, own)
+    return among_keys if own_logit is None else torch.logaddexp(among_keys, own_logit)
 
 
 def _side(
@@ -203,15 +176,12 @@ def _side(
     return q, (x @ q.mT).masked_fill(out, -torch.inf)
 
 
-def _teacher_side(
-    teacher: Tensor,
-    keys: Tensor,
-    teacher_keys: Tensor | None,
-    key_scale: Tensor | None,
-    teacher_key_scale: Tensor | None,
-    out: Tensor,
-    num_keys: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if teacher_keys is None:
-        return _side(teacher, keys, key_scale, out, num_keys)
-    return _side(teacher, teacher_keys, teacher_key_scale, out, num_keys)
+def _student_side(call: KeyBankCall, out: Tensor) -> tuple[Tensor, Tensor]:
+    return _side(call.student, call.keys, call.key_scale, out, call.num_keys)
+
+
+def _teacher_side(call: KeyBankCall, out: Tensor) -> tuple[Tensor, Tensor]:
+    keys, scale = call.teacher_keys, call.teacher_key_scale
+    if keys is None:
+        keys, scale = call.keys, call.key_scale
+    return _side(call.teacher, keys, scale, out, call.num_keys)

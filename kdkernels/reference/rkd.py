@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, pull, wide
+from kdkernels.reference._distances import distances, gradients_of_pairs, wide
 
 CHUNK = 1 << 22  # angles held at once
 
@@ -77,7 +77,7 @@ def _distance(s: Tensor, t: Tensor, need: bool) -> tuple[Tensor, Tensor]:
     # through the mean: all pairs off the diagonal share the derivative by it
     shared = (g * h).sum(dtype=torch.float64) / max(B * (B - 1), 1)
     weight = (g.double() - shared) / torch.where(mean == 0, 1, mean) * scale
-    ds, ds_across = pull(weight, d, s, s, "euclidean")
+    ds, ds_across = gradients_of_pairs(weight, d, s, s, "euclidean")
     return loss, ds + ds_across
 
 
@@ -114,5 +114,5 @@ def _angle(s: Tensor, t: Tensor, need: bool) -> tuple[Tensor, Tensor]:
     if not need:
         return loss, s.new_empty(0)
     x = s.double()
-    ds, ds_across = pull(weight * scale, q_s, x, x, "sqeuclidean")
+    ds, ds_across = gradients_of_pairs(weight * scale, q_s, x, x, "sqeuclidean")
     return loss, (ds + ds_across).to(s.dtype)

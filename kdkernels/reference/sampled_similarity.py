@@ -28,7 +28,10 @@ def sampled_similarity_fwd(
     indices: Tensor,  # [B, K]
 ) -> Tensor:  # [B, K]
     acc = accumulation_dtype(x.dtype)
-    return (_rows(bank, indices).to(acc) @ x.to(acc)[:, :, None]).squeeze(-1).contiguous()
+    scores = x.new_empty(indices.shape, dtype=acc)
+    # into a tensor of its own, since an operator returns no view
+    torch.bmm(_rows(bank, indices).to(acc), x.to(acc)[:, :, None], out=scores[:, :, None])
+    return scores
 
 
 def sampled_similarity_bwd(

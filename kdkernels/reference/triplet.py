@@ -20,19 +20,19 @@ def triplet(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M]
     *,
-    own: bool,
+    in_batch: bool,
     positives: str = "hardest",
     negatives: str = "hardest",
     distance: str = "euclidean",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each [B]
     """(index of the positive, of the negative, d_ap, d_an), differentiable by autograd.
 
-    `own` says that the references are the embeddings themselves: an anchor is not its own positive.
+    `in_batch` says that the references are the embeddings: an anchor is not the positive of itself.
     An anchor that lacks one of the two has index -1 twice and distances 0; ties go to the lowest
     index. "cosine" takes unit vectors.
     """
     d = distances(embeddings, references, distance)
-    positive, negative, valid = pick(d, labels, reference_labels, own, positives, negatives)
+    positive, negative, valid = pick(d, labels, reference_labels, in_batch, positives, negatives)
 
     def chosen(index: Tensor) -> Tensor:
         if d.shape[1] == 0:
@@ -46,7 +46,7 @@ def pick(
     d: Tensor,  # [B, M]
     labels: Tensor,
     reference_labels: Tensor,
-    own: bool,
+    in_batch: bool,
     positives: str,
     negatives: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,7 +54,7 @@ def pick(
     d = d.detach()
     same = labels[:, None] == reference_labels[None]
     is_positive, is_negative = same, ~same
-    if own:
+    if in_batch:
         is_positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=d.device)
 
     def extreme(mask: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
@@ -89,13 +89,13 @@ def triplet_fwd(
     labels: Tensor,
     references: Tensor,
     reference_labels: Tensor,
-    own: bool,
+    in_batch: bool,
     positives: str,
     negatives: str,
     distance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return triplet(
-        embeddings, labels, references, reference_labels, own=own, positives=positives,
+        embeddings, labels, references, reference_labels, in_batch=in_batch, positives=positives,
         negatives=negatives, distance=distance,
     )  # fmt: skip
 
@@ -109,7 +109,7 @@ def triplet_bwd(
     negative: Tensor,
     d_ap: Tensor,
     d_an: Tensor,
-    own: bool,
+    in_batch: bool,
     need_embeddings: bool,
     need_references: bool,
     distance: str,
@@ -125,9 +125,9 @@ def triplet_bwd(
             weight = 2 * weight
         step = weight[:, None] * (x[valid] - r[at])
         dx[valid] += step
-        (dx if own else dr).index_add_(0, at, step, alpha=-1)
+        (dx if in_batch else dr).index_add_(0, at, step, alpha=-1)
     nothing = embeddings.new_empty(0)
     return (
         dx.to(embeddings.dtype) if need_embeddings else nothing,
-        dr.to(references.dtype) if need_references and not own else nothing.clone(),
+        dr.to(references.dtype) if need_references and not in_batch else nothing.clone(),
     )

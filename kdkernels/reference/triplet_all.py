@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, pull, wide
+from kdkernels.reference._distances import distances, gradients_of_pairs, wide
 
 
 def triplet_all(
@@ -22,7 +22,7 @@ def triplet_all(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M]
     *,
-    own: bool,
+    in_batch: bool,
     negatives: str = "all",
     margin: float,
     soft: bool = False,
@@ -31,13 +31,13 @@ def triplet_all(
     """(sum of the losses, number of losses above 0, number of triplets), differentiable.
 
     negatives="all" takes every positive with every negative. "semihard" takes every positive with
-    the nearest negative strictly beyond it, or where there is none with the farthest. `own` says
-    that the references are the embeddings themselves: an anchor is not its own positive.
+    the nearest negative strictly beyond it, or where there is none with the farthest. `in_batch`
+    says that the references are the embeddings: an anchor is not the positive of itself.
     """
     d = distances(embeddings, references, distance)
     total = d[:0].sum()
     nonzero, valid = (torch.zeros((), dtype=torch.int64, device=d.device) for _ in range(2))
-    for _, u, _, _ in _triplets(d, labels, reference_labels, own, negatives, margin):
+    for _, u, _, _ in _triplets(d, labels, reference_labels, in_batch, negatives, margin):
         losses = _softplus(u) if soft else u.clamp_min(0)
         total = total + losses.sum()
         nonzero, valid = nonzero + (losses > 0).sum(), valid + losses.numel()
@@ -52,7 +52,7 @@ def _triplets(
     d: Tensor,  # [B, M]
     labels: Tensor,
     reference_labels: Tensor,
-    own: bool,
+    in_batch: bool,
     negatives: str,
     margin: float,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -61,7 +61,7 @@ def _triplets(
     for a, row in enumerate(d.unbind()):
         same = labels[a] == reference_labels
         n = (~same).nonzero().squeeze(1)
-        if own:
+        if in_batch:
             same[a] = False
         p = same.nonzero().squeeze(1)
         if len(p) == 0 or len(n) == 0:
@@ -82,7 +82,7 @@ def triplet_all_fwd(
     labels: Tensor,
     references: Tensor,
     reference_labels: Tensor,
-    own: bool,
+    in_batch: bool,
     negatives: str,
     margin: float,
     soft: bool,
@@ -92,23 +92,23 @@ def triplet_all_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, r = wide(embeddings), wide(references)
     total, nonzero, valid = triplet_all(
-        x, labels, r, reference_labels, own=own, negatives=negatives, margin=margin, soft=soft,
-        distance=distance,
+        x, labels, r, reference_labels, in_batch=in_batch, negatives=negatives, margin=margin,
+        soft=soft, distance=distance,
     )  # fmt: skip
     dx = dr = x.new_empty(0)
     if need_embeddings or need_references:
         d = distances(x, r, distance)
         weight = torch.zeros_like(d)
-        for a, u, p, n in _triplets(d, labels, reference_labels, own, negatives, margin):
+        for a, u, p, n in _triplets(d, labels, reference_labels, in_batch, negatives, margin):
             slope = u.sigmoid() if soft else torch.where(u > 0, 1.0, 0 * u)
             weight[a].index_add_(0, p, slope.sum(1))
             weight[a].index_add_(0, n.flatten(), slope.flatten(), alpha=-1)
-        dx, dr = pull(weight, d, x, r, distance)
-        dx = dx + dr if own else dx
+        dx, dr = gradients_of_pairs(weight, d, x, r, distance)
+        dx = dx + dr if in_batch else dx
     return (
         total,
         nonzero,
         valid,
         dx if need_embeddings else x.new_empty(0),
-        dr if need_references and not own else x.new_empty(0),
+        dr if need_references and not in_batch else x.new_empty(0),
     )

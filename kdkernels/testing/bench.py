@@ -217,8 +217,8 @@ def memory_limit(device: torch.device) -> float:
 
 def rejection(info: OpInfo, sample: Sample, backend: str) -> str | None:
     """Why a backend cannot run a sample; None if it can."""
-    args = _dispatch._planners[info.public].operator_args(*sample.args, **sample.kwargs)
-    return _dispatch.why_not(info.op, backend, args)
+    plan = _dispatch.plan(info.public, *sample.args, **sample.kwargs)
+    return _dispatch.why_not(info.op, backend, plan.operator_args)
 
 
 def why_skip(

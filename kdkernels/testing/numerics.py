@@ -22,6 +22,8 @@ from kdkernels.testing.opinfo import OpInfo, Sample
 
 FACTOR = 2.0
 FP64_RELATIVE = 1e-10
+# Two ways to the same fp64 number agree within this, since each of them keeps FP64_RELATIVE of it.
+FP64_AGREEMENT = 2 * FP64_RELATIVE
 # A row whose true gradient is above this share of the largest must not come back more than this
 # much smaller.
 ROW_SHARE, ROW_RATIO = 1e-2, 4.0
@@ -89,9 +91,8 @@ def compare(
     worst = int(error.nan_to_num(nan=torch.inf).argmax())
     largest = error.nan_to_num(nan=torch.inf).flatten()[worst].item()
     low_error = (low - hi).abs().max().item()
-    if (
-        not low_error < torch.inf
-    ):  # the definition itself overflows in this dtype; it excuses nothing
+    # where the definition itself overflows in this dtype, it excuses nothing
+    if not low_error < torch.inf:
         low_error = 0.0
     if dtype == torch.float64:
         budget = FP64_RELATIVE * scale

@@ -88,9 +88,8 @@ class OpInfo:
     name: str  # of the public function, and what sets this use of it apart
     op: str  # basename of the operator, or the pair of them
     function: Callable[..., Any]  # public; takes backend=
-    definition: Callable[
-        ..., Any
-    ]  # literal mathematics in torch with the same arguments, less backend and algorithm
+    # literal mathematics in torch with the same arguments, less backend and algorithm
+    definition: Callable[..., Any]
     diff_args: tuple[str, ...]  # what can require a gradient: the first floating-point arguments
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
     bad_inputs: Callable[[torch.device], Iterable[BadInput]]
@@ -112,6 +111,9 @@ class OpInfo:
     selects: bool = False
     # The result has the dtype of the features; of a loss it is fp32, fp64 for fp64.
     keeps_dtype: bool = False
+    # Whether the backward reads the result of a sample, as that of torch.exp does: changing it in
+    # place before the backward is then refused by autograd. None: never.
+    keeps_result: Callable[[Sample], bool] | None = None
     # Minus infinity is a value like others: the logit of a class that is ruled out.
     takes_minus_inf: bool = False
     # What `bench.BASELINES` names, less what makes no sense for the op.
@@ -161,8 +163,8 @@ def randn(*shape: int, seed: int, device: torch.device, dtype: torch.dtype) -> T
 
 
 def clustered(x: Tensor, spread: float, seed: int = 0) -> Tensor:
-    """Rows that lie `spread` apart in clusters of three or so, around points ten times as far out as
-    the rows of x; 0 gives duplicates."""
+    """Rows that lie `spread` apart in clusters of about three, around points that are ten times as
+    far out as the rows of x. A spread of 0 gives duplicates."""
     rows = x.shape[-2]
     centres = 10 * x.double()[..., torch.arange(rows) % max(min(rows, 4), rows // 3), :]
     noise = torch.randn(x.shape, generator=rng(seed), dtype=torch.float64).to(x.device)

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from kdkernels import _fresh
-from kdkernels.testing import bench, resident
+from kdkernels.testing import bench, fresh, resident
 from kdkernels.testing.opinfo import BenchShape, opinfos
 
 MIB = 1024.0**2
@@ -42,7 +41,7 @@ def extra_mib(
         "dtype": str(dtype).removeprefix("torch."), "mode": mode,
         "variant": variant, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    return _fresh.call(__name__, "_in_this_process", request)
+    return fresh.call(__name__, "_in_this_process", request)
 
 
 def _call(

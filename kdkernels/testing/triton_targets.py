@@ -4,7 +4,7 @@
     python -m kdkernels.testing.triton_targets > compiled.json
 
 runs in a process of its own, without TRITON_INTERPRET (under which kernels are not compilable). An
-op takes part by a module `kdkernels/triton/_<op>_ahead.py`; see `_ahead.py` beside it.
+op takes part by a module `kdkernels/testing/aot/<op>.py`; see `recorder.py` beside it.
 """
 
 from __future__ import annotations
@@ -79,28 +79,29 @@ def compile_all(cache_dir: str | Path) -> dict[str, dict[str, list[Compiled]]]:
 
 def op_names() -> list[str]:
     """The ops that take part."""
-    return [_name(op) for op in _modules("_ahead")]
+    return [_name(op) for op in _calls_of_ops()]
 
 
 def kernels_of_all_ops() -> set[str]:
     """Names of all kernels in the package, compiled or not."""
     kernel = re.compile(r"_\w+_kernel(_\w+)?")
-    return {name for module in _modules() for name in vars(module) if kernel.fullmatch(name)}
+    modules = _modules("kdkernels.triton")
+    return {name for module in modules for name in vars(module) if kernel.fullmatch(name)}
 
 
-def _modules(ending: str = "") -> list[ModuleType]:
-    """The modules of `kdkernels.triton` that belong to an op, or those of a kind."""
-    package = importlib.import_module("kdkernels.triton")
-    names = sorted(info.name for info in pkgutil.iter_modules(package.__path__))
-    return [
-        importlib.import_module(f"{package.__name__}.{name}")
-        for name in names
-        if name.endswith(ending) and name != "_ahead"
-    ]
+def _modules(package_name: str) -> list[ModuleType]:
+    """All modules of a package, those of its packages included."""
+    package = importlib.import_module(package_name)
+    found = pkgutil.walk_packages(package.__path__, f"{package_name}.")
+    return [importlib.import_module(name) for name in sorted(info.name for info in found)]
+
+
+def _calls_of_ops() -> list[ModuleType]:
+    return [module for module in _modules("kdkernels.testing.aot") if hasattr(module, "call")]
 
 
 def _name(op: ModuleType) -> str:
-    return op.__name__.rpartition(".")[2].removeprefix("_").removesuffix("_ahead")
+    return op.__name__.rpartition(".")[2]
 
 
 def _compile(variant: Any, target: str) -> Compiled:
@@ -178,12 +179,11 @@ def _do(index: int) -> tuple[str, str, list[dict[str, Any]]]:
 
 
 def main() -> None:
-    archs = importlib.import_module("kdkernels.triton._common").TARGETS
-    variants_of = importlib.import_module("kdkernels.triton._ahead").variants_of
+    recorder = importlib.import_module("kdkernels.testing.aot.recorder")
     # made before the fork: variants hold functions, which cannot be sent
     _work.extend(
-        (target, op, list(variants_of(archs[target], op)))
-        for op in _modules("_ahead")
+        (target, op, list(recorder.variants_of(recorder.TARGETS[target], op)))
+        for op in _calls_of_ops()
         for target in TARGETS
     )
     _work.sort(key=lambda work: -len(work[2]))  # the longest first, or all would wait for it

@@ -29,7 +29,7 @@ def unavailable() -> str | None:
 
 def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
-    interpreted = importlib.import_module("kdkernels.triton._common").INTERPRETED.value
+    interpreted = importlib.import_module("kdkernels.triton.common.launch").INTERPRETED.value
     for kind in sorted({tensor.device.type for tensor in tensors}):
         if kind == "cpu" and not interpreted:
             return (

@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.triton._common import on_device
-from kdkernels.triton._labelled_call import Call, in_order
-from kdkernels.triton._labelled_kernels import distance_tile, pull_weight, store_close
-from kdkernels.triton.triplet import supports
+from kdkernels.triton.common.distances import distance_tile, gradient_weight
+from kdkernels.triton.common.launch import on_device, supports
+from kdkernels.triton.common.pairs import Call, in_order
+from kdkernels.triton.common.pairs_kernels import store_close
 
 __all__ = ["contrastive_fwd", "supports"]
 
@@ -41,7 +41,7 @@ def _contrastive_pairs_kernel(
     B,
     M,
     D,
-    OWN: tl.constexpr,
+    IN_BATCH: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DISTANCE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -55,24 +55,24 @@ def _contrastive_pairs_kernel(
     at_m = tl.minimum(first + local, B - 1)
     at_n = tl.minimum(offs_n, M - 1)
     d, close = distance_tile(
-        x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, at_m, at_n, D, OWN, DISTANCE, PRECISION, BLOCK_M,
+        x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, at_m, at_n, D, IN_BATCH, DISTANCE, PRECISION, BLOCK_M,
         BLOCK_N, BLOCK_K,
     )  # fmt: skip
     same = tl.load(x_label_ptr + at_m)[:, None] == tl.load(r_label_ptr + at_n)[None, :]
     short = margin - d
     excess = tl.where(same, d, tl.where(short <= 0.0, 0.0, short))  # NaN stays
     # few masks at a time, of which AMD devices hold few: a row past an end is in no pair
-    row = at_m if OWN else tl.full((BLOCK_M,), -1, tl.int32)
+    row = at_m if IN_BATCH else tl.full((BLOCK_M,), -1, tl.int32)
     row = tl.where(local < rows, row, M)
     column = tl.where(offs_n < M, offs_n, -1)
-    # with OWN a pair counts once, though it pulls both rows
+    # with IN_BATCH a pair counts once, though both rows receive its gradient
     loss = tl.where(row[:, None] < column[None, :], 0.5 * excess * excess, 0.0)
     tl.store(loss_ptr + tl.program_id(0), tl.sum(loss).to(tl.float64))
     count = tl.sum((loss > 0.0).to(tl.int32))
     tl.store(nonzero_ptr + tl.program_id(0), count.to(tl.int64))
     if WEIGHTS:
-        w = pull_weight(tl.where(same, excess, -excess), d, DISTANCE)
-        if OWN:
+        w = gradient_weight(tl.where(same, excess, -excess), d, DISTANCE)
+        if IN_BATCH:
             w = tl.where(at_m[:, None] == at_n[None, :], 0.0, w)
         inside = (local < rows)[:, None] & (offs_n < M)[None, :]
         tl.store(w_ptr + local.to(tl.int64)[:, None] * M + offs_n[None, :], w, mask=inside)
@@ -84,21 +84,21 @@ def contrastive_fwd(
     labels: Tensor,  # [B] int64
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
-    own: bool,
+    in_batch: bool,
     margin: float,
     distance: str,
     need_embeddings: bool,
     need_references: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, M = len(embeddings), len(references)
-    need_references = need_references and not own
+    need_references = need_references and not in_batch
     dx = embeddings.new_zeros(embeddings.shape if need_embeddings else (0,), dtype=torch.float32)
     dr = references.new_zeros(references.shape if need_references else (0,), dtype=torch.float32)
     if B == 0 or M == 0:
         return dx.new_zeros(()), labels.new_zeros(()), dx, dr
     weights = need_embeddings or need_references
     with on_device(embeddings):
-        call = Call(embeddings, labels, references, reference_labels, own, distance)
+        call = Call(embeddings, labels, references, reference_labels, in_batch, distance)
         chunks = list(call.chunks()) if weights else [(0, B)]
         w = call.new(chunks[0][1] if weights else 0, M)
         counts = [math.prod(call.tiles(rows)) for _, rows in chunks]
@@ -112,10 +112,11 @@ def contrastive_fwd(
                 close_ptr=close, loss_ptr=loss, nonzero_ptr=count, margin=margin, first=first,
                 rows=rows, WEIGHTS=weights, **call.distance_arguments(),
             )  # fmt: skip
-            if need_embeddings:  # with `own` from both halves of the weights, which are symmetric
-                dx[first : first + rows] = call.pull(w[:rows], first, close)
+            # in batch from both halves of the weights, which are symmetric
+            if need_embeddings:
+                dx[first : first + rows] = call.gradient_of(w[:rows], first, close)
             if need_references:
-                dr += call.pull(w[:rows], first, close, references=True)
+                dr += call.gradient_of(w[:rows], first, close, references=True)
         return (
             losses.sum().float(),
             nonzero.sum(),

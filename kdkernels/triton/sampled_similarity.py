@@ -15,8 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels.triton._common import Arch, arch_of, cdiv, on_device
-from kdkernels.triton.lsh_bce import supports
+from kdkernels.triton.common.launch import (
+    Arch,
+    arch_of,
+    cdiv,
+    fill_device,
+    on_device,
+    split_length,
+    supports,
+)
 
 __all__ = ["sampled_similarity_bwd", "sampled_similarity_fwd", "supports"]
 
@@ -26,19 +33,19 @@ class Config:
     keys: int  # rows of the bank that are read at once
     width: int  # numbers of each of them
     num_warps: int
-    processors: int
+    arch: Arch
 
-    def splits(self, programs: int, K: int) -> int:
-        """Of the sum over K: enough to fill the device four times, while one still reads many."""
-        wanted = min(cdiv(4 * self.processors, programs), K // (8 * self.keys))
-        return max(1, wanted)
+    def split_length(self, programs: int, K: int) -> int:
+        """Length of a split of the sum over K, of which each still reads many rows."""
+        splits = fill_device(self.arch, programs, K // (8 * self.keys), times=4)
+        return split_length(K, splits, self.keys)
 
 
 def pick_config(D: int, arch: Arch) -> Config:
     if arch.vendor == "interpreter":  # small enough that samples have several blocks
-        return Config(64, 32, 4, arch.processors)
+        return Config(64, 32, 4, arch)
     width = min(128, max(16, triton.next_power_of_2(D)))
-    return Config(4096 // width, width, 4, arch.processors)
+    return Config(4096 // width, width, 4, arch)
 
 
 @triton.jit
@@ -170,9 +177,8 @@ def sampled_similarity_bwd(
     (B, K), D = indices.shape, x.shape[1]
     config = pick_config(D, arch_of(x))
     programs = B * cdiv(D, config.width)
-    # of a multiple of a block's length, and at least one where K is 0
-    length = max(cdiv(K, config.splits(programs, K) * config.keys), 1) * config.keys
-    splits = max(cdiv(K, length), 1)
+    length = config.split_length(programs, K)
+    splits = max(cdiv(K, length), 1)  # one where K is 0
     target = dx if splits == 1 else x.new_empty((splits, B, D), dtype=torch.float32)
     with on_device(x):
         _sampled_similarity_bwd_kernel[(programs, splits)](

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Copies of 16 bytes from global to shared memory that pass no register (cp.async, sm_80).
+// Asynchronous copies move 16 bytes from global to shared memory and pass no register (cp.async,
+// sm_80).
 #pragma once
 
 #include "device.h"
 
 namespace kdk::cuda {
 
-// The first `bytes` of 16, zeros behind them; `from` is not read for 0. Both addresses are
-// multiples of 16.
+// Copies the first `bytes` of 16 bytes, and puts zeros behind them. Where `bytes` is 0, `from` is
+// not read. Both addresses are multiples of 16.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int bytes) {
 #if defined(KDK_CUDA_HOST)
   kdk::host::copy_later(to, from, bytes);

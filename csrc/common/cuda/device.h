@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA, or what stands in for it where kernels run on the host (docs/cuda.md). Kernels include no
-// torch header: nvcc takes seconds for a file without one, and minutes with.
+// This header includes CUDA, or what stands in for it where kernels run on the host (docs/cuda.md).
+// Kernels include no torch header: nvcc takes seconds for a file without one, and minutes for a
+// file with one.
 #pragma once
 
 #if defined(KDK_CUDA_HOST)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Elements of operands in memory.
+// Operands in memory are made of these elements.
 #pragma once
 
 #include <bit>
@@ -39,7 +39,7 @@ inline bf16_t from_float<bf16_t>(float x) {
   if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40)};  // stays NaN
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
-// To the nearest tf32, ties away from zero.
+// Rounds to the nearest tf32, and ties away from zero.
 inline uint32_t to_tf32(float x) {
   const uint32_t bits = bits_of(x);
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
@@ -111,7 +111,7 @@ void for_math(Math math, const F& f) {
   }
 }
 
-// The same where features of fp16 come as fp32.
+// Does the same where features of fp16 come as fp32.
 template <typename F>
 void for_wide_math(Math math, const F& f) {
   switch (math) {

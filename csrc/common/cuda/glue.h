@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between tensors and launches: where a call runs, its memory, and tensors as kernels read them.
+// Glue stands between tensors and launches: it knows the device and stream that a call runs on,
+// allocates its memory, and describes tensors as kernels read them.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -36,7 +37,8 @@ inline cudaStream_t current_stream(int32_t device) {
 }
 #endif
 
-// The device of a tensor, current until this goes, and its current stream.
+// The device of a tensor and its current stream. The device is the current one as long as this
+// object lives.
 class Device {
  public:
   explicit Device(const Tensor& like)
@@ -46,7 +48,7 @@ class Device {
 
   cudaStream_t stream() const { return stream_; }
 
-  // Uninitialised and contiguous.
+  // Returns an uninitialised contiguous tensor.
   Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) const {
     const Tensor x = kdk::empty(sizes, dtype, type_, index_);
 #if defined(KDK_CUDA_HOST)
@@ -72,7 +74,8 @@ T* data_of(const Tensor& x) {
   return static_cast<T*>(x.mutable_data_ptr());
 }
 
-// With `ieee`, fp32 features are multiplied as they are.
+// Returns how features of this dtype are multiplied. With `ieee`, fp32 features are multiplied as
+// they are.
 inline Math math_of(const Tensor& x, bool ieee) {
   switch (x.scalar_type()) {
     case ScalarType::BFloat16: return Math::kBFloat16;
@@ -93,12 +96,13 @@ inline Dtype stored_as(ScalarType dtype) {
                                        : Dtype::kFloat;
 }
 
-// x, the last axis of unit stride; copied only if it is not so already.
+// Returns x with unit stride along the last axis: x itself where it is so already.
 inline Tensor with_contiguous_rows(const Tensor& x) {
   return x.stride(x.dim() - 1) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// Of a matrix, or of groups of them, with contiguous rows. `sample_mask` says which rows are read.
+// Describes a matrix, or groups of matrices, with contiguous rows. `sample_mask` says which rows
+// are read.
 inline Source source_of(const Tensor& x, const std::optional<Tensor>& sample_mask = {}) {
   const int64_t dim = x.dim(), size = x.element_size();
   Source source{};
@@ -117,7 +121,8 @@ inline Source source_of(const Tensor& x, const std::optional<Tensor>& sample_mas
   return source;
 }
 
-// Row i of x [B, D] times factor i of `factors` [B], both fp32, in another dtype.
+// Multiplies row i of x [B, D] by factor i of `factors` [B], both fp32. The result has the dtype
+// asked for.
 inline Tensor scaled_rows(const Device& device, const Tensor& x, const Tensor& factors,
                           ScalarType dtype) {
   const Tensor rows = torch::stable::contiguous(x);
@@ -130,7 +135,7 @@ inline Tensor scaled_rows(const Device& device, const Tensor& x, const Tensor& f
   return out;
 }
 
-// Rows first ... first + count of a source.
+// Returns `count` rows of a source, from row `first` on.
 inline Source rows_of(Source source, int64_t first, int64_t count, Math math) {
   source.data = static_cast<const char*>(source.data) +
                 first * source.stride * static_cast<int64_t>(element_bytes(math));
@@ -139,8 +144,8 @@ inline Source rows_of(Source source, int64_t first, int64_t count, Math math) {
   return source;
 }
 
-// How many of `count` rows are made at a time: whole tiles that stay in half of the L2 cache until
-// the product that follows has read them.
+// Returns how many of `count` rows are made at a time: whole tiles of rows that stay in half of the
+// L2 cache until the product that follows has read them.
 inline int64_t rows_in_l2(int64_t count, int64_t row_bytes) {
   const int64_t fitting = l2_bytes() / 2 / std::max<int64_t>(row_bytes, 1) / kTile * kTile;
   return std::min(count, std::max<int64_t>(kTile, fitting));
@@ -172,7 +177,7 @@ class Product {
 
   int64_t semaphore_count() const { return params.splits > 1 ? groups_ * params.tiles : 0; }
 
-  // Where no launch before it does.
+  // Sets the semaphores to 0 where no launch before the product does.
   void clear_semaphores() {
     if (semaphores_) torch::stable::zero_(*semaphores_);
   }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches. Kernels and what launches them are the only files that nvcc compiles.
+// Kernels are launched here. Only the files of kernels and their launches are compiled by nvcc.
 #pragma once
 
 #include "properties.h"
@@ -18,7 +18,7 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
 
 #else
 
-// One parameter struct per kernel. Nothing waits for the device.
+// A kernel takes one struct of parameters. Nothing here waits for the device.
 template <typename Params>
 void launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes,
             cudaStream_t stream, const Params& params) {

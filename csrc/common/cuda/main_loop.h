@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The main loop of a product: a block makes a tile of a b^T in registers, its steps copied kStages
-// - 1 ahead. Eight warps, two down and four across, have 64 x 32 of the tile each.
+// This is the main loop of a product. A block makes a tile of a b^T in registers, and the steps of
+// the contraction are copied kStages - 1 ahead. Of its eight warps, two stand below one another and
+// four side by side, and each has 64 x 32 of the tile.
 #pragma once
 
 #include "tile.h"
@@ -31,7 +32,7 @@ __device__ __forceinline__ int first_column() {
   return static_cast<int>(threadIdx.x) / 32 % kWarpsAcross * kWarpColumns + threadIdx.x % 4 * 2;
 }
 
-// f(i, j, c, row, column) of every accumulator of this thread.
+// Calls f(i, j, c, row, column) for every accumulator of this thread.
 template <typename F>
 __device__ __forceinline__ void for_each_accumulator(const F& f) {
   KDK_UNROLL
@@ -49,7 +50,7 @@ __device__ __forceinline__ void fill(Accumulators& acc, float value) {
   for_each_accumulator([&](int i, int j, int c, int, int) { acc[i][j][c] = value; });
 }
 
-// The two tf32 pieces of fp32 registers.
+// Splits fp32 registers into two pieces of tf32.
 template <int kCount>
 __device__ __forceinline__ void split(const uint32_t (&x)[kCount], uint32_t (&high)[kCount],
                                       uint32_t (&low)[kCount]) {
@@ -60,7 +61,7 @@ __device__ __forceinline__ void split(const uint32_t (&x)[kCount], uint32_t (&hi
   }
 }
 
-// What a step of the contraction adds. Squared differences are those of fp32 operands.
+// What a step of the contraction adds. Squared differences are taken of fp32 operands only.
 enum class Terms { kProducts, kSquaredDifferences };
 
 template <Math kMath, Along kA, Along kB, Terms kTerms = Terms::kProducts>
@@ -119,10 +120,10 @@ __device__ __forceinline__ void multiply_step(Accumulators& acc, const unsigned 
   }
 }
 
-// acc += sum over `steps` steps, up to k_end, of what two loaders fill. Each has `load` to begin a
-// step's copies, `finish` for what this thread does to its own copies once they are there, and
-// kBytes of a stage, of which the first kTileBytes are multiplied. The block has kThreads threads;
-// `shared` holds kStages such pairs of stages and may be used again afterwards.
+// Adds to acc the products of what two loaders fill in `steps` steps, up to k_end. Each has `load`
+// to begin a step's copies, `finish` for what this thread does to its own copies once they are
+// there, and kBytes of a stage, of which the first kTileBytes are multiplied. The block has
+// kThreads threads; `shared` holds kStages such pairs of stages and may be used again afterwards.
 template <Math kMath, Along kA, Along kB, Terms kTerms = Terms::kProducts, typename ALoader,
           typename BLoader>
 __device__ __forceinline__ void multiply_loaded(Accumulators& acc, unsigned char* shared,
@@ -151,15 +152,15 @@ __device__ __forceinline__ void multiply_loaded(Accumulators& acc, unsigned char
   __syncthreads();
 }
 
-// How many steps of the contraction there are from k_begin to k_end.
+// Returns how many steps of the contraction there are from k_begin to k_end.
 template <Math kMath>
 __device__ __forceinline__ int64_t steps_of(int64_t k_begin, int64_t k_end) {
   constexpr int kStep = kStepBytes / sizeof(Element<kMath>);
   return k_end > k_begin ? ceil_div(k_end - k_begin, kStep) : 0;
 }
 
-// acc += sum over k_begin <= k < k_end of a(m0 + row, k) b(n0 + column, k), or of the square of
-// their difference. `shared` holds kSharedBytes.
+// Adds to acc the sum over k_begin <= k < k_end of a(m0 + row, k) b(n0 + column, k), or of the
+// square of their difference. `shared` holds kSharedBytes.
 template <Math kMath, Along kA, Along kB, Terms kTerms = Terms::kProducts>
 __device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* shared, const Source& a,
                                          const Source& b, int64_t group, int64_t m0, int64_t n0,
@@ -170,9 +171,9 @@ __device__ __forceinline__ void multiply(Accumulators& acc, unsigned char* share
                                          steps_of<kMath>(k_begin, k_end), k_end);
 }
 
-// The tile in shared memory, for epilogues that work along its rows: [kTile, kTile], and swizzled,
-// so that eight rows of a fragment lie in different banks, as do eight columns of four groups of
-// eight rows. Nobody else may still use `shared`.
+// Epilogues that work along the rows of the tile find it in shared memory: [kTile, kTile] and
+// swizzled, so that eight rows of a fragment lie in different banks, as do eight columns of four
+// groups of eight rows. Nobody else may still use `shared`.
 static_assert(kSharedBytes >= kTile * kTile * 4, "an fp32 tile has to fit the operands' memory");
 
 __device__ __forceinline__ float* staged(float* shared, int row, int column) {
@@ -195,7 +196,7 @@ __device__ __forceinline__ void stage(const Accumulators& acc, float* shared) {
   __syncthreads();
 }
 
-// Columns `column` ... `column` + 7, a multiple of 8, of a row.
+// Loads columns `column` ... `column` + 7 of a row; `column` is a multiple of 8.
 __device__ __forceinline__ void load_eight(float (&x)[8], float* shared, int row, int column) {
   KDK_UNROLL
   for (int half = 0; half < 2; ++half) {
@@ -205,7 +206,7 @@ __device__ __forceinline__ void load_eight(float (&x)[8], float* shared, int row
   }
 }
 
-// Puts them back.
+// Puts eight columns back.
 __device__ __forceinline__ void stage_eight(const float (&x)[8], float* shared, int row,
                                             int column) {
   KDK_UNROLL
@@ -215,8 +216,8 @@ __device__ __forceinline__ void stage_eight(const float (&x)[8], float* shared, 
   }
 }
 
-// f(x, row, column) of this thread's share of the first rows x columns of a staged tile, in eights:
-// sixteen threads have a row.
+// Calls f(x, row, column) for this thread's share of the first rows x columns of a staged tile,
+// eight columns at a time. Sixteen threads have a row.
 template <typename F>
 __device__ __forceinline__ void for_each_eight(float* shared, int64_t rows, int64_t columns,
                                                const F& f) {

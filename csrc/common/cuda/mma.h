@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tensor core of sm_80 and later: products of a warp, d += a b with a 16 rows high and b 8
-// columns wide, and the loads that lay their operands out. Of lane l, with g = l / 4 and t = l % 4,
-//   d[0], d[1]  row g, columns 2 t and 2 t + 1;  d[2], d[3]  row g + 8
-//   a[0], a[1]  rows g and g + 8, 4 bytes of the contraction from byte 4 t on;  a[2], a[3]  16
-//   bytes
-//               further
-//   b[0], b[1]  column g, likewise
-// so a step is 32 bytes long in the contraction: 16 elements of 16 bits, 8 of tf32.
+// The tensor core of sm_80 and later multiplies for a warp: d += a b, where a is 16 rows high and b
+// is 8 columns wide. The loads here lay its operands out. With g = l / 4 and t = l % 4, lane l has
+//   d[0], d[1]  columns 2 t and 2 t + 1 of row g
+//   d[2], d[3]  the same columns of row g + 8
+//   a[0], a[1]  rows g and g + 8, the 4 bytes of the contraction from byte 4 t on
+//   a[2], a[3]  the same rows, 16 bytes further
+//   b[0], b[1]  column g, the 4 bytes from byte 4 t on, and 16 bytes further
+// so a step is 32 bytes long in the contraction: 16 elements of 16 bits, or 8 of tf32.
 #pragma once
 
 #include "element.h"
@@ -82,8 +82,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
 #undef KDK_MMA
 }
 
-// Four 8 x 8 matrices of 16 bits, or 8 x 4 of 32: lane l gives the address of row l % 8 of matrix
-// l / 8, and gets of each the 4 bytes at row l / 4 and byte 4 (l % 4).
+// Loads four matrices, 8 x 8 of 16 bits or 8 x 4 of 32 bits: lane l gives the address of row l % 8
+// of matrix l / 8, and gets the 4 bytes at row l / 4 and byte 4 (l % 4) of each matrix.
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -91,7 +91,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], const void* row)
                : "memory");
 }
 
-// The same of matrices of 16 bits, each transposed.
+// Loads four matrices of 16 bits likewise, each transposed.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

@@ -10,7 +10,8 @@
 namespace kdk::cuda {
 namespace {
 
-// (v - u <u, v>) / |x| in fp64: the radial part taken away can far exceed what remains.
+// dx = (v - u <u, v>) / |x| is computed in fp64, because the radial part u <u, v> can be much
+// larger than what remains.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     normalise_kernel(const __grid_constant__ NormaliseParams p) {

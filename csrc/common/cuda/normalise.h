@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features from that of unit vectors.
+// Features x are divided by their norms, u = x / |x|, before a loss sees them. Given the gradient v
+// of the loss by u, this kernel computes its gradient by x.
 #pragma once
 
 #include "operand.h"
@@ -9,9 +10,11 @@ namespace kdk::cuda {
 struct NormaliseParams {
   Source x;        // [G, B, D]
   const float* v;  // [G, B, D] contiguous
-  void* dx;        // likewise, of `math`'s dtype
+  void* dx;        // [G, B, D] contiguous, of `math`'s dtype
   int64_t G, B;
-  bool divided;  // whether v is by the features but for what is along them, so already over |x|
+  // Whether v is already divided by |x|: then it is the gradient by x, except that its part along x
+  // still has to be taken away.
+  bool divided;
 };
 
 void launch_normalise(const NormaliseParams& params, Math math, cudaStream_t stream);

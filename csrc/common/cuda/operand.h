@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operands of products, as glue and kernels both know them.
+// Both glue and kernels know the operands of products by these types.
 #pragma once
 
 #include "device.h"
 
 namespace kdk::cuda {
 
-// How a product of a dtype is made. All accumulate in fp32.
+// How the product of operands of a dtype is made. All accumulate in fp32.
 enum class Math {
   kBFloat16,
   kFloat16,
@@ -14,7 +14,7 @@ enum class Math {
   kIeee,    // fp32 as it is, without tensor cores
 };
 
-// Of a result in memory.
+// The dtype of a result in memory.
 enum class Dtype { kFloat, kBFloat16, kFloat16 };
 
 inline size_t element_bytes(Math math) {

@@ -22,8 +22,8 @@ __device__ void sum_parts(const PartSums& sums, int64_t block) {
   }
 }
 
-// Adds up the partial tiles of all splits in their order, in whichever block comes last; whether
-// this is that block.
+// Adds up the partial tiles of all splits in their order, in whichever block comes last. Returns
+// whether this block is that one.
 __device__ bool merge_splits(Accumulators& acc, const ProductParams& p, int64_t tile,
                              unsigned char* shared) {
   const int64_t tiles = p.tiles * gridDim.z;

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products that end in memory: out = a b + add, in groups, with the contraction split over blocks
-// where there are few tiles.
+// These products end in memory: out = a b + add, for each group. Where there are few tiles, the
+// contraction is split over several blocks.
 #pragma once
 
 #include "operand.h"
 
 namespace kdk::cuda {
 
-// out[i] = sum over p of parts[p, i], in order.
+// Sums of parts: out[i] is the sum over p of parts[p, i], added in the order of p.
 struct PartSums {
   const float* parts;  // [count, size]
   void* out;           // [size]
@@ -33,13 +33,13 @@ struct ProductParams {
   PartSums sums;    // done by further blocks of the same launch; size 0 for none
 };
 
-// Into how many pieces a contraction is cut, and their length.
+// The number of pieces that a contraction is cut into, and their length.
 struct Splits {
   int count;
   int64_t length;
 };
 
-// Enough to fill the device twice, while each still takes several steps.
+// Returns as many splits as fill the device twice, while each still takes several steps.
 Splits split_contraction(int64_t tiles, int64_t K, Math math);
 
 void launch_product(const ProductParams& params, int64_t groups, Along a_along, Math math,

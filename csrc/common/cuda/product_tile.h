@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of products whose contraction is split over the y axis of the grid: where a split ends, and
-// how a tile is stored.
+// Kernels whose contraction is split over the y axis of the grid learn here where a split ends, and
+// store their tiles.
 #pragma once
 
 #include "main_loop.h"
@@ -8,14 +8,14 @@
 
 namespace kdk::cuda {
 
-// Where this block's part of the contraction ends; it begins at blockIdx.y * split_length.
+// Returns where this block's part of the contraction ends. It begins at blockIdx.y * split_length.
 __device__ __forceinline__ int64_t end_of_split(const ProductParams& p) {
   const int64_t counting = p.counting != nullptr && *p.counting < p.K ? *p.counting : p.K;
   const int64_t end = (blockIdx.y + 1) * p.split_length;
   return end < counting ? end : counting;
 }
 
-// From where the tile is staged.
+// Stores a staged tile, times `scale` and plus `add`.
 template <typename T>
 __device__ __forceinline__ void store_tile(float* tile, T* out, const float* add,
                                            const ProductParams& p, int64_t m0, int64_t n0,

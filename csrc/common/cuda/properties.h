@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Errors of the CUDA runtime, and what launches are fitted to.
+// Errors of the CUDA runtime become exceptions here, and launches ask here what the device is like.
 #pragma once
 
 #include <stdexcept>
@@ -11,7 +11,8 @@ namespace kdk::cuda {
 
 #if defined(KDK_CUDA_HOST)
 
-// Few and little, so that small sizes are split and cut into chunks too.
+// The host pretends to have few processors and a small cache, so that small sizes are split and cut
+// into chunks too.
 inline int processors() { return 4; }
 inline int64_t l2_bytes() { return 1 << 18; }
 
@@ -29,7 +30,7 @@ inline int attribute(cudaDeviceAttr which) {
   return value;
 }
 
-// Of the current device.
+// Properties of the current device.
 inline int processors() { return attribute(cudaDevAttrMultiProcessorCount); }
 inline int64_t l2_bytes() { return attribute(cudaDevAttrL2CacheSize); }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over the lanes of a warp or the threads of a block, always in the same order.
+// Numbers are summed over the lanes of a warp or the threads of a block, always in the same order.
 #pragma once
 
 #include "device.h"
@@ -8,7 +8,7 @@ namespace kdk::cuda {
 
 inline constexpr unsigned kWarp = 0xffffffffu;  // all lanes
 
-// Over lanes whose numbers differ in the bits kFirst ... kLast.
+// Returns the sum over the lanes whose numbers differ in the bits kFirst ... kLast.
 template <int kFirst, int kLast, typename T>
 __device__ __forceinline__ T lane_sum(T x) {
   KDK_UNROLL
@@ -21,7 +21,7 @@ __device__ __forceinline__ T warp_sum(T x) {
   return lane_sum<1, 16>(x);
 }
 
-// Number of the lowest bit of x, which is not 0.
+// Returns the number of the lowest bit that is set in x, which is not 0.
 __device__ __forceinline__ int lowest_bit(unsigned x) {
 #if defined(KDK_CUDA_HOST)
   return __builtin_ctz(x);
@@ -30,7 +30,8 @@ __device__ __forceinline__ int lowest_bit(unsigned x) {
 #endif
 }
 
-// For all threads of the block. `shared` holds one for each warp, and may be used again.
+// Returns the sum to all threads of the block. `shared` holds one T for each warp, and may be used
+// again afterwards.
 template <typename T>
 __device__ __forceinline__ T block_sum(T x, T* shared) {
   x = warp_sum(x);

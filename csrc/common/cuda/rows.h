@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of operands, one to a warp.
+// Each warp has one row of an operand.
 #pragma once
 
 #include "element.h"
@@ -14,7 +14,7 @@ __device__ __forceinline__ const T* row_of(const Source& x, int64_t group, int64
   return static_cast<const T*>(x.data) + group * x.group + row * x.stride;
 }
 
-// |x|^2 of a row, in all lanes.
+// Returns |x|^2 of a row to all lanes.
 template <typename T>
 __device__ __forceinline__ double squared_norm(const T* row, int64_t D) {
   double sum = 0;

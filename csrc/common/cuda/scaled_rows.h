@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The gradient of features whose losses have kept their derivatives: rows times factors.
+// Where a loss has kept its derivative by the features, the gradient of the features is that
+// derivative with each row multiplied by a factor.
 #pragma once
 
 #include "operand.h"

@@ -7,7 +7,7 @@
 
 namespace kdk::cuda {
 
-// By the blocks along the x axis of the grid together.
+// Sets semaphores to 0. The blocks along the x axis of the grid share the work.
 __device__ __forceinline__ void clear_semaphores(unsigned* semaphores, int64_t count) {
   if (blockIdx.y != 0 || blockIdx.z != 0) return;
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tiles of operands in shared memory: how they are filled from global memory, swizzled so that
-// neither the copies nor the tensor core's loads meet bank conflicts, and how they are read.
+// Tiles of operands lie in shared memory. They are filled from global memory, swizzled so that
+// neither the copies nor the tensor core's loads meet bank conflicts, and read from there.
 #pragma once
 
 #include "async_copy.h"
@@ -17,7 +17,8 @@ struct alignas(kChunkBytes) Chunk {
   T x[kChunkBytes / sizeof(T)];
 };
 
-// `count` of eight neighbours, in stores of 16 bytes where they are all there and `together`.
+// Stores `count` of eight neighbours: in stores of 16 bytes where all eight are there and
+// `together` says that they are aligned.
 template <typename T>
 __device__ __forceinline__ void store_eight(T* to, const float (&x)[8], int64_t count,
                                             bool together) {
@@ -38,8 +39,8 @@ __device__ __forceinline__ void store_eight(T* to, const float (&x)[8], int64_t 
   }
 }
 
-// `count` of eight neighbours, zeros behind them, in loads of 16 bytes where they are all there and
-// `together`.
+// Reads `count` of eight neighbours and sets the others to 0: in loads of 16 bytes where all eight
+// are there and `together` says that they are aligned.
 template <typename T>
 __device__ __forceinline__ void read_eight(float (&x)[8], const T* from, int64_t count,
                                            bool together) {
@@ -74,8 +75,8 @@ struct OperandTile {
     return (row * kChunks + swizzled) * kChunkBytes;
   }
 
-  // Begins to copy the first `count` elements of a chunk, zeros behind them; `aligned` to 16 bytes,
-  // or not.
+  // Begins to copy the first `count` elements of a chunk, with zeros behind them. `aligned` says
+  // whether `from` is a multiple of 16 bytes.
   static __device__ __forceinline__ void copy(unsigned char* to, const T* from, int count,
                                               bool aligned) {
     if (aligned) return copy_async(to, from, count * static_cast<int>(sizeof(T)));
@@ -121,7 +122,7 @@ struct OperandTile {
       }
     }
 
-    // Begins to fill `tile` with the next step; zeros from k_end on.
+    // Begins to fill `tile` with the next step, and with zeros from k_end on.
     __device__ __forceinline__ void load(unsigned char* tile, int64_t k_end) {
       const bool whole = k_ + kStep <= k_end;
       KDK_UNROLL
@@ -154,7 +155,7 @@ struct OperandTile {
     int count_[kCopies];
   };
 
-  // Outputs m ... m + 15 as operand a, for half `half` of the step.
+  // Loads outputs m ... m + 15 as operand a, for half `half` of the step.
   static __device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* tile, int m,
                                                 int half) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
@@ -170,7 +171,7 @@ struct OperandTile {
     }
   }
 
-  // Outputs n ... n + 15 as two operands b.
+  // Loads outputs n ... n + 15 as two operands b.
   static __device__ __forceinline__ void load_b(uint32_t (*b)[2], const unsigned char* tile, int n,
                                                 int half) {
     const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
@@ -191,7 +192,7 @@ struct OperandTile {
     }
   }
 
-  // fp32: four steps of the contraction of one output.
+  // Loads four fp32 elements of one output, along the contraction.
   static __device__ __forceinline__ Float4 load_four(const unsigned char* tile, int output, int k) {
     if constexpr (kAlong == Along::kContraction) {
       return *reinterpret_cast<const Float4*>(tile + offset(output, k / 4));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tiles of a symmetric product that are on or above its diagonal, in one sequence.
+// The tiles of a symmetric product that are on or above its diagonal are numbered in one sequence.
 #pragma once
 
 #include <cmath>
@@ -14,7 +14,7 @@ struct TriangleTile {
 
 __host__ __device__ constexpr int64_t triangle_tiles(int64_t n) { return n * (n + 1) / 2; }
 
-// Number t of n x n tiles, row after row. The root is only a first guess.
+// Returns tile number t of n x n tiles, counted row after row. The root is only a first guess.
 __device__ __forceinline__ TriangleTile triangle_tile(int64_t t, int64_t n) {
   const double b = 2.0 * static_cast<double>(n) + 1.0;
   auto i = static_cast<int64_t>((b - sqrt(b * b - 8.0 * static_cast<double>(t))) / 2.0);

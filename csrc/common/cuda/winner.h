@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Winners of a search over rows, as glue and kernels both know them.
+// Both glue and kernels know the winners of a search over rows by this type.
 #pragma once
 
 namespace kdk::cuda {
 
-// A winner as one number, of which the least wins: its key in an order of unsigned integers above,
-// the row below.
+// A winner is one number, and the least number wins: its upper half has the order of the key, its
+// lower half is the row.
 using Winner = unsigned long long;
 inline constexpr Winner kNoWinner = ~Winner{0};
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Candidates of a search as integers, of which the least wins in any order.
+// The candidates of a search are integers here, so the least of them is the same in any order.
 #pragma once
 
 #include <limits>

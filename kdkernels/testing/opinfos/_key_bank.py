@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels._similarity import NORM_EPS, similarities
 from kdkernels.reference import relational_kl as reference
 from kdkernels.testing.opinfo import BenchShape, Cost, Sample, randn
 
@@ -52,7 +53,7 @@ def side(
     normalize, own = options.get("normalize", True), options.get("own_keys")
     K, keys = len(keys), reference.first(keys, options.get("num_keys"))
     rows, keys = rows.double(), keys.double()
-    logits = reference.similarities(rows, keys, normalize)
+    logits = similarities(rows, keys, normalize)
     if own is not None:
         logits = torch.cat([logits, reference.own_similarities(rows, own, normalize)], 1)
     logits = logits / temperature
@@ -63,8 +64,8 @@ def side(
     p = logits.softmax(-1)[:, : len(keys)]
     of_rows, of_keys = (x.norm(dim=-1) for x in (rows, keys))
     if normalize:
-        by_row = 1 / of_rows.clamp_min(reference.EPS)
-        by_key = (1 / of_keys.clamp_min(reference.EPS)).expand_as(p)
+        by_row = 1 / of_rows.clamp_min(NORM_EPS)
+        by_key = (1 / of_keys.clamp_min(NORM_EPS)).expand_as(p)
     else:
         by_row, by_key = of_keys.max().expand(len(rows)), of_rows[:, None].expand_as(p)
     p, by_key = (F.pad(x, (0, K - len(keys))) for x in (p, by_key / temperature))

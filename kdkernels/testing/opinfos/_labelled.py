@@ -45,7 +45,7 @@ def sides(
     reference_labels: Tensor | None,
     unit: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(embeddings, labels, references, reference_labels, own) of the definitions."""
+    """(embeddings, labels, references, reference_labels, in_batch) of the definitions."""
 
     def rows(x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if unit else x
@@ -64,10 +64,12 @@ def clear_of_kinks(sample: Sample) -> bool:
     rows, bank = sample.args[0].double(), options.get("references")
     unit = options["normalize_embeddings"] or options["distance"] == "cosine"
     bank = None if bank is None else bank.double()
-    x, y, r, r_y, own = sides(rows, sample.args[1], bank, options.get("reference_labels"), unit)
+    x, y, r, r_y, in_batch = sides(
+        rows, sample.args[1], bank, options.get("reference_labels"), unit
+    )
     d = distances(x, r, options["distance"])
     same = y[:, None] == r_y[None]
-    positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device) if own else same
+    positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device) if in_batch else same
     gaps = (d[:, :, None] - d[:, None, :])[positive[:, :, None] & ~same[:, None, :]]
     gaps = torch.cat((gaps, gaps + options["margin"])).abs()
     return bool((gaps > CLEAR * d.max()).all()) if gaps.numel() else True

@@ -36,14 +36,16 @@ def definition(
     reduction: str = "mean",
 ) -> Tensor:
     unit = normalize_embeddings or distance == "cosine"
-    *rows, own = sides(embeddings, labels, references, reference_labels, unit)
-    total, nonzero = reference.contrastive(*rows, own=own, margin=margin, distance=distance)
+    *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
+    total, nonzero = reference.contrastive(
+        *rows, in_batch=in_batch, margin=margin, distance=distance
+    )
     if reduction == "sum":
         return total
     if reduction == "mean_nonzero":
         return total / nonzero.clamp_min(1)
     B, M = len(rows[0]), len(rows[2])
-    return total / max(B * (B - 1) // 2 if own else B * M, 1)
+    return total / max(B * (B - 1) // 2 if in_batch else B * M, 1)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:

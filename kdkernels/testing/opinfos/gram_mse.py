@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels._similarity import NORM_EPS
 from kdkernels.ops.gram_mse import choose_algorithm, gram_mse
 from kdkernels.reference import gram_mse as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn
@@ -56,9 +57,8 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
         return draw(B, D_s, seed=1) / D_s**0.25, draw(B, D_t, seed=2) / D_t**0.25
 
     for name, shape in SHAPES.items():
-        yield Sample(
-            name, pair(*shape), cancels=name == "one_row"
-        )  # a single row normalises to 1 on both sides
+        # a single row normalises to 1 on both sides
+        yield Sample(name, pair(*shape), cancels=name == "one_row")
     for form in FORMS:
         label = "-".join(str(value) for value in form.values())
         yield Sample(f"{label}-wide", pair(9, 17, 23), form)
@@ -90,16 +90,18 @@ def magnitude(sample: Sample) -> tuple[float, tuple[float, ...]]:
     }
     zero = torch.zeros_like
     B = max(s.shape[-2], 1)
-    own, other = (reference.gram_mse(x, zero(x), **options).sum().item() for x in (s, t))
+    of_student, of_teacher = (
+        reference.gram_mse(x, zero(x), **options).sum().item() for x in (s, t)
+    )
     gram_s, gram_t = s @ s.mT, t @ t.mT
-    r, q = (g.norm(dim=-1, keepdim=True).clamp_min(reference.EPS) for g in (gram_s, gram_t))
+    r, q = (g.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS) for g in (gram_s, gram_t))
     sizes = (gram_s / r).abs() + (gram_t / q).abs()
 
     def gradient(x: Tensor, norm: Tensor) -> float:
         half = 2 * sizes / norm / B**2
         return ((half + half.mT) @ x.abs()).max().item()
 
-    return (own + other) / B**2, (gradient(s, r), gradient(t, q))
+    return (of_student + of_teacher) / B**2, (gradient(s, r), gradient(t, q))
 
 
 def bad_inputs(device: torch.device) -> Iterator[BadInput]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.ops.pairwise import METRICS, pairwise
+from kdkernels.ops.pairwise import METRICS, PRODUCTS, pairwise
 from kdkernels.reference import pairwise as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, Eager, OpInfo, Sample, randn
 
@@ -42,7 +42,7 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     for name, (sizes, metric) in SHAPES.items():
         yield Sample(name, pair(*sizes), options(metric))
     for metric in METRICS:
-        yield Sample(f"{metric}-own", pair(35, None, 5), options(metric))
+        yield Sample(f"{metric}-in_batch", pair(35, None, 5), options(metric))
         # the smallest of a metric runs in every test: some of one kind, some of the other
         smaller = metric in ("dot", "sqeuclidean")
         yield Sample(f"{metric}-pair", pair(*((11, 13, 7) if smaller else (17, 23, 5))),
@@ -52,15 +52,15 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     for metric in ("cosine", "euclidean"):
         yield Sample(f"groups-{metric}", (draw(2, 3, 5, 4, seed=3), draw(2, 3, 7, 4, seed=4)),
                      options(metric))  # fmt: skip
-    yield Sample("groups-own", (draw(3, 9, 4, seed=3),), options("rbf"))
+    yield Sample("groups-in_batch", (draw(3, 9, 4, seed=3),), options("rbf"))
     yield Sample("empty", pair(0, 0, 4))
-    yield Sample("one_own", pair(1, None, 7), options("euclidean"), cancels=True)
+    yield Sample("one_in_batch", pair(1, None, 7), options("euclidean"), cancels=True)
     for metric in ("cosine", "euclidean", "rbf"):
         yield Sample(f"no_features-{metric}", (draw(5, 0, seed=5), draw(3, 0, seed=6)),
                      options(metric))  # fmt: skip
     # one cluster, far from 0: products alone would keep no digit of a distance
     x, y = (10 / 8**0.5 + 1e-3 * draw(n, 8, seed=seed) for n, seed in ((20, 7), (13, 8)))
-    yield Sample("cluster-euclidean-own", (x,), {"metric": "euclidean"}, cancels=True)
+    yield Sample("cluster-euclidean-in_batch", (x,), {"metric": "euclidean"}, cancels=True)
     yield Sample("cluster-sqeuclidean-pair", (x, y), {"metric": "sqeuclidean"}, cancels=True)
     yield Sample("cluster-rbf-pair", (x, y), {"metric": "rbf", "gamma": 6e4}, cancels=True)
 
@@ -171,6 +171,7 @@ OPINFOS = [
         cost=cost,
         memory=memory,
         keeps_dtype=True,
+        keeps_result=lambda sample: sample.kwargs.get("metric", "cosine") not in PRODUCTS,
         algorithm_options=(),
         peers=("torchmetrics", "scikit-learn", "pykeops"),
         eager=Eager(function=eager, prepare=lambda sample: sample),

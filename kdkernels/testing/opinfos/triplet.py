@@ -41,10 +41,10 @@ def definition(
     reduction: str = "mean_nonzero",
 ) -> Tensor:
     unit = normalize_embeddings or distance == "cosine"
-    *rows, own = sides(embeddings, labels, references, reference_labels, unit)
+    *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
     positives, negatives = ONE[mining]
     positive, _, d_ap, d_an = reference.triplet(
-        *rows, own=own, positives=positives, negatives=negatives, distance=distance
+        *rows, in_batch=in_batch, positives=positives, negatives=negatives, distance=distance
     )
     u = d_ap - d_an + margin
     kept = positive >= 0

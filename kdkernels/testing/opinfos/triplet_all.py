@@ -43,9 +43,14 @@ def definition(
     reduction: str = "mean_nonzero",
 ) -> Tensor:
     unit = normalize_embeddings or distance == "cosine"
-    *rows, own = sides(embeddings, labels, references, reference_labels, unit)
+    *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
     total, nonzero, valid = reference.triplet_all(
-        *rows, own=own, negatives=SEVERAL[mining], margin=margin, soft=soft, distance=distance
+        *rows,
+        in_batch=in_batch,
+        negatives=SEVERAL[mining],
+        margin=margin,
+        soft=soft,
+        distance=distance,
     )
     if reduction == "sum":
         return total

@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of contrastive that together launch every kernel, for the ahead-of-time tests."""
+
+from __future__ import annotations
+
+import torch
+
+from kdkernels.testing.aot.recorder import Calls, labelled_rows
+from kdkernels.triton.contrastive import contrastive_fwd
+
+# label -> B, M or None for the batch itself, D, distance
+_IN_BATCH = {"contrastive-in_batch": (8192, None, 128, "euclidean")}
+_BANK = {"contrastive-bank": (256, 65536, 512, "sqeuclidean")}
+_ODD = {"contrastive-odd": (333, None, 37, "cosine")}
+
+EVERYWHERE: Calls = {"fp32": _BANK, "bf16": _IN_BATCH}
+EXTRA: Calls = {"fp32": _IN_BATCH | _ODD, "bf16": _BANK, "fp16": _IN_BATCH, "tf32": _BANK}
+
+
+def call(dtype: torch.dtype, B: int, M: int | None, D: int, distance: str) -> None:
+    x, y = labelled_rows(B, D, dtype)
+    r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
+    contrastive_fwd(x, y, r, r_y, M is None, 1.0, distance, True, True)

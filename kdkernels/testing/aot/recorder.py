@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What launchers would compile, found by recording their launches on meta tensors.
+
+So the ahead-of-time tests compile the specialisations and configurations of real calls, not a copy
+of them. A module beside this one, named after an op, lists the calls of the op:
+
+    call(dtype, *arguments)     one call on meta tensors, forward and backward
+    EVERYWHERE, EXTRA           its arguments; those in EXTRA are compiled for one target only, to
+                                keep the tests short. So where an op has two calls, EVERYWHERE pairs
+                                them with two precisions: each kernel still meets each target.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+
+from kdkernels.triton.common.launch import Arch, assume_arch
+
+# What kernels are compiled for, with the processors and the cache of a typical product.
+TARGETS = {
+    "sm_80": Arch("sm_80", 108, 40 << 20),
+    "sm_90": Arch("sm_90", 132, 50 << 20),
+    "sm_100": Arch("sm_100", 148, 126 << 20),
+    "gfx942": Arch("gfx942", 304, 256 << 20),
+}
+
+# What a call is made with: the dtype of its features, and torch's setting for fp32 matmuls.
+_PRECISIONS = {
+    "fp16": (torch.float16, "highest"),
+    "bf16": (torch.bfloat16, "highest"),
+    "fp32": (torch.float32, "highest"),
+    "tf32": (torch.float32, "high"),
+}
+_EXTRA_TARGET = "sm_90"
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
+_OPTIONS = ("num_warps", "num_stages")
+
+Calls = Mapping[str, Mapping[str, tuple[Any, ...]]]  # precision -> label -> arguments of a call
+
+
+@triton.jit
+def _compilable():
+    pass
+
+
+@dataclass(frozen=True)
+class AotVariant:
+    """One specialisation of a kernel, whatever its name."""
+
+    name: str = field(compare=False)
+    kernel: Any
+    signature: tuple[tuple[str, str], ...]  # argument -> "*bf16", "i32", "fp32", "constexpr"
+    constexprs: tuple[tuple[str, Any], ...]
+    divisible: frozenset[str]  # arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]  # num_warps, num_stages
+    tensor_core: bool  # whether its products belong on tensor cores
+
+
+def variants_of(arch: Arch, op: ModuleType) -> Iterator[AotVariant]:
+    """Each specialisation that the calls of an op compile, once."""
+    groups: tuple[Calls, ...] = (op.EVERYWHERE, op.EXTRA)
+    calls = [
+        (precision, label, arguments)
+        for group in (groups if arch.name == _EXTRA_TARGET else groups[:1])
+        for precision, labelled in group.items()
+        for label, arguments in labelled.items()
+    ]
+    names: dict[AotVariant, str] = {}
+    for precision, label, arguments in calls:
+        launched = _launched(arch, precision, op.call, arguments)
+        for variant in launched:
+            if variant in names:
+                continue
+            name = "-".join((variant.name, label, *_facets(variant, launched), precision))
+            if name in names.values():
+                raise ValueError(f"two variants would be called {name}")
+            names[variant] = name
+            yield replace(variant, name=name)
+
+
+def _launched(
+    arch: Arch, precision: str, call: Callable[..., Any], arguments: tuple[Any, ...]
+) -> list[AotVariant]:
+    """What one call launches, configured for `arch` and not run, under the names of the kernels."""
+    dtype, fp32_matmul = _PRECISIONS[precision]
+    variants = []
+
+    def record(kernel: Any, *, grid: Any, warmup: bool, **given: Any) -> None:
+        variants.append(_specialise(kernel, given, dtype, arch))
+
+    outer = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(fp32_matmul)
+    try:
+        with assume_arch(arch), mock.patch.object(type(_compilable), "run", record):
+            call(dtype, *arguments)
+    finally:
+        torch.set_float32_matmul_precision(outer)
+    return variants
+
+
+def _specialise(
+    kernel: Any, arguments: dict[str, Any], dtype: torch.dtype, arch: Arch
+) -> AotVariant:
+    """A launch as the JIT specialises it: 1 is a constant, multiples of 16 are noted."""
+    signature, constexprs, divisible = {}, {}, set()
+    for param, declared in inspect.signature(kernel.fn).parameters.items():
+        value = arguments[param]
+        if "constexpr" in str(declared.annotation) or (isinstance(value, int) and value == 1):
+            signature[param] = "constexpr"
+            constexprs[param] = value
+        elif isinstance(value, Tensor):
+            signature[param] = _POINTERS[value.dtype]
+            divisible.add(param)
+        elif isinstance(value, int):
+            signature[param] = "i32" if abs(value) < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.add(param)
+        else:
+            signature[param] = "fp32"
+    precision = arguments.get("PRECISION")  # of its products; a kernel without has none
+    fp32_product = dtype == torch.float32 and precision == "ieee" and arch.vendor == "cuda"
+    return AotVariant(
+        name=kernel.__name__.strip("_"),
+        kernel=kernel,
+        signature=tuple(signature.items()),
+        constexprs=tuple(constexprs.items()),
+        divisible=frozenset(divisible),
+        options=tuple((key, arguments[key]) for key in _OPTIONS if key in arguments),
+        tensor_core=precision is not None and not fp32_product,
+    )
+
+
+def _facets(variant: AotVariant, launched: list[AotVariant]) -> list[str]:
+    """What tells it from other launches of its kernel in one call: flags, multiples of 16."""
+
+    def facets(one: AotVariant) -> set[str]:
+        return {param.lower() for param, value in one.constexprs if value} | one.divisible
+
+    others = [facets(other) for other in launched if other.kernel is variant.kernel]
+    return sorted(facets(variant) - set.intersection(*others))
+
+
+def labelled_rows(n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[n, D] rows and [n] labels on the meta device."""
+    return (
+        torch.empty((n, D), dtype=dtype, device="meta"),
+        torch.empty(n, dtype=torch.int64, device="meta"),
+    )

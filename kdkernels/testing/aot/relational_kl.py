@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of relational_kl that together launch every kernel, for the ahead-of-time tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kdkernels.testing.aot.recorder import Calls
+from kdkernels.triton.relational_kl import relational_kl_bwd, relational_kl_fwd
+
+# label -> B, D, E (None: shared keys; 0: info_nce), K, whether norms are factors and some keys do
+# not count, gradients of student, teacher and keys. `_CORE` launches every kernel.
+_CORE = {"rrd": (1024, 128, None, 16384, True, (True, True, True))}
+_FORWARD = {"rrd": (1024, 128, None, 16384, True, (True, False, False))}
+_MORE = {
+    "in_batch": (1024, 128, 0, 1024, True, (True, False, False)),
+    "odd": (333, 37, 53, 101, False, (True, False, True)),
+}
+
+EVERYWHERE: Calls = {"bf16": _CORE, "fp32": _CORE}
+EXTRA: Calls = {"bf16": _MORE, "fp16": _CORE, "tf32": _FORWARD}
+
+
+def call(
+    dtype: torch.dtype,
+    B: int,
+    D: int,
+    E: int | None,
+    K: int,
+    optional: bool,
+    need: tuple[bool, bool, bool],
+) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    width = D if E is None else E
+    has_teacher, own_keys = width > 0, bool(E)
+    scale = meta(K) if optional else None
+    index = meta(B, dtype=torch.int64)
+    tensors = (
+        meta(B, D),
+        meta(B, width) if has_teacher else None,
+        meta(K, D, dtype=dtype),
+        meta(K, width, dtype=dtype) if own_keys else None,
+        scale,
+        scale if own_keys else None,
+        None if has_teacher else index,
+        index if has_teacher and optional else None,
+        meta(dtype=torch.int64) if optional else None,
+        has_teacher,
+    )
+    own = meta(B) if E is None else None
+    residuals = relational_kl_fwd(*tensors, own, own, need[0])
+    relational_kl_bwd(meta(B), *tensors, *residuals, *need, own_keys and need[2])

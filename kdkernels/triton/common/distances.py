@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distances between rows, tile by tile, and what weights on them give the gradient of the rows.
+
+Features are contiguous. Everything accumulates in fp32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdkernels.triton.common.product import product_tile
+
+EUCLIDEAN = tl.constexpr(0)
+SQEUCLIDEAN = tl.constexpr(1)
+COSINE = tl.constexpr(2)
+
+DISTANCES = {
+    "euclidean": EUCLIDEAN.value,
+    "sqeuclidean": SQEUCLIDEAN.value,
+    "cosine": COSINE.value,
+}
+
+
+LARGEST = tl.constexpr(3.4028234663852886e38)  # fp32
+# A row is finite if its squared norm is below this: then no distance between two such overflows.
+FINITE = tl.constexpr(LARGEST.value / 4)
+
+
+# |x|^2 + |r|^2 - 2 <x, r> has lost four bits where it is below this share of |x|^2 + |r|^2.
+CLOSE = tl.constexpr(1 / 16)
+
+
+@triton.jit
+def distance_tile(
+    x_ptr,  # [B, D]
+    r_ptr,  # [M, D]
+    x_norm_ptr,  # [B] fp32, squared
+    r_norm_ptr,  # [M] fp32, squared
+    offs_m,  # [m] rows of x
+    offs_n,  # [n] rows of r
+    D,
+    IN_BATCH: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """([m, n] distances; whether two of these rows are close).
+
+    A distance is NaN where a row is not finite; with IN_BATCH that of a row to itself means
+    nothing. Distances come from products, but from differences where rows are close, since the
+    products cancel there. Rows that are sorted by label are close in few tiles. Coincident rows are
+    at distance 0.
+    """
+    # int64: a row number times D passes 2**31 on large inputs
+    x_ptrs = x_ptr + offs_m.to(tl.int64) * D
+    r_ptrs = r_ptr + offs_n.to(tl.int64) * D
+    acc = product_tile(x_ptrs, r_ptrs, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    x_norm = tl.load(x_norm_ptr + offs_m)
+    r_norm = tl.load(r_norm_ptr + offs_n)
+    # in this order, so that nothing is rounded to the digits of the sum of the norms
+    d2 = (x_norm[:, None] - acc) + (r_norm[None, :] - acc)
+    near = d2 < (x_norm[:, None] + r_norm[None, :]) * CLOSE
+    if IN_BATCH:
+        near = near & (offs_m[:, None] != offs_n[None, :])
+    close = tl.max(near.to(tl.int32))
+    if close > 0:
+        d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for column in range(0, D):
+            x_column = tl.load(x_ptrs + column).to(tl.float32)
+            r_column = tl.load(r_ptrs + column).to(tl.float32)
+            difference = x_column[:, None] - r_column[None, :]
+            d2 += difference * difference
+    finite = (x_norm < FINITE)[:, None] & (r_norm < FINITE)[None, :]
+    d2 = tl.where(finite, tl.where(d2 > 0.0, d2, 0.0), float("nan"))
+    if DISTANCE == EUCLIDEAN:
+        d2 = tl.sqrt_rn(d2)
+    elif DISTANCE != SQEUCLIDEAN:
+        d2 = 0.5 * d2
+    return d2, close
+
+
+@triton.jit
+def gradient_weight(weight, d, DISTANCE: tl.constexpr):
+    """w of d(sum)/dx = w (x - r), given the derivative of the sum by the distance d of x and r; 0
+    between coincident points."""
+    if DISTANCE == EUCLIDEAN:
+        return tl.where(d == 0.0, 0.0, weight / tl.where(d == 0.0, 1.0, d))
+    elif DISTANCE == SQEUCLIDEAN:
+        return 2.0 * weight
+    else:
+        return weight

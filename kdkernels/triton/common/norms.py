@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Norms of rows, and the gradient through rows that were divided by theirs."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
+
+EPS = tl.constexpr(1e-12)  # the clamp of F.normalize, on the norm
+
+
+def squared_norms(x: Tensor) -> Tensor:
+    """Squared norms of the rows [..., D] in fp32, each rounded once."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square().float()
+
+
+def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:
+    """The gradient of features from `v`, that of the unit vectors x / |x| divided by |x|."""
+    G, B, D = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _normalise_gradient_kernel[(G * cdiv(B, ROWS),)](
+        x_ptr=x, v_ptr=v, dx_ptr=dx, B=B, D=D, stride_g=x.stride(0), stride_b=x.stride(1),
+        stride_d=x.stride(2), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return dx
+
+
+@triton.jit
+def _normalise_gradient_kernel(
+    x_ptr,  # [G, B, D] features
+    v_ptr,  # [G, B, D] fp32: the gradient of the unit vectors u = x / |x|, divided by |x|
+    dx_ptr,  # [G, B, D]
+    B,
+    D,
+    stride_g,
+    stride_b,
+    stride_d,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx = v - u <u, v>, in fp64: the radial part taken away can far exceed what remains."""
+    blocks = tl.cdiv(B, ROWS)
+    g = (tl.program_id(0) // blocks).to(tl.int64)
+    rows = ((tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    x_ptrs = x_ptr + g * stride_g + rows[:, None] * stride_b
+    offs_v = (g * B + rows[:, None]) * D
+    x2 = tl.zeros((ROWS,), tl.float64)
+    xv = tl.zeros((ROWS,), tl.float64)
+    for d in range(0, D, COLUMNS):
+        offs_d = (d + tl.arange(0, COLUMNS)).to(tl.int64)
+        mask = (rows < B)[:, None] & (offs_d < D)[None, :]
+        x = tl.load(x_ptrs + offs_d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float64)
+        v = tl.load(v_ptr + offs_v + offs_d[None, :], mask=mask, other=0.0).to(tl.float64)
+        x2 += tl.sum(x * x, 1)
+        xv += tl.sum(x * v, 1)
+    # a norm that the clamp holds does not depend on x: no radial part
+    radial = tl.where(tl.sqrt(x2) < EPS, 0.0, xv / tl.where(x2 == 0.0, 1.0, x2))
+    for d in range(0, D, COLUMNS):
+        offs_d = (d + tl.arange(0, COLUMNS)).to(tl.int64)
+        mask = (rows < B)[:, None] & (offs_d < D)[None, :]
+        x = tl.load(x_ptrs + offs_d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float64)
+        v = tl.load(v_ptr + offs_v + offs_d[None, :], mask=mask, other=0.0).to(tl.float64)
+        dx = (v - x * radial[:, None]).to(tl.float32)
+        tl.store(dx_ptr + offs_v + offs_d[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)

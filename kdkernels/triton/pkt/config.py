@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch configurations of pkt: data, chosen by one pure function."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kdkernels.triton.common.dots import pick_precision
+from kdkernels.triton.common.launch import Arch, Tile, cdiv, fill_device, rows_in_l2, split_length
+
+ELEMENTS = 512  # of a row at a time, in the kernel that ends the gradient
+
+
+@dataclass(frozen=True)
+class PktConfig:
+    tiles: Tile  # rows times rows, of both sides
+    product: Tile  # weights times features
+    arch: Arch
+    precision: str  # of products of features
+    weights: str  # of weights times features
+
+    def chunk(self, B: int, itemsize: int) -> int:
+        """How many rows of weights are made at a time."""
+        return min(B, rows_in_l2(self.arch, B * itemsize, self.tiles.m))
+
+    def split(self, rows: int, B: int) -> int:
+        """Columns that one program goes through."""
+        splits = fill_device(self.arch, cdiv(rows, self.tiles.m), cdiv(B, self.tiles.n))
+        return split_length(B, splits, self.tiles.n)
+
+
+def pick_config(*, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> PktConfig:
+    """`fp32_matmul` is `kdkernels._gpu.fp32_matmul()`."""
+    precision = pick_precision(dtype, arch, fp32_matmul)
+    tiles, product = _tiles(dtype, arch, precision.features)
+    return PktConfig(tiles, product, arch, precision.features, precision.weights)
+
+
+def _tiles(dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile, Tile]:
+    if arch.vendor == "interpreter":  # small enough that samples have several tiles
+        return Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)
+    stages = 2 if arch.vendor == "hip" else 3
+    if dtype == torch.float32:
+        # without tensor cores every operand of a step is held in registers: a short step
+        step = 16 if precision == "ieee" and arch.vendor == "cuda" else 32
+        return Tile(64, 32, step, 8, stages), Tile(64, 64, step, 8, stages)
+    return Tile(64, 64, 32, 8, stages), Tile(128, 64, 32, 8, stages)

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels of pkt. One program takes a tile of rows against a stretch of columns; weights of the
+gradient leave it as a chunk that a second product reads while it is in the L2 cache."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kdkernels.triton.common.dots import dot
+from kdkernels.triton.common.exp_math import two_atanh
+
+# Rows of the table of numbers per feature row, fp32 [7, B], of student and teacher.
+SCALE, SELF, INVERSE, LOST = (tl.constexpr(index) for index in (0, 2, 4, 6))
+
+
+@triton.jit
+def _products(
+    x_ptr,  # [B, D]
+    offs_m,
+    offs_n,
+    B,
+    D,
+    stride_m,
+    stride_d,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """x x^T of a tile, fp32."""
+    # int64: a row number times a row stride passes 2**31 on large inputs
+    rows = x_ptr + offs_m.to(tl.int64)[:, None] * stride_m
+    cols = x_ptr + offs_n.to(tl.int64)[None, :] * stride_m
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, D, BLOCK_K):
+        ks = k + tl.arange(0, BLOCK_K)
+        step = ks.to(tl.int64) * stride_d
+        a = tl.load(rows + step[None, :], mask=(offs_m < B)[:, None] & (ks < D)[None, :], other=0.0)
+        b = tl.load(cols + step[:, None], mask=(offs_n < B)[None, :] & (ks < D)[:, None], other=0.0)
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _apart(offs_m, offs_n):
+    """0 on the diagonal, 1 elsewhere."""
+    return tl.minimum(tl.abs(offs_m[:, None] - offs_n[None, :]), 1).to(tl.float32)
+
+
+@triton.jit
+def _similarities(product, scale_i, scale_j, self_i, self_j, offs_m, offs_n, COSINE: tl.constexpr):
+    if COSINE:
+        k = 0.5 * (product * scale_i[:, None] * scale_j[None, :] + 1.0)
+        floor = 0.5 * (self_i[:, None] + self_j[None, :] - self_i[:, None] * self_j[None, :])
+        return tl.where(k < floor, floor, k)  # keeps NaN
+    else:
+        d2 = self_i[:, None] + self_j[None, :] - 2.0 * product
+        # At least 0, and 0 on the diagonal, where NaN stays. By arithmetic: a mask per element
+        # takes more scalar registers than AMD GPUs have.
+        d2 = 0.5 * (d2 + tl.abs(d2)) * _apart(offs_m, offs_n)
+        return 1.0 / (1.0 + tl.sqrt(d2 + 1e-6))
+
+
+@triton.jit
+def _log_ratio(a, b):
+    """log(a / b), relative to itself good near 1 too, where the hardware's logarithm is not."""
+    s = (a - b) / (a + b)
+    return tl.where(tl.abs(s) <= 0.3333, two_atanh(s), tl.log(a / b))
+
+
+@triton.jit
+def _term(p, q, KL: tl.constexpr):
+    if KL:
+        return q * _log_ratio(q + 1e-7, p + 1e-7)
+    else:
+        return (q - p) * _log_ratio(q, p)
+
+
+@triton.jit
+def _slope(p, q, KL: tl.constexpr):
+    """The derivative of a term by p, with "kl" plus 1, which changes no gradient."""
+    if KL:
+        return ((p - q) + 1e-7) / (p + 1e-7)
+    else:
+        return (p - q) / p - _log_ratio(q, p)
+
+
+@triton.jit
+def _pkt_tiles_kernel(
+    s_ptr,  # [B, D_s]
+    t_ptr,  # [B, D_t]
+    # [7, B] fp32: scales, self terms and inverse sums of both sides, what the slopes of a row lose
+    rows_ptr,
+    sums_ptr,  # [3, splits, B] fp32: sums of K of both sides, or losses and r; sums of weights
+    w_ptr,  # [rows, B], or unused: weights of a chunk of rows
+    first,  # of the chunk
+    last,
+    B,
+    D_s,
+    D_t,
+    split_n,  # columns of a split; a multiple of BLOCK_N
+    splits,
+    stride_sm,
+    stride_sd,
+    stride_tm,
+    stride_td,
+    COSINE: tl.constexpr,
+    KL: tl.constexpr,
+    SUMS: tl.constexpr,  # which results are asked for
+    LOSS: tl.constexpr,
+    WEIGHTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_m = first + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    mask_m = offs_m < last
+    of_row = rows_ptr + offs_m
+    width = B.to(tl.int64)
+    self_s = tl.load(of_row + SELF * width, mask=mask_m, other=0.0)
+    self_t = tl.load(of_row + (SELF + 1) * width, mask=mask_m, other=0.0)
+    scale_s = tl.load(of_row + SCALE * width, mask=mask_m, other=0.0)
+    scale_t = tl.load(of_row + (SCALE + 1) * width, mask=mask_m, other=0.0)
+    if LOSS or WEIGHTS:
+        inverse_s = tl.load(of_row + INVERSE * width, mask=mask_m, other=0.0)
+        inverse_t = tl.load(of_row + (INVERSE + 1) * width, mask=mask_m, other=0.0)
+    first_sum = tl.zeros((BLOCK_M,), tl.float32)
+    second_sum = tl.zeros((BLOCK_M,), tl.float32)
+    weight_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for j in range(split * split_n, tl.minimum((split + 1) * split_n, B), BLOCK_N):
+        offs_n = j + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < B
+        valid = mask_m[:, None] & mask_n[None, :]
+        of_col = rows_ptr + offs_n
+        scale_j = tl.load(of_col + SCALE * width, mask=mask_n, other=0.0)
+        self_j = tl.load(of_col + SELF * width, mask=mask_n, other=0.0)
+        product = _products(
+            s_ptr, offs_m, offs_n, B, D_s, stride_sm, stride_sd,
+            PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        k_s = _similarities(product, scale_s, scale_j, self_s, self_j, offs_m, offs_n, COSINE)
+        other_scale_j = tl.load(of_col + (SCALE + 1) * width, mask=mask_n, other=0.0)
+        other_self_j = tl.load(of_col + (SELF + 1) * width, mask=mask_n, other=0.0)
+        product = _products(
+            t_ptr, offs_m, offs_n, B, D_t, stride_tm, stride_td,
+            PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+        k_t = _similarities(
+            product, scale_t, other_scale_j, self_t, other_self_j, offs_m, offs_n, COSINE
+        )
+        if SUMS:
+            first_sum += tl.sum(tl.where(valid, k_s, 0.0), 1)
+            second_sum += tl.sum(tl.where(valid, k_t, 0.0), 1)
+        if LOSS or WEIGHTS:
+            p = k_s * inverse_s[:, None]
+            q = k_t * inverse_t[:, None]
+            slope = _slope(p, q, KL)
+        if LOSS:
+            first_sum += tl.sum(tl.where(valid, _term(p, q, KL), 0.0), 1)
+            second_sum += tl.sum(tl.where(valid, p * slope, 0.0), 1)
+        if WEIGHTS:
+            inverse_sj = tl.load(of_col + INVERSE * width, mask=mask_n, other=0.0)
+            inverse_tj = tl.load(of_col + (INVERSE + 1) * width, mask=mask_n, other=0.0)
+            across = _slope(k_s * inverse_sj[None, :], k_t * inverse_tj[None, :], KL)
+            if not COSINE:
+                lost = tl.load(of_row + LOST * width, mask=mask_m, other=0.0)
+                slope -= lost[:, None]
+                across -= tl.load(of_col + LOST * width, mask=mask_n, other=0.0)[None, :]
+            w = slope * inverse_s[:, None] + across * inverse_sj[None, :]
+            if COSINE:
+                w *= scale_j[None, :]
+            else:  # dK / d(d^2) = -K^2 / (2 d) with d = 1 / K - 1
+                w *= k_s * k_s * k_s / (2.0 * k_s - 2.0) * _apart(offs_m, offs_n)
+            w = tl.where(valid, w, 0.0).to(w_ptr.dtype.element_ty)
+            weight_sum += tl.sum(w.to(tl.float32), 1)  # as they will be multiplied
+            at = w_ptr + (offs_m - first).to(tl.int64)[:, None] * B + offs_n[None, :]
+            tl.store(at, w, mask=valid)
+    at = sums_ptr + split.to(tl.int64) * width + offs_m
+    if SUMS or LOSS:
+        tl.store(at, first_sum, mask=mask_m)
+        tl.store(at + splits * width, second_sum, mask=mask_m)
+    if WEIGHTS:
+        tl.store(at + 2 * splits * width, weight_sum, mask=mask_m)
+
+
+@triton.jit
+def _pkt_cosine_bwd_kernel(
+    x_ptr,  # [B, D]
+    norm_ptr,  # [B] fp32
+    ratio_ptr,  # [B] fp32: r / Z
+    total_ptr,  # [D] fp32: sum of u
+    weighted_ptr,  # [D] fp32: sum of u times the ratios
+    dx_ptr,  # [B, D] fp32: products W u, which become the gradient
+    D,
+    stride_m,
+    stride_d,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0).to(tl.int64)
+    norm = tl.load(norm_ptr + i)
+    ratio = tl.load(ratio_ptr + i)
+    inner = tl.zeros((BLOCK,), tl.float64)
+    for d in range(0, D, BLOCK):
+        offs = d + tl.arange(0, BLOCK)
+        mask = offs < D
+        x = tl.load(x_ptr + i * stride_m + offs.to(tl.int64) * stride_d, mask=mask, other=0.0)
+        lost = ratio * tl.load(total_ptr + offs, mask=mask, other=0.0)
+        lost += tl.load(weighted_ptr + offs, mask=mask, other=0.0)
+        du = 0.5 * (tl.load(dx_ptr + i * D + offs, mask=mask, other=0.0) - lost)
+        # in fp64: the radial part that is taken away can be much larger than what remains
+        inner += du.to(tl.float64) * x.to(tl.float64)
+    wide = norm.to(tl.float64)
+    radial = tl.where(norm == 0.0, 0.0, tl.sum(inner, 0) / (wide * (wide + EPS)))
+    for d in range(0, D, BLOCK):
+        offs = d + tl.arange(0, BLOCK)
+        mask = offs < D
+        x = tl.load(x_ptr + i * stride_m + offs.to(tl.int64) * stride_d, mask=mask, other=0.0)
+        lost = ratio * tl.load(total_ptr + offs, mask=mask, other=0.0)
+        lost += tl.load(weighted_ptr + offs, mask=mask, other=0.0)
+        du = 0.5 * (tl.load(dx_ptr + i * D + offs, mask=mask, other=0.0) - lost)
+        dx = (du.to(tl.float64) - radial * x.to(tl.float64)) / (wide + EPS)
+        tl.store(dx_ptr + i * D + offs, dx.to(tl.float32), mask=mask)
