@@ -5,6 +5,7 @@ fp64."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from kdkernels import _dispatch
 from kdkernels.testing import numerics
-from kdkernels.testing.opinfo import OpInfo, Sample
+from kdkernels.testing.opinfo import OpInfo, Sample, clustered
 
 ALL = tuple(SHORT)
 
@@ -136,6 +137,36 @@ def test_zero_rows_are_those_of_the_definition(case: Case, which: tuple[int, ...
             size = numerics.largest(scale[index] if isinstance(scale, Tensor) else scale)
             errors.append(numerics.compare(f"d{name}, {kind} rows, ", *part, case.dtype, size))
     assert_within_budget(case, errors)
+
+
+CROWDS = {
+    "duplicates": lambda x, seed: clustered(x, 0.0, seed),
+    "clusters": lambda x, seed: clustered(x, 1e-3, seed),
+    "offset": lambda x, seed: x + 30,
+}
+
+
+def _crowdable(found: Sequence[Sample]) -> list[Sample]:
+    """Whose result rounding does not decide: where a semihard negative begins it does."""
+    return [
+        sample
+        for sample in few(found)
+        if _smallest_side(sample) > 2 and "semihard" not in sample.kwargs.values()
+    ]
+
+
+@pytest.mark.parametrize("kind", CROWDS)
+@each_case(pick=_crowdable, backends=("reference", "cpu"))
+def test_crowded_rows_are_within_the_budget(case: Case, kind: str) -> None:
+    """Rows as a network gives them: some almost or exactly equal, or all of them far from 0."""
+    if kind == "duplicates" and case.info.selects:
+        return  # between equal rows nothing but their order decides
+    args = [
+        CROWDS[kind](arg, seed) if is_float(arg) and arg.dim() > 1 else arg
+        for seed, arg in enumerate(case.sample.args)
+    ]
+    case = case.having(*args, name=f"{case.sample.name}-{kind}")
+    assert_within_budget(case, case.errors())
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "minus_inf"])

@@ -2,6 +2,7 @@
 // Several ops need this arithmetic of rows. The CPU and CUDA kernels share it.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 
 #include "host_device.h"
@@ -22,6 +23,13 @@ inline constexpr T kNormLimit = std::numeric_limits<T>::max() / 4;
 // some times slower.
 template <typename T>
 inline constexpr T kClose = sizeof(T) == sizeof(float) ? T(1) / 16 : T(1) / 1024;
+
+// How far |x|^2 + |y|^2 - 2 <x, y> of D columns may be off, relative to |x|^2 + |y|^2: sums of
+// products are vectorised.
+template <typename T>
+KDK_HOST_DEVICE T product_tolerance(int64_t D) {
+  return std::numeric_limits<T>::epsilon() * static_cast<T>(8 + D / 8);
+}
 
 inline constexpr double kEps = 1e-12;  // the clamp of F.normalize, on the norm
 

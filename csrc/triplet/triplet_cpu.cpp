@@ -27,9 +27,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
   const Labelled<T> sorted(x, labels, r, reference_labels, in_batch);
   Search<T> p(true, positives == Strategy::kEasiest, B),
       n(false, negatives != Strategy::kEasiest, B);
-  mine(Miner<T>(sorted), positives, negatives, p, n);
   const auto* rows = static_cast<const T*>(x.const_data_ptr());
   const auto* other_rows = static_cast<const T*>(r.const_data_ptr());
+  mine(Miner<T>(sorted, rows, other_rows), positives, negatives, p, n);
   parallel_each(B, 4.0 * D, [&](int64_t i) {
     const int64_t row = sorted.anchors.row[i];
     const bool valid = p.best[i].row >= 0 && n.best[i].row >= 0;

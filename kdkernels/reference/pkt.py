@@ -7,13 +7,22 @@ whose names it keeps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from kdkernels.reference._distances import distances, gradients_of_pairs
 
 # Of the two public codes, by the divergence that each of them uses.
 NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
 LOG_EPS = {"kl": 1e-7, "jeffreys": 0.0}
 DISTANCE_EPS = 1e-6
+
+
+def _squared_distances(x: Tensor) -> Tensor:  # [B, D] -> [B, B]
+    d2 = (x[:, None] - x).square().sum(2)
+    return torch.where(torch.isfinite(x).all(1), d2, torch.nan)  # a row less itself is not 0 then
 
 
 def pkt(
@@ -22,8 +31,10 @@ def pkt(
     *,
     kernel: str = "cosine",
     divergence: str = "kl",
+    squared_distances: Callable[[Tensor], Tensor] = _squared_distances,
 ) -> Tensor:
-    """Mean over B^2 of the divergence's terms, differentiable by autograd."""
+    """Mean over B^2 of the divergence's terms, differentiable by autograd. Distances are those of
+    differences unless another function of the rows is given."""
 
     def probabilities(x: Tensor) -> Tensor:  # [B, B]
         if kernel == "cosine":
@@ -31,7 +42,7 @@ def pkt(
             u = x / (norm + NORM_EPS[divergence])
             k = (u @ u.T + 1) / 2
         else:
-            k = 1 / (1 + (_squared_distances(x) + DISTANCE_EPS).sqrt())
+            k = 1 / (1 + (squared_distances(x) + DISTANCE_EPS).sqrt())
         return k / k.sum(1, keepdim=True)
 
     p, q, eps = probabilities(student), probabilities(teacher), LOG_EPS[divergence]
@@ -55,8 +66,8 @@ def pkt_fwd(
         u, k_s, z_s = _cosine(s, eps)
         _, k_t, z_t = _cosine(t, eps)
     else:
-        u, d, k_s, z_s = _student_t(s)
-        _, _, k_t, z_t = _student_t(t)
+        d2, k_s, z_s = _student_t(s)
+        _, k_t, z_t = _student_t(t)
     p, q = k_s / z_s, k_t / z_t
     loss, slope = _terms(p, q, divergence)
     loss = loss.sum()
@@ -67,14 +78,10 @@ def pkt_fwd(
     gk = gk + gk.T
     if kernel == "cosine":
         return loss, _cosine_backward(s, gk @ u / 2, eps)
-    w = (-gk * k_s.square() / (2 * d)).fill_diagonal_(0)  # dK/dd^2 = -K^2 / (2 d)
-    return loss, (2 * (w.sum(1, keepdim=True) * u - w @ u)).contiguous()
-
-
-def _squared_distances(x: Tensor) -> Tensor:  # [B, D] -> [B, B]
-    squares = x.square().sum(1)
-    d2 = (squares[:, None] + squares - 2 * (x @ x.T)).clamp_min(0)
-    return d2 * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))  # NaN stays
+    d = (d2.double() + DISTANCE_EPS).sqrt()
+    # dK/dd^2 = -K^2 / (2 d), and nothing between rows that do not differ
+    w = torch.where(d2 == 0, 0.0, -gk * k_s.square() / (2 * d))
+    return loss, gradients_of_pairs(w, d2, s, s, "sqeuclidean")[0]
 
 
 def _cosine(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,12 +94,11 @@ def _cosine(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     return u, k, (u @ u.sum(0)[:, None] + len(x)) / 2
 
 
-def _student_t(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(x centred [B, D], d [B, B], K [B, B], Z [B, 1])"""
-    x = x - x.mean(0)  # distances stay, and rows close together keep more of theirs
-    d = (_squared_distances(x) + DISTANCE_EPS).sqrt()
-    k = 1 / (1 + d)
-    return x, d, k, k.sum(1, keepdim=True)
+def _student_t(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(d^2 from differences [B, B], K [B, B], Z [B, 1])"""
+    d2 = distances(x, x, "sqeuclidean")
+    k = 1 / (1 + (d2 + DISTANCE_EPS).sqrt())
+    return d2, k, k.sum(1, keepdim=True)
 
 
 def _terms(p: Tensor, q: Tensor, divergence: str) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ def sampled_similarity(
     indices: Tensor,  # [B, K]
 ) -> Tensor:  # [B, K]
     """<x_i, bank[indices_ik]>, differentiable by autograd."""
-    return (bank[indices.long()] @ x[:, :, None]).squeeze(-1)
+    return (bank[indices.long()].to(x.dtype) @ x[:, :, None]).squeeze(-1)
 
 
 def sampled_similarity_fwd(

@@ -186,6 +186,15 @@ def network_features(
     return torch.relu(mean + spread * noise(1) + distance * noise(2)).to(device, dtype)
 
 
+def clustered(x: Tensor, spread: float, seed: int = 0) -> Tensor:
+    """Rows that lie `spread` apart in clusters of about three, around points that are ten times as
+    far out as the rows of x. A spread of 0 gives duplicates."""
+    rows = x.shape[-2]
+    centres = 10 * x.double()[..., torch.arange(rows) % max(min(rows, 4), rows // 3), :]
+    noise = torch.randn(x.shape, generator=rng(seed), dtype=torch.float64).to(x.device)
+    return (centres + spread * noise).to(x.dtype)
+
+
 @cache
 def opinfos() -> tuple[OpInfo, ...]:
     """Every OpInfo of the package, found in `kdkernels/testing/opinfos/`."""
