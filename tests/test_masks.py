@@ -20,7 +20,10 @@ import kdkernels as kd
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos, rng
 
 # what has one row per sample, in any op
-ROWS = ("student", "teacher", "embeddings", "labels", "codes", "own_keys", "exclude")
+ROWS = (
+    "student", "teacher", "embeddings", "queries", "labels", "positives", "codes", "own_keys",
+    "exclude",
+)  # fmt: skip
 IGNORED = 100  # a label of no sample
 # where a zero row costs nothing, no index is made and `torch.compile` sees no data
 ZEROES = ("gram_mse", "relational_kl", "lsh_bce")
@@ -63,7 +66,8 @@ def padded(x: Tensor, kept: Tensor, filler: Any = None, dim: int = -2) -> Tensor
     shape = list(x.shape)
     shape[dim] = len(kept)
     if filler is None:
-        filler = torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max
+        filler = torch.nan if x.is_floating_point() else x.dtype == torch.bool
+        filler = filler or torch.iinfo(x.dtype).max
     full = torch.full(shape, filler, dtype=x.dtype, device=x.device)
     if x.is_floating_point() and len(kept) > 1:
         full.select(dim, int((~kept).nonzero()[0])).fill_(torch.inf)

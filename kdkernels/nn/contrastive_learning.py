@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend
 from kdkernels.nn._temperature import TemperedLoss
+from kdkernels.ops import _key_bank, _rows
 from kdkernels.ops.info_nce import info_nce
 
 
@@ -32,6 +36,8 @@ class NTXentLoss(TemperedLoss):
         - first, second: [B, D], the two views of each image. Both receive gradients.
         - negatives: [K, D], more keys that every view sees, such as those of a queue; None for
           none. They receive a gradient if they ask for one.
+        - sample_mask: which images count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Nothing waits for a device. None: all.
         - output: scalar, fp32 (fp64 for fp64). 0 for an empty batch.
 
     Attributes:
@@ -69,20 +75,30 @@ class NTXentLoss(TemperedLoss):
         first: Tensor,  # [B, D]
         second: Tensor,  # [B, D]
         negatives: Tensor | None = None,  # [K, D]
+        *,
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
-        _pair("first", first, "second", second)
+        _pair("first", first, "second", second, sample_mask)
         views = torch.cat([first, second])
         keys = views
         if negatives is not None:
             _checks.matrix("negatives", negatives)
             _checks.same_device("negatives", negatives, "first", first)
             _checks.same_columns("negatives", negatives, "first", first)
-            keys = torch.cat([views, negatives.to(views.dtype)])
+            keys = torch.cat([views, negatives])
         if len(views) == 0:
             return self.weight * _nothing(views)
         own = torch.arange(len(views), device=views.device)
-        other = own.roll(len(first))
-        return self.weight * info_nce(views, keys, other, exclude=own, **self._options())
+        other, num_keys = own.roll(len(first)), None
+        if sample_mask is not None:
+            sample_mask = sample_mask.repeat(2)
+            counting = F.pad(sample_mask, (0, len(keys) - len(views)), value=True)
+            order, num_keys, own, other = _counting_first(counting, own, other)
+            keys = keys[order]
+        return self.weight * info_nce(
+            views, keys, other, exclude=own, num_keys=num_keys, sample_mask=sample_mask,
+            **self._options(),
+        )  # fmt: skip
 
 
 class SupConLoss(TemperedLoss):
@@ -99,6 +115,8 @@ class SupConLoss(TemperedLoss):
 
     Args:
         weight: Factor of the loss.
+        ignore_index: Label of rows of both sides that do not count, an integer. None: every label
+            is a class, -1 too.
         temperature: Positive; the paper's best one is 0.1, the default of the authors' code 0.07.
         learn_temperature, min_temperature: See `InfoNCELoss`.
         normalize: Similarities are cosines; False takes inner products.
@@ -110,6 +128,9 @@ class SupConLoss(TemperedLoss):
           label of its own.
         - references: [M, D], and reference_labels: [M]: the keys in place of the batch, such as a
           memory of past embeddings. They receive gradients if they ask for them.
+        - sample_mask: which samples of the embeddings count, bool [B]; the others may hold
+          anything. The loss is that of the batch without them, or against references that of the
+          other rows. Nothing waits for a device. None: all.
         - exclude: [B] with references that hold the embeddings too: where each lies, -1 for
           nowhere. Of the batch itself a row never counts for itself. For [B, V, D] it is [B V].
         - output: scalar, fp32 (fp64 for fp64). 0 for an empty batch.
@@ -133,6 +154,7 @@ class SupConLoss(TemperedLoss):
         self,
         weight: float = 1.0,
         *,
+        ignore_index: int | None = None,
         temperature: float = 0.07,
         learn_temperature: bool = False,
         min_temperature: float = 0.01,
@@ -142,6 +164,7 @@ class SupConLoss(TemperedLoss):
         super().__init__(
             weight, temperature, learn_temperature, min_temperature, normalize, backend
         )
+        self.ignore_index = _checks.ignore_index(ignore_index)
 
     def forward(
         self,
@@ -151,8 +174,10 @@ class SupConLoss(TemperedLoss):
         reference_labels: Tensor | None = None,  # [M]
         *,
         exclude: Tensor | None = None,  # [B] or [B V]
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
-        rows, labels = _rows_of_views(embeddings, labels)
+        rows, labels, counting = _rows_of_views(embeddings, labels, sample_mask)
+        counting = _rows.of_label(labels, counting, self.ignore_index)
         if (references is None) != (reference_labels is None):
             raise ValueError("references and reference_labels must be given together")
         if references is None:
@@ -160,12 +185,23 @@ class SupConLoss(TemperedLoss):
                 raise ValueError("exclude must be None without references")
             if len(rows) == 0:
                 return self.weight * _nothing(rows)
-            references, reference_labels = rows, labels
+            references, reference_labels, keys_counting = rows, labels, counting
             exclude = torch.arange(len(rows), device=rows.device)
+        else:
+            _checks.matrix("references", references)
+            _checks.labels("reference_labels", reference_labels, "references", references)
+            keys_counting = _rows.of_label(reference_labels, None, self.ignore_index)
+        num_keys = None
+        if keys_counting is not None:
+            order, num_keys, exclude = _counting_first(keys_counting, exclude)
+            references, reference_labels = _rows.take(order, references, reference_labels)
         return self.weight * info_nce(
             rows, references, labels, key_labels=reference_labels, exclude=exclude,
-            **self._options(),
+            num_keys=num_keys, sample_mask=counting, **self._options(),
         )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, ignore_index={self.ignore_index}"
 
 
 class CLIPLoss(TemperedLoss):
@@ -187,6 +223,8 @@ class CLIPLoss(TemperedLoss):
         - images, texts: [B, D], pairs by order. Both receive gradients.
         - exclude: bool [B, B], true where an image and a text that are no pair are no negatives of
           each other either, such as duplicates; None for none.
+        - sample_mask: which pairs count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Nothing waits for a device. None: all.
         - output: scalar, fp32 (fp64 for fp64). 0 for an empty batch.
 
     Attributes:
@@ -226,18 +264,28 @@ class CLIPLoss(TemperedLoss):
         texts: Tensor,  # [B, D]
         *,
         exclude: Tensor | None = None,  # [B, B] bool
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
-        _pair("images", images, "texts", texts)
+        _pair("images", images, "texts", texts, sample_mask)
         if len(images) == 0:
             return self.weight * _nothing(images)
         if exclude is not None and getattr(exclude, "dtype", None) != torch.bool:
             found = exclude.dtype if isinstance(exclude, Tensor) else type(exclude).__name__
             raise TypeError(f"exclude must be a torch.bool mask or None, got {found}")
+        if exclude is not None:
+            _key_bank.check_exclude(exclude, "images", images, texts)
         pairs = torch.arange(len(images), device=images.device)
-        options = self._options()
-        loss = info_nce(images, texts, pairs, exclude=exclude, **options)
-        exclude = None if exclude is None else exclude.T
-        loss = loss + info_nce(texts, images, pairs, exclude=exclude, **options)
+        order, options = None, {**self._options(), "sample_mask": sample_mask}
+        if sample_mask is not None:
+            order, options["num_keys"], pairs = _counting_first(sample_mask, pairs)
+        loss = 0.0
+        for queries, keys, mask in (
+            (images, texts, exclude),
+            (texts, images, None if exclude is None else exclude.T),
+        ):
+            if order is not None:
+                keys, mask = keys[order], None if mask is None else mask[:, order]
+            loss = loss + info_nce(queries, keys, pairs, exclude=mask, **options)
         return self.weight * (0.5 * loss)
 
 
@@ -246,8 +294,8 @@ def _nothing(rows: Tensor) -> Tensor:
     return rows.to(_checks.accumulation_dtype(rows.dtype)).sum()
 
 
-def _pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Rows that belong to each other by order."""
+def _pair(name: str, x: Tensor, other_name: str, other: Tensor, sample_mask: Any) -> None:
+    """Rows that belong to each other by order, and which of them count."""
     _checks.matrix(name, x)
     _checks.matrix(other_name, other)
     _checks.same_device(other_name, other, name, x)
@@ -255,10 +303,32 @@ def _pair(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         raise ValueError(
             f"{other_name} must have shape {list(x.shape)} like {name}, got {list(other.shape)}"
         )
+    _checks.sample_mask(sample_mask, name, x)
 
 
-def _rows_of_views(embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B V, D] and [B V]."""
+def _counting_first(
+    counting: Tensor,  # [M] bool
+    *indices: Tensor | None,  # of keys, -1 for none
+) -> tuple[Any, ...]:
+    """An order of keys in which those that count come first, how many these are, and indices in
+    that order.
+
+    If no key counts, one does: then no query has a positive, or none counts.
+    """
+    order = counting.logical_not().to(torch.uint8).argsort(stable=True)
+    place = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
+    moved = (
+        None if x is None else place[x.clamp_min(0).long()].masked_fill(x < 0, -1) for x in indices
+    )
+    return order, counting.sum().clamp_min(1), *moved
+
+
+def _rows_of_views(
+    embeddings: Tensor, labels: Tensor | None, sample_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[B V, D], [B V] and [B V]."""
     _checks.features("embeddings", embeddings)
     if embeddings.dim() > 3:
         raise ValueError(
@@ -269,6 +339,10 @@ def _rows_of_views(embeddings: Tensor, labels: Tensor | None) -> tuple[Tensor, T
             raise ValueError("labels must be given for embeddings [B, D], got None")
         labels = torch.arange(len(embeddings), device=embeddings.device)
     _checks.labels("labels", labels, "embeddings", embeddings)
+    _checks.sample_mask(sample_mask, "embeddings", embeddings.flatten(1))
     if embeddings.dim() == 2:
-        return embeddings, labels
-    return embeddings.flatten(0, 1), labels.repeat_interleave(embeddings.shape[1])
+        return embeddings, labels, sample_mask
+    views = embeddings.shape[1]
+    if sample_mask is not None:
+        sample_mask = sample_mask.repeat_interleave(views)
+    return embeddings.flatten(0, 1), labels.repeat_interleave(views), sample_mask

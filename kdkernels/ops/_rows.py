@@ -52,6 +52,22 @@ def put_back(values: Tensor, index: Tensor | None, total: int) -> Tensor:
     return values if index is None else values.new_zeros(total).index_copy(0, index, values)
 
 
+def reduced(
+    values: Tensor,  # [B]
+    sample_mask: Tensor | None,  # [B]
+    reduction: str,
+) -> Tensor:
+    """The mean or the sum over the rows that count, or all values, 0 where a row does not."""
+    if sample_mask is not None:
+        values = values.masked_fill(~sample_mask, 0.0)
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    rows = max(len(values), 1) if sample_mask is None else sample_mask.sum().clamp_min(1)
+    return values.sum() / rows
+
+
 def select(sample_mask: Any, **tensors: Any) -> tuple[Tensor, ...]:
     """The rows that count of tensors by their names, which have as many rows as the first."""
     if sample_mask is None:

@@ -19,7 +19,7 @@ from kdkernels._dispatch import Backend, explained_by, form
 from kdkernels._key_bank_call import KeyBankCall
 from kdkernels._library import autocast_off
 from kdkernels._similarity import NORM_EPS
-from kdkernels.ops import _key_bank
+from kdkernels.ops import _key_bank, _rows
 from kdkernels.ops.relational_kl import apply, gradient_choice
 
 
@@ -34,6 +34,7 @@ def _check(
     temperature: float | Tensor,
     normalize: bool,
     num_keys: int | Tensor | None,
+    sample_mask: Tensor | None,
     reduction: str,
 ) -> tuple[torch.dtype, float | Tensor]:
     """Everything but the numbers inside tensors; returns the common dtype and the temperature."""
@@ -57,6 +58,7 @@ def _check(
         raise ValueError("positives must say which keys are positive where own_keys is None")
     if exclude is not None:
         _key_bank.check_exclude(exclude, "queries", queries, keys)
+    _checks.sample_mask(sample_mask, "queries", queries)
     by = _key_bank.temperature("temperature", temperature, queries)
     _checks.flag("normalize", normalize)
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
@@ -114,6 +116,7 @@ def info_nce(
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
     num_keys: int | Tensor | None = None,
+    sample_mask: Tensor | None = None,  # [B]
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -153,7 +156,10 @@ def info_nce(
         num_keys: How many of the keys count, the first ones, where a queue is not yet full: an
             integer, or an integer tensor without dimensions on the device of the keys, for which
             nothing waits. What lies beyond may be anything, and its gradient is 0.
-        reduction: "mean" and "sum" over rows; "none" gives [B].
+        sample_mask: Which queries count, with their positives, own_keys and exclude, bool [B]. The
+            others may hold anything, cost 0, and their gradient is 0. Nothing waits for a device.
+            The keys are those that are given, whatever the mask says. None: all.
+        reduction: "mean" and "sum" over the rows that count; "none" gives [B].
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -173,8 +179,20 @@ def info_nce(
     """
     dtype, by = _check(
         queries, keys, positives, key_labels=key_labels, own_keys=own_keys, exclude=exclude,
-        temperature=temperature, normalize=normalize, num_keys=num_keys, reduction=reduction,
+        temperature=temperature, normalize=normalize, num_keys=num_keys, sample_mask=sample_mask,
+        reduction=reduction,
     )  # fmt: skip
+    if sample_mask is not None:
+        (queries,) = _rows.zeroed(sample_mask, queries)
+        if own_keys is not None:
+            (own_keys,) = _rows.zeroed(sample_mask, own_keys)
+        if positives is not None:
+            positives = positives.masked_fill(~sample_mask, 0)
+        if exclude is not None:
+            mask = exclude.dtype == torch.bool
+            exclude = (
+                exclude & sample_mask[:, None] if mask else exclude.masked_fill(~sample_mask, -1)
+            )
     counting = _key_bank.counting(num_keys, keys)
     if exclude is not None and exclude.dtype != torch.bool:
         _key_bank.within("exclude", exclude, -1, keys.shape[0])
@@ -200,13 +218,13 @@ def info_nce(
         exclude=exclude,
         num_keys=num_keys,
     )
-    if key_labels is None:
+    if key_labels is None and sample_mask is None:
         return apply(call, own_logit, None, reduction, backend)
-    loss = apply(call, own_logit, None, "none", backend)
-    loss = _with_labels(loss, call, own_logit, positives, key_labels[: len(keys)], normalize)
-    if reduction == "none":
-        return loss
-    return loss.sum() / (max(len(loss), 1) if reduction == "mean" else 1)
+    losses = apply(call, own_logit, None, "none", backend)
+    if key_labels is not None:
+        labels = key_labels[: len(keys)]
+        losses = _with_labels(losses, call, own_logit, positives, labels, normalize)
+    return _rows.reduced(losses, sample_mask, reduction)
 
 
 def _counting_positives(

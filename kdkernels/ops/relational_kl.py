@@ -382,8 +382,4 @@ def relational_kl(
     if sample_mask is None:
         return apply(call, own_student, own_teacher, reduction, backend)
     losses = apply(call, own_student, own_teacher, "none", backend)
-    losses = losses.masked_fill(~sample_mask, 0.0)
-    if reduction == "none":
-        return losses
-    total = losses.sum()
-    return total / sample_mask.sum().clamp_min(1) if reduction == "mean" else total
+    return _rows.reduced(losses, sample_mask, reduction)
