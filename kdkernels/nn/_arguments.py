@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
+from kdkernels._similarity import unit
 
 Features = Tensor | Sequence[Tensor]
 
@@ -64,4 +64,4 @@ def unit_rows(
 ) -> Tensor:  # [B, D]
     """Rows of unit norm in another tensor's dtype, rounded once."""
     wide = x.to(_checks.accumulation_dtype(x.dtype))
-    return F.normalize(wide, dim=-1).to(like.dtype)
+    return unit(wide).to(like.dtype)

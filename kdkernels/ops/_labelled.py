@@ -7,18 +7,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import form
+from kdkernels._similarity import unit
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 
 
 def _unit(x: Tensor) -> Tensor:
     """Unit rows in the accumulation dtype, so that half precision rounds no distance."""
-    return F.normalize(x.to(_checks.accumulation_dtype(x.dtype)), dim=-1)
+    return unit(x.to(_checks.accumulation_dtype(x.dtype)))
 
 
 def _check_side(name: str, x: Tensor, labels_name: str, labels: Any) -> None:
@@ -62,14 +62,14 @@ def labelled_rows(
     the same tensor: Dynamo passes no tensor to an autograd function twice (torch 2.13).
     """
     dtype = _check(embeddings, labels, references, reference_labels, distance)
-    unit = normalize_embeddings or distance == "cosine"
+    divide = normalize_embeddings or distance == "cosine"
     given_labels, labels = labels, labels.to(torch.int64)
     shared = reference_labels is None or reference_labels is given_labels
     reference_labels = None if shared else reference_labels.to(torch.int64)
     if references is None:
-        return _unit(embeddings) if unit else embeddings, labels, None, reference_labels
+        return _unit(embeddings) if divide else embeddings, labels, None, reference_labels
     embeddings, references = _checks.in_dtype(dtype, embeddings, references)
-    if unit:
+    if divide:
         embeddings, references = _unit(embeddings), _unit(references)
     references = references.view_as(references) if references is embeddings else references
     return embeddings, labels, references, reference_labels

@@ -10,10 +10,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels._similarity import NORM_EPS
+from kdkernels._similarity import NORM_EPS, unit
 from kdkernels.reference._rows import normalize_backward
 
 
@@ -30,12 +29,12 @@ def gram_mse(
 
     def gram(x: Tensor) -> Tensor:
         if normalize == "feature":
-            x = F.normalize(x, dim=-1)
+            x = unit(x)
         g = x @ x.mT
         if kernel == "rbf_taylor":
             g = sum(c * g**p for p, c in enumerate(taylor_coefficients(gamma, order)))
         if normalize in ("row_l2", "row_l1"):
-            g = F.normalize(g, p=int(normalize[-1]), dim=-1)
+            g = unit(g, int(normalize[-1]))
         return g
 
     return (gram(student) - gram(teacher)).square().sum((-2, -1))
@@ -136,7 +135,7 @@ def gram_mse_bwd(
 def _prepare(x: Tensor, normalize: str) -> Tensor:
     """Features in the accumulation dtype, normalised if the Gram is that of unit vectors."""
     x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return F.normalize(x, dim=-1, eps=NORM_EPS) if normalize == "feature" else x
+    return unit(x) if normalize == "feature" else x
 
 
 def _polynomial(g: Tensor, coefficients: list[float]) -> Tensor:
