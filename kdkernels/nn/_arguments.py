@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kdkernels import _checks
@@ -56,6 +57,13 @@ def flat_pair(
         expected = f"{student.shape[0]} rows like student{suffix}"
         raise ValueError(f"teacher{suffix} must have {expected}, got {teacher.shape[0]}")
     return student.flatten(1), teacher.flatten(1)
+
+
+def keepable(x: Tensor) -> Tensor:
+    """The tensor as torch's own operations take it beside what is trained: a copy of one that was
+    made under `torch.inference_mode()`, which autograd refuses to keep for the backward."""
+    # Dynamo cannot trace is_inference (torch 2.13)
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
 
 
 def unit_rows(

@@ -156,7 +156,7 @@ def _embed(
     if x.shape[1] != linear.in_features:
         expected = f"{linear.in_features} features per sample ({name}_dim)"
         raise ValueError(f"{name} must have {expected}, got {x.shape[1]}")
-    return linear(x)
+    return linear(_arguments.keepable(x))
 
 
 def _neighbour_products(

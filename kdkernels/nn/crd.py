@@ -152,7 +152,9 @@ class CRDLoss(ProcessState):
         _checks.labels("index", index, "student", student)
         moves = _checks.flag("update", update) and self.training
         s = _arguments.unit_rows(self.embed_student(student), self.student_memory)
-        t = _arguments.unit_rows(self.embed_teacher(teacher), self.teacher_memory)
+        t = _arguments.unit_rows(
+            self.embed_teacher(_arguments.keepable(teacher)), self.teacher_memory
+        )
         of_student, of_teacher = self.step(
             (s, t, index),
             lambda drawn: self._losses(s, t, index, drawn if negatives is None else negatives),
