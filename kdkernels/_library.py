@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels import _dispatch
+from kdkernels import _allocation, _dispatch
 
 _library = torch.library.Library("kdkernels", "DEF")
 
@@ -41,13 +41,20 @@ def define_operator(
     def run(*args: Any) -> Any:
         *inputs, backend = args
         launch = getattr(_dispatch.select(op, backend, tuple(inputs)), name)
-        with _autocast_off(inputs[0].device.type):
-            return launch(*inputs)
+        try:
+            with _autocast_off(inputs[0].device.type):
+                return launch(*inputs)
+        except (RuntimeError, MemoryError) as error:
+            found = _allocation.refused(error, operator, args, fake)
+            if found is None:
+                raise
+            raise found from error
 
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kdkernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.kdkernels, name).default
+    operator = getattr(torch.ops.kdkernels, name).default
+    return operator
 
 
 def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
