@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from kdkernels import _dispatch
+from kdkernels import _allocation, _dispatch
 
 _library = torch.library.Library("kdkernels", "DEF")
 
@@ -48,8 +48,14 @@ def define_operator(
     def run(*args: Any) -> Any:
         *inputs, backend = args
         launch = getattr(_dispatch.select(op, backend, tuple(inputs)), name)
-        with autocast_off(inputs[0].device.type):
-            return launch(*inputs)
+        try:
+            with autocast_off(inputs[0].device.type):
+                return launch(*inputs)
+        except (RuntimeError, MemoryError) as error:
+            found = _allocation.refused(error, packet.default, args, fake)
+            if found is None:
+                raise
+            raise found from error
 
     _register(name, schema, run, fake)
     packet = getattr(torch.ops.kdkernels, name)

@@ -36,4 +36,11 @@ inline constexpr double kEps = 1e-12;  // the clamp of F.normalize, on the norm
 // Returns max(x, floor) and keeps NaN, as torch.clamp_min does.
 KDK_HOST_DEVICE double clamp_min(double x, double floor) { return x < floor ? floor : x; }
 
+// Returns a norm, and NaN for an infinite one, as of a finite row whose squares overflow: divided
+// by infinity it would be a row of zeros.
+KDK_HOST_DEVICE double no_infinity(double norm) {
+  return norm <= std::numeric_limits<double>::max() ? norm
+                                                    : std::numeric_limits<double>::quiet_NaN();
+}
+
 }  // namespace kdk

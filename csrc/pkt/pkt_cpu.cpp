@@ -13,6 +13,7 @@
 #include "../common/gemm.h"
 #include "../common/named.h"
 #include "../common/parallel.h"
+#include "../common/rows_math.h"
 #include "../common/rows_simd.h"
 #include "../common/stable.h"
 #include "../pairs/pair_sweep_simd.h"
@@ -84,7 +85,7 @@ struct Side {
     }
     norm.resize(B);
     parallel_each(B, 4.0 * D, [&](int64_t i) {
-      norm[i] = std::sqrt(dot(from.row(i), from.row(i), D));
+      norm[i] = no_infinity(std::sqrt(dot(from.row(i), from.row(i), D)));
       self[i] = static_cast<T>(eps / (norm[i] + eps));
       const T scale = static_cast<T>(1 / (norm[i] + eps));
       for (int64_t d = 0; d < D; ++d) to.row(i)[d] = scale * from.row(i)[d];

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdkernels import _checks
+from kdkernels._similarity import unit
 
 Features = Tensor | Sequence[Tensor] | Mapping[Any, Tensor]
 TENSOR = "torch.Tensor"
@@ -113,12 +114,20 @@ def row_mask(
     return None if sample_mask is None else sample_mask.flatten()
 
 
+def keepable(x: Tensor) -> Tensor:
+    """The tensor as torch's own operations take it beside what is trained: a copy of one that was
+    made under `torch.inference_mode()`, which autograd refuses to keep for the backward."""
+    # Dynamo cannot trace is_inference (torch 2.13)
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
 def embedded(
     linear: nn.Linear,
     x: Tensor,  # [B, D]
 ) -> Tensor:  # [B, out_features]
     """A linear layer of features in any dtype: the wider of theirs and the layer's is taken. Under
     autocast the layer decides, except about fp64, which autocast leaves as it is."""
+    x = keepable(x)
     wide = _checks.common_dtype(x.dtype, linear.weight.dtype)
     autocast = torch.is_autocast_enabled(x.device.type) and wide != torch.float64
     if autocast or linear.weight.dtype == wide:
@@ -133,4 +142,4 @@ def unit_rows(
 ) -> Tensor:  # [B, D]
     """Rows of unit norm in another tensor's dtype, rounded once."""
     wide = x.to(_checks.accumulation_dtype(x.dtype))
-    return F.normalize(wide, dim=-1).to(like.dtype)
+    return unit(wide).to(like.dtype)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
+from kdkernels._similarity import no_infinity, norms
 from kdkernels.nn import _arguments
 from kdkernels.nn._arguments import Features
 from kdkernels.ops import _rows
@@ -179,5 +180,5 @@ def _pearson(
     b: Tensor,  # [B, C]
 ) -> Tensor:  # [B]
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
-    return (a * b).sum(1) / (norms + _EPS)
+    size = no_infinity(norms(a) * norms(b))
+    return (a * b).sum(1) / (size + _EPS)

@@ -279,6 +279,6 @@ def _squared_difference(
     difference = s.to(acc) - t.to(acc)
     count: int | Tensor = max(len(s), 1)
     if sample_mask is not None:
-        difference = torch.where(sample_mask[:, None], difference, 0.0)
+        difference = torch.where(_arguments.keepable(sample_mask)[:, None], difference, 0.0)
         count = sample_mask.sum().clamp_min(1)
     return difference.square().sum() / (count * width)

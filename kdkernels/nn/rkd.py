@@ -6,11 +6,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
+from kdkernels._similarity import unit
 from kdkernels.nn import _arguments
 from kdkernels.nn._arguments import Features
 from kdkernels.ops import _rows
@@ -125,7 +125,7 @@ class RKDLoss(nn.Module):
             s, t = _arguments.flat_pair(*pair)
             s, t = _rows.select(sample_mask, student=s, teacher=t)
             sides = zip((s, t), _PRESETS[self.preset].unit, strict=True)
-            s, t = (F.normalize(x, dim=1) if unit else x for x, unit in sides)
+            s, t = (unit(x) if divide else x for x, divide in sides)
             for function, weight in (
                 (rkd_distance, self.distance_weight),
                 (rkd_angle, self.angle_weight),

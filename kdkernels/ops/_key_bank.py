@@ -6,12 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import TensorForm, form
-from kdkernels._similarity import NORM_EPS
+from kdkernels._similarity import NORM_EPS, norms, unit
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -124,7 +123,7 @@ def divided(
 ) -> Tensor:  # [B, D]
     """Rows over a temperature, in the accumulation dtype."""
     x = x.to(_checks.accumulation_dtype(x.dtype))
-    x = F.normalize(x, dim=-1, eps=NORM_EPS) if normalize else x
+    x = unit(x) if normalize else x
     return x / (by.where(by > 0, torch.nan) if isinstance(by, Tensor) else by)
 
 
@@ -142,7 +141,7 @@ def scale_of(
         return None
     acc = _checks.accumulation_dtype(keys.dtype)
     with torch.no_grad():
-        return torch.linalg.vector_norm(keys, dim=-1, dtype=acc).clamp_min(NORM_EPS).reciprocal()
+        return norms(keys.to(acc)).clamp_min(NORM_EPS).reciprocal()
 
 
 def form_of_scale(keys: TensorForm | None, normalize: bool) -> TensorForm | None:

@@ -7,11 +7,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import form
+from kdkernels._similarity import unit
 from kdkernels.ops import _rows
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
@@ -19,7 +19,7 @@ DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 
 def _unit(x: Tensor) -> Tensor:
     """Unit rows in the accumulation dtype, so that half precision rounds no distance."""
-    return F.normalize(x.to(_checks.accumulation_dtype(x.dtype)), dim=-1)
+    return unit(x.to(_checks.accumulation_dtype(x.dtype)))
 
 
 def _check_side(name: str, x: Tensor, labels_name: str, labels: Any) -> None:
@@ -89,13 +89,13 @@ def labelled_rows(
     dtype = _check(
         embeddings, labels, references, reference_labels, distance, sample_mask, ignore_index
     )
-    unit = normalize_embeddings or distance == "cosine"
+    divide = normalize_embeddings or distance == "cosine"
     given_labels, labels = labels, labels.to(torch.int64)
     index = _rows.counting(_rows.of_label(labels, sample_mask, ignore_index))
     same_labels = reference_labels is given_labels and sample_mask is None
     embeddings, labels = _rows.take(index, embeddings, labels)
     if references is None:
-        embeddings = _unit(embeddings) if unit else embeddings
+        embeddings = _unit(embeddings) if divide else embeddings
         return LabelledRows(embeddings, labels, None, None, index, index)
     reference_index = index
     if same_labels:
@@ -106,7 +106,7 @@ def labelled_rows(
         reference_index = _rows.counting(_rows.of_label(reference_labels, None, ignore_index))
         references, reference_labels = _rows.take(reference_index, references, reference_labels)
     embeddings, references = _checks.in_dtype(dtype, embeddings, references)
-    if unit:
+    if divide:
         embeddings, references = _unit(embeddings), _unit(references)
     references = references.view_as(references) if references is embeddings else references
     return LabelledRows(embeddings, labels, references, reference_labels, index, reference_index)

@@ -11,14 +11,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form
 from kdkernels._key_bank_call import KeyBankCall
 from kdkernels._library import autocast_off
-from kdkernels._similarity import NORM_EPS
+from kdkernels._similarity import unit
 from kdkernels.ops import _key_bank, _rows
 from kdkernels.ops.relational_kl import apply, gradient_choice
 
@@ -275,7 +274,7 @@ def _sum_of_positives(
         beyond = torch.arange(K, device=keys.device) >= call.num_keys
         keys, counts = keys.masked_fill(beyond[:, None], 0.0), counts.masked_fill(beyond, 0.0)
     if normalize:
-        keys = F.normalize(keys, dim=-1, eps=NORM_EPS)
+        keys = unit(keys)
     if call.exclude is not None and call.exclude.dtype == torch.bool:
         weights = counts * ((labels[:, None] == key_labels) & ~call.exclude)
         return weights @ keys, weights.sum(-1)

@@ -3,10 +3,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kdkernels._similarity import NORM_EPS
+from kdkernels._similarity import NORM_EPS, norms
 
 
 def normalize_backward(
@@ -16,6 +15,6 @@ def normalize_backward(
     """The gradient of x, in fp64: its radial part, which is taken away, can be much larger than
     what remains."""
     x, du = x.double(), du.double()
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    norm = norms(x, keepdim=True)
     u = x / norm.clamp_min(NORM_EPS)
     return (du - u * (u * du).sum(-1, keepdim=True) * (norm >= NORM_EPS)) / norm.clamp_min(NORM_EPS)

@@ -11,10 +11,9 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels._similarity import NORM_EPS
+from kdkernels._similarity import NORM_EPS, unit
 from kdkernels.reference._rows import normalize_backward
 
 
@@ -44,12 +43,12 @@ def gram(
 ) -> Tensor:  # [..., B, B]
     """G of one side."""
     if normalize == "feature":
-        x = F.normalize(x, dim=-1)
+        x = unit(x)
     g = x @ x.mT
     if kernel == "rbf_taylor":
         g = sum(c * g**p for p, c in enumerate(taylor_coefficients(gamma, order)))
     if normalize in ("row_l2", "row_l1"):
-        g = F.normalize(g, p=int(normalize[-1]), dim=-1)
+        g = unit(g, int(normalize[-1]))
     return g
 
 
@@ -155,7 +154,7 @@ def _prepare(x: Tensor, normalize: str, algorithm: str) -> Tensor:
     """
     wide = algorithm == "factored" and x.dtype == torch.float32
     x = x.to(torch.promote_types(x.dtype, torch.float64 if wide else torch.float32))
-    return F.normalize(x, dim=-1, eps=NORM_EPS) if normalize == "feature" else x
+    return unit(x) if normalize == "feature" else x
 
 
 def _polynomial(g: Tensor, coefficients: list[float]) -> Tensor:

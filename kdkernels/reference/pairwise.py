@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels._similarity import unit
 from kdkernels.reference._distances import distances, finite_pairs, gradients_of_pairs, wide
 from kdkernels.reference._rows import normalize_backward
 
@@ -27,7 +27,7 @@ def pairwise(
     """
     y = x if y is None else y
     if metric == "cosine":
-        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        x, y = unit(x), unit(y)
     if metric in ("dot", "cosine"):
         return x @ y.mT
     difference = x[..., :, None, :] - y[..., None, :, :]
@@ -70,7 +70,7 @@ def pairwise_bwd(
     if in_batch:
         dout = dout + dout.mT
     if out is None:
-        unit_x, unit_y = (F.normalize(t, dim=-1) if metric == "cosine" else t for t in (x, y))
+        unit_x, unit_y = (unit(t) if metric == "cosine" else t for t in (x, y))
         dx, dy = dout @ unit_y, dout.mT @ unit_x
         if metric == "cosine":
             dx, dy = normalize_backward(x, dx), normalize_backward(y, dy)

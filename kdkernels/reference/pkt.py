@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from kdkernels._similarity import norms
 from kdkernels.reference._distances import distances, gradients_of_pairs
 
 # Of the two public codes, by the divergence that each of them uses.
@@ -38,7 +39,7 @@ def pkt(
 
     def probabilities(x: Tensor) -> Tensor:  # [B, B]
         if kernel == "cosine":
-            norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+            norm = norms(x, keepdim=True)
             u = x / (norm + NORM_EPS[divergence])
             k = (u @ u.T + 1) / 2
         else:
@@ -86,7 +87,7 @@ def pkt_fwd(
 
 def _cosine(x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(u [B, D], K [B, B], Z [B, 1])"""
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    norm = norms(x, keepdim=True)
     u = x / (norm + eps)
     a = eps / (norm + eps)  # 1 - |u|, without the subtraction
     # Rounding must not take K below what it can be: rows that point apart have almost 0.
@@ -115,6 +116,6 @@ def _cosine_backward(x: Tensor, gu: Tensor, eps: float) -> Tensor:
     """Through u = x / (|x| + eps), whose derivative at 0 is 1 / eps."""
     # in fp64: the radial part that is taken away can be much larger than what remains
     wide, x = gu.double(), x.double()
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    norm = norms(x, keepdim=True)
     radial = (wide * x).sum(1, keepdim=True) / torch.where(norm > 0, norm, 1.0)
     return ((wide - x * radial / (norm + eps)) / (norm + eps)).to(gu.dtype)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels._similarity import norms
 from kdkernels.reference._distances import distances, gradients_of_pairs, wide
 
 CHUNK = 1 << 22  # angles held at once
@@ -40,7 +41,7 @@ def rkd_angle(
 
     def cosines(x: Tensor) -> Tensor:  # [B, B, B]
         e = wide(x)[None] - wide(x)[:, None]
-        n = e.norm(dim=2, keepdim=True)
+        n = norms(e, keepdim=True)
         u = torch.where(n == 0, 0.0, e / torch.where(n == 0, 1.0, n))
         return u @ u.mT
 

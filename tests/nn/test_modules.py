@@ -335,6 +335,28 @@ def test_a_float_may_follow_a_schedule(name: str) -> None:
         assert len(graphs) <= 2, key
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_teacher_under_inference_mode(name: str) -> None:
+    """As one under no_grad, in what is trained inside of the module too."""
+    case, found = CASES[name], []
+    student, *given = case.inputs(6)
+    options = case.options(6)
+    with torch.inference_mode():
+        frozen = [x.clone() for x in given]
+        frozen_options = {key: value.clone() for key, value in options.items()}
+    for args, kwargs in ((given, options), (frozen, frozen_options)):
+        torch.manual_seed(1)
+        module = case.make().double()
+        for _ in range(2):  # what the first step leaves meets the second
+            leaf = student.clone().requires_grad_()
+            loss = module(leaf, *args, **kwargs)
+            loss.backward()
+        trained = [x.grad for x in module.parameters() if x.requires_grad]
+        found.append((loss.detach(), leaf.grad, *trained, *process_state(module).values()))
+    for value, wanted in zip(*found, strict=True):
+        assert torch.equal(value, wanted)
+
+
 def test_repr_names_the_meaning() -> None:
     assert repr(kd.nn.SimilarityPreservingLoss()) == (
         "SimilarityPreservingLoss(weight=3000, preset='paper', algorithm='auto', backend='auto')"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import _similarity
 from kdkernels.reference._distances import distances
 from kdkernels.testing.opinfo import BadInput, BenchShape, Eager, Sample, randn, rng
 
@@ -48,7 +49,7 @@ def sides(
     """(embeddings, labels, references, reference_labels, in_batch) of the definitions."""
 
     def rows(x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if unit else x
+        return _similarity.unit(x) if unit else x
 
     x = rows(embeddings)
     if references is None or reference_labels is None:
