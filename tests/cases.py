@@ -78,8 +78,8 @@ class Case:
             self, sample=replace(sample, args=args, name=name or sample.name, cancels=cancels)
         )
 
-    def errors(self) -> list[numerics.Error]:
-        return numerics.check_sample(self.info, self.sample, self.dtype, self.backend)
+    def errors(self, rows: Tensor | None = None) -> list[numerics.Error]:
+        return numerics.check_sample(self.info, self.sample, self.dtype, self.backend, rows)
 
 
 @cache

@@ -147,26 +147,44 @@ CROWDS = {
 
 
 def _crowdable(found: Sequence[Sample]) -> list[Sample]:
-    """Whose result rounding does not decide: where a semihard negative begins it does."""
+    """Without semihard negatives, whose loss jumps where rounding decides if a negative is farther
+    than the positive, and without gram_mse's factored form, which keeps fewer digits of such
+    rows than the dense one."""
     return [
         sample
         for sample in few(found)
-        if _smallest_side(sample) > 2 and "semihard" not in sample.kwargs.values()
+        if _smallest_side(sample) > 2
+        and not any("semihard" in str(value) for value in sample.kwargs.values())
+        and sample.kwargs.get("algorithm") != "factored"
+    ]
+
+
+def _crowded() -> list[pytest.param]:
+    return [
+        pytest.param(
+            case, id=case.id, marks=[pytest.mark.gpu] if case.device.type == "cuda" else []
+        )
+        for case in cases(pick=_crowdable)
+        # CUDA kernels add products up in an order of their own. The logits of rows far out are
+        # rounded relative to their size, which the budgets of ops without distances do not know.
+        if case.backend != "cuda" or case.info.op in ("pairwise", "triplet", "triplet_all")
     ]
 
 
 @pytest.mark.parametrize("kind", CROWDS)
-@each_case(pick=_crowdable, backends=("reference", "cpu"))
+@pytest.mark.parametrize("case", _crowded())
 def test_crowded_rows_are_within_the_budget(case: Case, kind: str) -> None:
-    """Rows as a network gives them: some almost or exactly equal, or all of them far from 0."""
-    if kind == "duplicates" and case.info.selects:
-        return  # between equal rows nothing but their order decides
+    """Rows as a network gives them: some almost or exactly equal, or all of them far from 0. Of two
+    candidates at almost the same distance either may be chosen: the loss is the same, and so are
+    the gradients of the other rows."""
     args = [
         CROWDS[kind](arg, seed) if is_float(arg) and arg.dim() > 1 else arg
         for seed, arg in enumerate(case.sample.args)
     ]
     case = case.having(*args, name=f"{case.sample.name}-{kind}")
-    assert_within_budget(case, case.errors())
+    contested = case.info.contested
+    rows = None if contested is None else ~contested(case.sample)
+    assert_within_budget(case, case.errors(rows))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf], ids=["nan", "inf", "minus_inf"])

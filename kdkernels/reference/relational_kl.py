@@ -112,13 +112,17 @@ def relational_kl_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         lse_teacher = _log_sum_exp(b, own_teacher)
         log_p, p = _softmax(b, lse_teacher, out)
         c = log_p - log_q if call.subtract_entropy else -log_q
-    loss = (p * c).sum(-1)
+    loss, total = (p * c).sum(-1), p.sum(-1)
     if own_teacher is not None:
         log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
         loss = loss + log_p.exp() * (log_p - log_q if call.subtract_entropy else -log_q)
+        total = total + log_p.exp()
     elif call.teacher is None and call.positives is None:
         loss = lse_student if own_student is None else lse_student - own_student
         loss = loss.where(lse_student != -torch.inf, 0.0)  # no key is left
+    # The rounding of large logits leaves a sum of p that is not quite 1. Of the mean of c that the
+    # gradient subtracts, only the one with these p cancels. The sum is 0 where no key is left.
+    loss = loss / torch.where(total == 0, 1.0, total)
     dloss = (of_student - p) @ q if need_student else call.student.new_empty(0)
     return loss, dloss, lse_student, lse_teacher
 

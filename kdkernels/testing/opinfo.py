@@ -109,6 +109,9 @@ class OpInfo:
     # Candidates are ranked, so where some are equally far rounding decides which one's gradient it
     # is. A zero row, equally far from all unit rows, is such a case.
     selects: bool = False
+    # Which rows of the only differentiable argument get a gradient that depends on a choice between
+    # candidates at almost the same distance, [rows] bool. None: no candidate is chosen.
+    contested: Callable[[Sample], Tensor] | None = None
     # The result has the dtype of the features; of a loss it is fp32, fp64 for fp64.
     keeps_dtype: bool = False
     # Whether the backward reads the result of a sample, as that of torch.exp does: changing it in

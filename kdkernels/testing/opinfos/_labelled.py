@@ -57,23 +57,51 @@ def sides(
     return x, labels, rows(references.to(x.dtype)), reference_labels, False
 
 
+def _sides_of(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, str]:
+    """`sides` of a sample in fp64, and its distance."""
+    options = {"distance": "euclidean", "normalize_embeddings": True} | sample.kwargs
+    unit = options["normalize_embeddings"] or options["distance"] == "cosine"
+    bank = options.get("references")
+    bank = None if bank is None else bank.double()
+    rows, labels = sample.args[0].double(), sample.args[1]
+    return *sides(rows, labels, bank, options.get("reference_labels"), unit), options["distance"]
+
+
 def clear_of_kinks(sample: Sample) -> bool:
     """Whether no triplet is so close to where a hinge bends, or a semihard negative begins, that
     rounding would decide on which side it is."""
-    options = {"margin": 0.2, "distance": "euclidean", "normalize_embeddings": True}
-    options |= sample.kwargs
-    rows, bank = sample.args[0].double(), options.get("references")
-    unit = options["normalize_embeddings"] or options["distance"] == "cosine"
-    bank = None if bank is None else bank.double()
-    x, y, r, r_y, in_batch = sides(
-        rows, sample.args[1], bank, options.get("reference_labels"), unit
-    )
-    d = distances(x, r, options["distance"])
+    x, y, r, r_y, in_batch, distance = _sides_of(sample)
+    d = distances(x, r, distance)
     same = y[:, None] == r_y[None]
     positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device) if in_batch else same
     gaps = (d[:, :, None] - d[:, None, :])[positive[:, :, None] & ~same[:, None, :]]
-    gaps = torch.cat((gaps, gaps + options["margin"])).abs()
+    gaps = torch.cat((gaps, gaps + sample.kwargs.get("margin", 0.2))).abs()
     return bool((gaps > CLEAR * d.max()).all()) if gaps.numel() else True
+
+
+def near_best(
+    key: Tensor,  # [B, M]
+    allowed: Tensor,  # [B, M]
+) -> Tensor:  # [B, M]
+    """Whether a candidate's key is so close to the least that rounding would decide between it and
+    others."""
+    if key.numel() == 0:
+        return allowed
+    ranked = torch.where(allowed, key, torch.inf)
+    near = allowed & (ranked <= ranked.amin(1, keepdim=True) + CLEAR * key.abs().max())
+    return near & (near.sum(1, keepdim=True) > 1)
+
+
+def contested(sample: Sample) -> Tensor:  # [B]
+    """Which embeddings get a gradient that depends on a choice between candidates at almost the
+    same distance, where the hardest positive and negative are chosen."""
+    x, y, r, r_y, in_batch, distance = _sides_of(sample)
+    d = distances(x, r, distance)
+    same = y[:, None] == r_y[None]
+    others = ~torch.eye(len(y), dtype=torch.bool, device=y.device) if in_batch else same | ~same
+    doubtful = near_best(-d, same & others) | near_best(d, ~same)
+    anchors = doubtful.any(1)
+    return anchors | doubtful.any(0) if in_batch else anchors
 
 
 def first(draw: Callable[[int], Sample], accept: Callable[[Sample], bool] | None) -> int:
@@ -83,13 +111,8 @@ def first(draw: Callable[[int], Sample], accept: Callable[[Sample], bool] | None
 
 def magnitude(sample: Sample) -> tuple[float, tuple[None]]:
     """Size of the distances whose difference the loss of a triplet is."""
-    options = {"distance": "euclidean", "normalize_embeddings": True, "references": None}
-    options |= sample.kwargs
-    unit = options["normalize_embeddings"] or options["distance"] == "cosine"
-    y, bank = sample.args[1], options["references"]
-    bank = None if bank is None else bank.double()
-    x, _, r, *_ = sides(sample.args[0].double(), y, bank, y, unit)
-    d = distances(x, r, options["distance"])
+    x, _, r, _, _, distance = _sides_of(sample)
+    d = distances(x, r, distance)
     return d.max().item() if d.numel() else 0.0, (None,)
 
 

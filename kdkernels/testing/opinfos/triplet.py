@@ -111,5 +111,6 @@ OPINFOS = [
         algorithm_options=(),
         peers=PEERS,
         selects=True,
+        contested=_labelled.contested,
     )
 ]

@@ -37,6 +37,13 @@ def definition(
     return losses.sum() / kept.sum().clamp_min(1)
 
 
+def contested(sample: Sample) -> Tensor:  # [B]
+    """Which rows of the student could be the nearest of another class in place of others."""
+    student, teacher, labels = sample.args
+    d = distances(teacher.double(), student.double(), "euclidean")
+    return _labelled.near_best(d, labels[:, None] != labels[None]).any(0)
+
+
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     def batch(B: int, D: int, classes: int) -> tuple[Tensor, Tensor, Tensor]:
         labels = torch.randint(classes, (B,), generator=rng(1)) - 2
@@ -107,5 +114,7 @@ OPINFOS = [
         cost=cost,
         memory=_labelled.memory(6),
         algorithm_options=(),
+        selects=True,
+        contested=contested,
     )
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import EUCLIDEAN, FINITE, LARGEST, SQEUCLIDEAN
+from kdkernels.triton.common.distances import CLOSE, EUCLIDEAN, FINITE, LARGEST, SQEUCLIDEAN
 from kdkernels.triton.common.dots import dot
 
 _NO_ROW = tl.constexpr(2**31 - 1)
@@ -162,7 +162,18 @@ def _triplet_mine_kernel(
             acc = dot(x, r, acc, PRECISION)
         r_norm = tl.load(r_norm_ptr + offs_n)
         r_label = tl.load(r_label_ptr + offs_n)
-        d2 = x_norm[:, None] + r_norm[None, :] - 2.0 * acc
+        size = x_norm[:, None] + r_norm[None, :]
+        d2 = size - 2.0 * acc
+        near = d2 < size * CLOSE
+        if IN_BATCH:
+            near = near & (offs_m[:, None] != offs_n[None, :])
+        if tl.max(near.to(tl.int32)) > 0:  # products rank close rows by their rounding
+            d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for column in range(0, D):
+                x_column = tl.load(x_ptrs + column * stride_xd).to(tl.float32)
+                r_column = tl.load(r_ptrs + column * stride_rd).to(tl.float32)
+                difference = x_column - r_column
+                d2 += difference * difference
         d2 = tl.minimum(tl.where(d2 > 0.0, d2, 0.0), LARGEST)  # no NaN: what is forced says it
         forced = x_forced[:, None] + _forced(r_norm)[None, :]
         same = x_label[:, None] == r_label[None, :]
