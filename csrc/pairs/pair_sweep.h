@@ -95,10 +95,10 @@ struct Sweep {
   T tolerance = std::numeric_limits<T>::epsilon() * static_cast<T>(8 + anchors.sorted.x.cols / 8);
   const Loops<T>& kernels = loops<T>();
 
-  // x: [B, D], r: [M, D], both contiguous and in T; in batch, r is x
+  // x: [B, D], r: [M, D], both contiguous and in T; in batch, r is x; exclude: [B]
   Sweep(const Tensor& x, const Tensor& labels, const Tensor& r, const Tensor& reference_labels,
-        bool in_batch, Distance distance_, bool need_x, bool need_r)
-      : rows(x, labels, r, reference_labels, in_batch),
+        bool in_batch, Distance distance_, bool need_x, bool need_r, const Optional& exclude = {})
+      : rows(x, labels, r, reference_labels, in_batch, exclude),
         anchors(rows.anchors, x, need_x),
         others(in_batch ? std::nullopt
                         : std::optional<Side<T>>(std::in_place, rows.references, r, need_r)),

@@ -90,18 +90,27 @@ __device__ __forceinline__ Search search_of(const MineParams& p, int side, int64
 struct Candidate {
   int64_t label, row;  // row is -1 if there is none
   float norm;
+  int64_t left_out;  // of an anchor: the row that it is not compared with, or -1
 };
 
 __device__ __forceinline__ Candidate candidate(const SortedRows& rows, int64_t i) {
-  if (i >= rows.x.rows) return {0, -1, 0};
-  return {rows.label[i], rows.row[i], rows.norm[i]};
+  if (i >= rows.x.rows) return {0, -1, 0, -1};
+  return {rows.label[i], rows.row[i], rows.norm[i], -1};
+}
+
+__device__ __forceinline__ Candidate anchor_at(const MineParams& p, const SortedRows& rows,
+                                               int64_t i) {
+  Candidate anchor = candidate(rows, i);
+  if (p.in_batch) anchor.left_out = anchor.row;
+  if (p.exclude != nullptr) anchor.left_out = p.exclude[anchor.row];
+  return anchor;
 }
 
 // Looks at one entry of the product from `anchor`.
-__device__ __forceinline__ void look(Search& search, bool in_batch, int side,
-                                     const Candidate& anchor, const Candidate& other, float dot) {
+__device__ __forceinline__ void look(Search& search, int side, const Candidate& anchor,
+                                     const Candidate& other, float dot) {
   const bool same = anchor.label == other.label;
-  if (other.row < 0 || same != (side == kPositive) || (in_batch && anchor.row == other.row)) return;
+  if (other.row < 0 || same != (side == kPositive) || other.row == anchor.left_out) return;
   float d2 = anchor.norm + other.norm - 2.0f * dot;
   d2 = d2 > 0 ? (d2 < kLargest ? d2 : kLargest) : 0;  // no NaN: what is forced says it
   search.see(d2, forced(anchor.norm) + forced(other.norm), other.row);
@@ -137,14 +146,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   KDK_UNROLL
   for (int e = 0; e < 4; ++e) across[e] = candidate(r, j0 + 4 * lane + e);
   for (int row = threadIdx.x / 32; row < kTile && i0 + row < B; row += kRowsPerBlock) {
-    const Candidate anchor = candidate(x, i0 + row);
+    const Candidate anchor = anchor_at(p, x, i0 + row);
     const auto dots = *reinterpret_cast<const Float4*>(staged(shared, row, 4 * lane));
     for (int side = first_side; side < 2; ++side) {
       bool active;
       Search search = search_of(p, side, i0 + row, active);
       if (!active) continue;
       KDK_UNROLL
-      for (int e = 0; e < 4; ++e) look(search, p.in_batch, side, anchor, across[e], dots.x[e]);
+      for (int e = 0; e < 4; ++e) look(search, side, anchor, across[e], dots.x[e]);
       const Winner found = lane_min<1, 16>(search.winner());
       if (lane == 0 && found != kNoWinner) improve(p.winners[side] + i0 + row, found);
     }
@@ -153,13 +162,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   // above the diagonal every row is within the batch; two threads have a column, every other row
   const int column = threadIdx.x % kTile;
   if (j0 + column >= M) return;
-  const Candidate anchor = candidate(r, j0 + column);
+  const Candidate anchor = anchor_at(p, r, j0 + column);
   for (int side = first_side; side < 2; ++side) {
     bool active;
     Search search = search_of(p, side, j0 + column, active);
     if (!active) continue;
     for (int row = threadIdx.x / kTile; row < kTile; row += kThreads / kTile)
-      look(search, true, side, anchor, candidate(x, i0 + row), *staged(shared, row, column));
+      look(search, side, anchor, candidate(x, i0 + row), *staged(shared, row, column));
     const Winner found = search.winner();
     if (found != kNoWinner) improve(p.winners[side] + j0 + column, found);
   }

@@ -35,6 +35,7 @@ def _contrastive_pairs_kernel(
     close_ptr,  # [tiles of rows, tiles of M] int32: whether two rows there are close
     loss_ptr,  # [tiles] fp64
     nonzero_ptr,  # [tiles] int64
+    exclude_ptr,  # [B] int64; with EXCLUDES
     margin,
     first,
     rows,
@@ -42,6 +43,7 @@ def _contrastive_pairs_kernel(
     M,
     D,
     IN_BATCH: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DISTANCE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -67,6 +69,9 @@ def _contrastive_pairs_kernel(
     column = tl.where(offs_n < M, offs_n, -1)
     # with IN_BATCH a pair counts once, though both rows receive its gradient
     loss = tl.where(row[:, None] < column[None, :], 0.5 * excess * excess, 0.0)
+    if EXCLUDES:
+        left_out = tl.load(exclude_ptr + at_m)[:, None] == offs_n[None, :]
+        loss = tl.where(left_out, 0.0, loss)
     tl.store(loss_ptr + tl.program_id(0), tl.sum(loss).to(tl.float64))
     count = tl.sum((loss > 0.0).to(tl.int32))
     tl.store(nonzero_ptr + tl.program_id(0), count.to(tl.int64))
@@ -74,6 +79,8 @@ def _contrastive_pairs_kernel(
         w = gradient_weight(tl.where(same, excess, -excess), d, DISTANCE)
         if IN_BATCH:
             w = tl.where(at_m[:, None] == at_n[None, :], 0.0, w)
+        if EXCLUDES:
+            w = tl.where(left_out, 0.0, w)
         inside = (local < rows)[:, None] & (offs_n < M)[None, :]
         tl.store(w_ptr + local.to(tl.int64)[:, None] * M + offs_n[None, :], w, mask=inside)
         store_close(close_ptr, close, m_blocks, tl.cdiv(M, BLOCK_N))
@@ -85,6 +92,7 @@ def contrastive_fwd(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
+    exclude: Tensor | None,  # [B] int64
     margin: float,
     distance: str,
     need_embeddings: bool,
@@ -98,7 +106,7 @@ def contrastive_fwd(
         return dx.new_zeros(()), labels.new_zeros(()), dx, dr
     weights = need_embeddings or need_references
     with on_device(embeddings):
-        call = Call(embeddings, labels, references, reference_labels, in_batch, distance)
+        call = Call(embeddings, labels, references, reference_labels, in_batch, exclude, distance)
         chunks = list(call.chunks()) if weights else [(0, B)]
         w = call.new(chunks[0][1] if weights else 0, M)
         counts = [math.prod(call.tiles(rows)) for _, rows in chunks]
@@ -109,8 +117,9 @@ def contrastive_fwd(
             close = call.new(*(call.tiles(rows) if weights else (0, 0)), dtype=torch.int32)
             _contrastive_pairs_kernel[(len(loss),)](
                 x_label_ptr=call.labels, r_label_ptr=call.reference_labels, w_ptr=w,
-                close_ptr=close, loss_ptr=loss, nonzero_ptr=count, margin=margin, first=first,
-                rows=rows, WEIGHTS=weights, **call.distance_arguments(),
+                close_ptr=close, loss_ptr=loss, nonzero_ptr=count, exclude_ptr=call.exclude,
+                margin=margin, first=first, rows=rows, EXCLUDES=call.leaves_out, WEIGHTS=weights,
+                **call.distance_arguments(),
             )  # fmt: skip
             # in batch from both halves of the weights, which are symmetric
             if need_embeddings:

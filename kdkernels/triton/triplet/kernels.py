@@ -108,6 +108,7 @@ def _triplet_mine_kernel(
     row_ptr,  # [2, splits, B] int32
     floor_key_ptr,  # [splits, B] fp32, [splits, B] int32: winners of the search that bounds this
     floor_row_ptr,
+    exclude_ptr,  # [B] int64; with EXCLUDES
     B,
     M,
     D,
@@ -118,6 +119,7 @@ def _triplet_mine_kernel(
     stride_rm,
     stride_rd,
     IN_BATCH: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     POSITIVE: tl.constexpr,  # 1 looks for the nearest, -1 for the farthest, 0 not at all
     NEGATIVE: tl.constexpr,
     FLOOR: tl.constexpr,  # 0 without bound; else the sign that turns its keys into keys of this
@@ -134,6 +136,8 @@ def _triplet_mine_kernel(
     x_norm = tl.load(x_norm_ptr + offs_m)
     x_label = tl.load(x_label_ptr + offs_m)
     x_forced = _forced(x_norm)
+    if EXCLUDES:
+        left_out = tl.load(exclude_ptr + offs_m)
     floor = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     if FLOOR != 0:
         bound, _ = _winner(floor_key_ptr, floor_row_ptr, offs_m, B, splits, BLOCK_M)
@@ -170,12 +174,17 @@ def _triplet_mine_kernel(
             candidate = same
             if IN_BATCH:
                 candidate = candidate & (offs_m[:, None] != offs_n[None, :])
+            if EXCLUDES:
+                candidate = candidate & (left_out[:, None] != offs_n[None, :])
             best_p, row_p = _improve(
                 best_p, row_p, d2, forced, candidate, floor, offs_n, POSITIVE, FLOOR != 0
             )
         if NEGATIVE != 0:
+            candidate = ~same
+            if EXCLUDES:
+                candidate = candidate & (left_out[:, None] != offs_n[None, :])
             best_n, row_n = _improve(
-                best_n, row_n, d2, forced, ~same, floor, offs_n, NEGATIVE, FLOOR != 0
+                best_n, row_n, d2, forced, candidate, floor, offs_n, NEGATIVE, FLOOR != 0
             )
     at = split.to(tl.int64) * B + offs
     inside = offs < B
