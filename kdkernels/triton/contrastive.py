@@ -63,15 +63,15 @@ def _contrastive_pairs_kernel(
     same = tl.load(x_label_ptr + at_m)[:, None] == tl.load(r_label_ptr + at_n)[None, :]
     short = margin - d
     excess = tl.where(same, d, tl.where(short <= 0.0, 0.0, short))  # NaN stays
+    if EXCLUDES:
+        left_out = tl.load(exclude_ptr + at_m).to(tl.int32)
+        excess = tl.where(left_out[:, None] == offs_n[None, :], 0.0, excess)
     # few masks at a time, of which AMD devices hold few: a row past an end is in no pair
     row = at_m if IN_BATCH else tl.full((BLOCK_M,), -1, tl.int32)
     row = tl.where(local < rows, row, M)
     column = tl.where(offs_n < M, offs_n, -1)
     # with IN_BATCH a pair counts once, though both rows receive its gradient
     loss = tl.where(row[:, None] < column[None, :], 0.5 * excess * excess, 0.0)
-    if EXCLUDES:
-        left_out = tl.load(exclude_ptr + at_m)[:, None] == offs_n[None, :]
-        loss = tl.where(left_out, 0.0, loss)
     tl.store(loss_ptr + tl.program_id(0), tl.sum(loss).to(tl.float64))
     count = tl.sum((loss > 0.0).to(tl.int32))
     tl.store(nonzero_ptr + tl.program_id(0), count.to(tl.int64))
@@ -79,8 +79,6 @@ def _contrastive_pairs_kernel(
         w = gradient_weight(tl.where(same, excess, -excess), d, DISTANCE)
         if IN_BATCH:
             w = tl.where(at_m[:, None] == at_n[None, :], 0.0, w)
-        if EXCLUDES:
-            w = tl.where(left_out, 0.0, w)
         inside = (local < rows)[:, None] & (offs_n < M)[None, :]
         tl.store(w_ptr + local.to(tl.int64)[:, None] * M + offs_n[None, :], w, mask=inside)
         store_close(close_ptr, close, m_blocks, tl.cdiv(M, BLOCK_N))

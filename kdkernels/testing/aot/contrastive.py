@@ -11,13 +11,11 @@ from kdkernels.triton.contrastive import contrastive_fwd
 # label -> B, M or None for the batch itself, D, distance, exclude or not
 _IN_BATCH = {"contrastive-in_batch": (8192, None, 128, "euclidean")}
 _BANK = {"contrastive-bank": (256, 65536, 512, "sqeuclidean")}
-_MORE = {
-    "contrastive-exclude": (256, 65536, 512, "euclidean", True),
-    "contrastive-odd": (333, None, 37, "cosine"),
-}
+_EXCLUDE = {"contrastive-exclude": (256, 65536, 512, "euclidean", True)}
+_ODD = {"contrastive-odd": (333, None, 37, "cosine")}
 
-EVERYWHERE: Calls = {"fp32": _BANK, "bf16": _IN_BATCH}
-EXTRA: Calls = {"fp32": _IN_BATCH | _MORE, "bf16": _BANK, "fp16": _IN_BATCH, "tf32": _BANK}
+EVERYWHERE: Calls = {"fp32": _BANK | _EXCLUDE, "bf16": _IN_BATCH}
+EXTRA: Calls = {"fp32": _IN_BATCH | _ODD, "bf16": _BANK, "fp16": _IN_BATCH, "tf32": _BANK}
 
 
 def call(

@@ -11,14 +11,14 @@ from kdkernels.triton.triplet import triplet_bwd, triplet_fwd
 # label -> B, M or None for the batch itself, D, positives, negatives, distance, exclude or not
 _IN_BATCH = {"in_batch": (8192, None, 128, "hardest", "hardest", "euclidean")}
 _SEMIHARD = {"semihard": (8192, None, 512, "hardest", "semihard", "euclidean")}
+_EXCLUDE = {"bank-exclude": (256, 65536, 512, "hardest", "semihard", "euclidean", True)}
 _MORE = {
     "bank": (256, 65536, 512, "easiest", "easiest", "cosine"),
     "bank-semihard": (256, 65536, 512, "semihard", "hardest", "sqeuclidean"),
-    "bank-exclude": (256, 65536, 512, "hardest", "semihard", "euclidean", True),
     "odd": (333, None, 37, "hardest", "hardest", "euclidean"),
 }
 
-EVERYWHERE: Calls = {"fp32": _SEMIHARD, "bf16": _IN_BATCH}
+EVERYWHERE: Calls = {"fp32": _SEMIHARD | _EXCLUDE, "bf16": _IN_BATCH}
 EXTRA: Calls = {"fp32": _IN_BATCH | _MORE, "bf16": _SEMIHARD, "fp16": _IN_BATCH, "tf32": _SEMIHARD}
 
 

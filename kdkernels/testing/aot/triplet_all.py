@@ -11,14 +11,14 @@ from kdkernels.triton.triplet_all import triplet_all_fwd
 # label -> B, M or None for the batch itself, D, negatives, soft, distance, exclude or not
 _IN_BATCH = {"triplet_all-in_batch": (8192, None, 128, "all", False, "euclidean")}
 _BANK = {"triplet_all-bank": (256, 65536, 512, "semihard", True, "sqeuclidean")}
+_EXCLUDE = {"triplet_all-exclude": (256, 65536, 512, "all", False, "euclidean", True)}
 _MORE = {
     "triplet_all-soft": (8192, None, 128, "all", True, "sqeuclidean"),
     "triplet_all-semihard": (8192, None, 128, "semihard", False, "cosine"),
-    "triplet_all-exclude": (256, 65536, 512, "all", False, "euclidean", True),
     "triplet_all-odd": (333, None, 37, "all", False, "euclidean"),
 }
 
-EVERYWHERE: Calls = {"fp32": _BANK, "bf16": _IN_BATCH}
+EVERYWHERE: Calls = {"fp32": _BANK | _EXCLUDE, "bf16": _IN_BATCH}
 EXTRA: Calls = {"fp32": _IN_BATCH | _MORE, "bf16": _BANK, "fp16": _IN_BATCH, "tf32": _BANK}
 
 

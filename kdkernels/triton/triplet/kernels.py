@@ -78,7 +78,7 @@ def _improve(
     best,  # [m]
     best_row,  # [m]
     d2,  # [m, n], finite
-    forced,  # [m, n], -inf where the distance is NaN, else 0
+    forced,  # [m, n], -inf where the distance is NaN, +inf where it is left out, else 0
     candidate,  # [m, n]
     floor,  # [m]; only keys above it count
     offs_n,  # [n], above all rows seen so far
@@ -137,7 +137,7 @@ def _triplet_mine_kernel(
     x_label = tl.load(x_label_ptr + offs_m)
     x_forced = _forced(x_norm)
     if EXCLUDES:
-        left_out = tl.load(exclude_ptr + offs_m)
+        left_out = tl.load(exclude_ptr + offs_m).to(tl.int32)
     floor = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     if FLOOR != 0:
         bound, _ = _winner(floor_key_ptr, floor_row_ptr, offs_m, B, splits, BLOCK_M)
@@ -169,22 +169,19 @@ def _triplet_mine_kernel(
         d2 = x_norm[:, None] + r_norm[None, :] - 2.0 * acc
         d2 = tl.minimum(tl.where(d2 > 0.0, d2, 0.0), LARGEST)  # no NaN: what is forced says it
         forced = x_forced[:, None] + _forced(r_norm)[None, :]
+        if EXCLUDES:  # a key of +inf is no candidate's; no mask is kept for it
+            forced = tl.where(left_out[:, None] == offs_n[None, :], float("inf"), forced)
         same = x_label[:, None] == r_label[None, :]
         if POSITIVE != 0:
             candidate = same
             if IN_BATCH:
                 candidate = candidate & (offs_m[:, None] != offs_n[None, :])
-            if EXCLUDES:
-                candidate = candidate & (left_out[:, None] != offs_n[None, :])
             best_p, row_p = _improve(
                 best_p, row_p, d2, forced, candidate, floor, offs_n, POSITIVE, FLOOR != 0
             )
         if NEGATIVE != 0:
-            candidate = ~same
-            if EXCLUDES:
-                candidate = candidate & (left_out[:, None] != offs_n[None, :])
             best_n, row_n = _improve(
-                best_n, row_n, d2, forced, candidate, floor, offs_n, NEGATIVE, FLOOR != 0
+                best_n, row_n, d2, forced, ~same, floor, offs_n, NEGATIVE, FLOOR != 0
             )
     at = split.to(tl.int64) * B + offs
     inside = offs < B
