@@ -176,6 +176,10 @@ def among_ignored(case: Case) -> Case:
         named = by_name(case, args)
         bank = named.get("references")
         kept_of_bank = None if bank is None else kept_of(len(bank))
+        if named.get("exclude") is not None:
+            places = kept_of_bank.nonzero().squeeze(1).to(bank.device)
+            exclude = named["exclude"]
+            named["exclude"] = torch.where(exclude < 0, exclude, places[exclude.clamp_min(0)])
         for name, x in named.items():
             which = kept_of_bank if name in ("references", "reference_labels") else kept
             if name in (*ROWS, "references", "reference_labels") and isinstance(x, Tensor):

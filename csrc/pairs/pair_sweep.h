@@ -97,10 +97,10 @@ struct Sweep {
   // in batch, [B] sorted: squared norms for `distances_wide`, which is taken where they are there
   std::vector<double> wide_norms;
 
-  // x: [B, D], r: [M, D], both contiguous and in T; in batch, r is x
+  // x: [B, D], r: [M, D], both contiguous and in T; in batch, r is x; exclude: [B]
   Sweep(const Tensor& x, const Tensor& labels, const Tensor& r, const Tensor& reference_labels,
-        bool in_batch, Distance distance_, bool need_x, bool need_r)
-      : rows(x, labels, r, reference_labels, in_batch),
+        bool in_batch, Distance distance_, bool need_x, bool need_r, const Optional& exclude = {})
+      : rows(x, labels, r, reference_labels, in_batch, exclude),
         anchors(rows.anchors, x, need_x),
         others(in_batch ? std::nullopt
                         : std::optional<Side<T>>(std::in_place, rows.references, r, need_r)),

@@ -250,7 +250,7 @@ struct Miner {
       if (!references.finite(j)) bad.push_back(j);
     }
     const auto choose = [&](int64_t i, int64_t j) {
-      if (ranges.same(i, j) != search.same_label || (ranges.in_batch && i == j)) return;
+      if (ranges.same(i, j) != search.same_label || j == ranges.left_out(i)) return;
       Best<T>& best = search.best[i];
       const int64_t row = references.row[j];
       if (!better(kNanKey<T>, row, best)) return;

@@ -38,17 +38,25 @@ struct Shared {
   };
 };
 
-// An anchor with its row of distances. Its positives are numbered, without itself.
+// An anchor with its row of distances. Its positives are numbered, without the reference that it
+// leaves out.
 struct Anchor {
   float *d, *w;  // [stride]; w is null where no gradient is needed
   int64_t begin, end, M;
-  int64_t self;  // its column; -1 if it has none
+  int64_t left_out;  // the column that it leaves out, in batch its own; -1 if there is none
 
-  __device__ __forceinline__ int64_t positives() const { return end - begin - (self >= 0); }
-  __device__ __forceinline__ int64_t negatives() const { return M - (end - begin); }
+  __device__ __forceinline__ bool leaves_out_positive() const {
+    return left_out >= begin && left_out < end;
+  }
+  __device__ __forceinline__ int64_t positives() const {
+    return end - begin - leaves_out_positive();
+  }
+  __device__ __forceinline__ int64_t negatives() const {
+    return M - (end - begin) - (left_out >= 0 && !leaves_out_positive());
+  }
   __device__ __forceinline__ int64_t column(int64_t positive) const {
     const int64_t j = begin + positive;
-    return j + (self >= 0 && j >= self);
+    return j + (leaves_out_positive() && j >= left_out);
   }
 
   // Loads four distances from column j on, with +infinity for rows that are no negatives.
@@ -57,7 +65,7 @@ struct Anchor {
     if (j < M) four = *reinterpret_cast<const Float4*>(d + j);
     KDK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      if (j + e >= M || (j + e >= begin && j + e < end)) four.x[e] = kInfinity;
+      if (j + e >= M || (j + e >= begin && j + e < end) || j + e == left_out) four.x[e] = kInfinity;
     }
     return four;
   }
@@ -308,7 +316,9 @@ __global__ void __launch_bounds__(kThreads, 4)
                       p.begin[row],
                       p.end[row],
                       chunk.references.x.rows,
-                      chunk.in_batch ? row : -1};
+                      chunk.in_batch         ? row
+                      : p.exclude != nullptr ? p.exclude[row]
+                                             : -1};
   const int64_t P = anchor.positives(), N = anchor.negatives();
   const bool any = P > 0 && N > 0;
   Found found;

@@ -43,6 +43,8 @@ class ContrastiveLoss(nn.Module):
         - embeddings: [B, D]; labels: [B], any integer dtype.
         - references: [M, D], and reference_labels: [M]: the other side of every pair in place of
           the batch; they receive gradients if they ask for them.
+        - exclude: one reference per row that it is not compared with, integer [B], -1 for none: the
+          row's own copy, where the references hold the batch. Only with references.
         - sample_mask: which rows of the embeddings count, bool [B], as in
           `kdkernels.contrastive_loss`. None: all.
         - output: scalar, fp32 (fp64 for fp64 embeddings).
@@ -54,6 +56,8 @@ class ContrastiveLoss(nn.Module):
     Example:
         >>> criterion = kd.nn.ContrastiveLoss(margin=1.0)
         >>> loss = criterion(embeddings, labels)
+        >>> # cross-batch memory: the batch is at `places` of the bank already
+        >>> loss = criterion(embeddings, labels, bank, bank_labels, exclude=places)
 
     Reference:
         Hadsell, Chopra and LeCun, Dimensionality Reduction by Learning an Invariant Mapping, CVPR
@@ -90,6 +94,7 @@ class ContrastiveLoss(nn.Module):
         references: Tensor | None = None,  # [M, D]
         reference_labels: Tensor | None = None,  # [M]
         *,
+        exclude: Tensor | None = None,  # [B]
         sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
         return self.weight * contrastive_loss(
@@ -100,6 +105,7 @@ class ContrastiveLoss(nn.Module):
             margin=self.margin,
             distance=self.distance,
             normalize_embeddings=self.normalize_embeddings,
+            exclude=exclude,
             sample_mask=sample_mask,
             ignore_index=self.ignore_index,
             reduction=self.reduction,

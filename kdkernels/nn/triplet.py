@@ -84,12 +84,14 @@ class _MinedTripletLoss(nn.Module):
         references: Tensor | None = None,  # [M, D]
         reference_labels: Tensor | None = None,  # [M]
         *,
+        exclude: Tensor | None = None,  # [B]
         sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
-        if self.self_positive and not (references is None and reference_labels is None):
+        in_batch = references is None and reference_labels is None and exclude is None
+        if self.self_positive and not in_batch:
             raise ValueError(
-                f"references must be left out with preset={self.preset!r}, "
-                "which mines within the batch"
+                f"references must be left out with preset={self.preset!r}, and exclude, since it "
+                "mines within the batch"
             )
         over_batch, ignore_index, index = self.reduction == "mean_batch", self.ignore_index, None
         if over_batch or self.self_positive:  # how many rows count, or which, matters here too
@@ -98,6 +100,9 @@ class _MinedTripletLoss(nn.Module):
             _checks.sample_mask(sample_mask, "embeddings", embeddings)
             mask = _rows.of_label(labels.to(torch.int64), sample_mask, ignore_index)
             B, index, sample_mask = embeddings.shape[0], _rows.counting(mask), None
+            if exclude is not None:
+                _checks.labels("exclude", exclude, "embeddings", embeddings)
+                (exclude,) = _rows.take(index, exclude)
             embeddings, labels = _rows.take(index, embeddings, labels)
         if self.self_positive:
             # references are never taken for the anchors themselves: each anchor finds itself there
@@ -112,6 +117,7 @@ class _MinedTripletLoss(nn.Module):
             soft=self.soft,
             distance=self.distance,
             normalize_embeddings=self.normalize_embeddings,
+            exclude=exclude,
             sample_mask=sample_mask,
             ignore_index=ignore_index,
             reduction="sum" if over_batch else self.reduction,
@@ -194,6 +200,8 @@ class BatchHardTripletLoss(_MinedTripletLoss):
         - embeddings: [B, D]; labels: [B], any integer dtype.
         - references: [M, D], and reference_labels: [M]: where positives and negatives come from in
           place of the batch; they receive gradients if they ask for them.
+        - exclude: one reference per row that it is not compared with, integer [B], -1 for none: the
+          row's own copy, where the references hold the batch. Only with references.
         - sample_mask: which rows of the embeddings count, bool [B], as in `kdkernels.triplet_loss`.
           None: all.
         - output: scalar, or [B] for "none"; fp32 (fp64 for fp64 embeddings).
@@ -205,6 +213,8 @@ class BatchHardTripletLoss(_MinedTripletLoss):
     Example:
         >>> criterion = kd.nn.BatchHardTripletLoss(margin=0.3)
         >>> loss = criterion(embeddings, labels)
+        >>> # cross-batch memory: the batch is at `places` of the bank already
+        >>> loss = criterion(embeddings, labels, bank, bank_labels, exclude=places)
 
     Reference:
         Hermans, Beyer and Leibe, In Defense of the Triplet Loss for Person Re-Identification, 2017,

@@ -13,6 +13,7 @@ from kdkernels import _checks
 from kdkernels._dispatch import form
 from kdkernels._similarity import unit
 from kdkernels.ops import _rows
+from kdkernels.ops._key_bank import within
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 
@@ -33,6 +34,7 @@ def _check(
     references: Tensor | None,
     reference_labels: Tensor | None,
     distance: str,
+    exclude: Tensor | None,
     sample_mask: Tensor | None,
     ignore_index: int | None,
 ) -> torch.dtype:
@@ -49,6 +51,13 @@ def _check(
         _checks.same_device("references", references, "embeddings", embeddings)
         _checks.same_columns("references", references, "embeddings", embeddings)
         dtype = _checks.common_dtype(dtype, references.dtype)
+    if exclude is not None:
+        if references is None:
+            raise ValueError(
+                "exclude must be None without references, since no row meets itself then, "
+                f"got {type(exclude).__name__}"
+            )
+        _checks.labels("exclude", exclude, "embeddings", embeddings)
     _checks.choice("distance", distance, DISTANCES)
     return dtype
 
@@ -64,12 +73,13 @@ class LabelledRows(NamedTuple):
     labels: Tensor
     references: Tensor | None
     reference_labels: Tensor | None
+    exclude: Tensor | None
     index: Tensor | None  # of the rows in what was given; None where all count
     reference_index: Tensor | None  # likewise, of the embeddings where they are the references
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self[:4]
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self[:5]
 
 
 def labelled_rows(
@@ -79,6 +89,7 @@ def labelled_rows(
     reference_labels: Tensor | None,  # [M]
     distance: str,
     normalize_embeddings: bool,
+    exclude: Tensor | None = None,  # [B]
     sample_mask: Tensor | None = None,  # [B]
     ignore_index: int | None = None,
 ) -> LabelledRows:
@@ -87,8 +98,9 @@ def labelled_rows(
     `sample_mask` is about the embeddings, `ignore_index` about both sides.
     """
     dtype = _check(
-        embeddings, labels, references, reference_labels, distance, sample_mask, ignore_index
-    )
+        embeddings, labels, references, reference_labels, distance, exclude, sample_mask,
+        ignore_index,
+    )  # fmt: skip
     divide = normalize_embeddings or distance == "cosine"
     given_labels, labels = labels, labels.to(torch.int64)
     index = _rows.counting(_rows.of_label(labels, sample_mask, ignore_index))
@@ -96,8 +108,11 @@ def labelled_rows(
     embeddings, labels = _rows.take(index, embeddings, labels)
     if references is None:
         embeddings = _unit(embeddings) if divide else embeddings
-        return LabelledRows(embeddings, labels, None, None, index, index)
-    reference_index = index
+        return LabelledRows(embeddings, labels, None, None, None, index, index)
+    if exclude is not None:
+        (exclude,) = _rows.take(index, exclude.to(torch.int64))
+        within("exclude", exclude, -1, references.shape[0])
+    reference_index, M = index, references.shape[0]
     if same_labels:
         (references,) = _rows.take(index, references)
         reference_labels = None
@@ -109,13 +124,19 @@ def labelled_rows(
     if divide:
         embeddings, references = _unit(embeddings), _unit(references)
     references = references.view_as(references) if references is embeddings else references
-    return LabelledRows(embeddings, labels, references, reference_labels, index, reference_index)
+    if exclude is not None:
+        exclude = _rows.renumbered(exclude, reference_index, M)
+    return LabelledRows(
+        embeddings, labels, references, reference_labels, exclude, index, reference_index
+    )
 
 
 def both_sides(
-    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(embeddings, labels, references, reference_labels, in_batch), as operators take them."""
+    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None,
+    exclude: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, Tensor | None]:  # fmt: skip
+    """(embeddings, labels, references, reference_labels, in_batch, exclude), as operators take
+    them."""
     in_batch = references is None
     return (
         embeddings,
@@ -123,6 +144,7 @@ def both_sides(
         embeddings if in_batch else references,
         labels if reference_labels is None else reference_labels,
         in_batch,
+        exclude,
     )
 
 
@@ -133,19 +155,22 @@ def forms_of_both_sides(
     reference_labels: Tensor | None,
     distance: str,
     normalize_embeddings: bool,
+    exclude: Tensor | None,
     sample_mask: Tensor | None,
     ignore_index: int | None,
 ) -> tuple[Any, ...]:
     """The forms of `both_sides` of `labelled_rows`, if all rows count."""
     dtype = _check(
-        embeddings, labels, references, reference_labels, distance, sample_mask, ignore_index
-    )
+        embeddings, labels, references, reference_labels, distance, exclude, sample_mask,
+        ignore_index,
+    )  # fmt: skip
     if normalize_embeddings or distance == "cosine":
         dtype = _checks.accumulation_dtype(dtype)
-    x, y, r, r_y = both_sides(embeddings, labels, references, reference_labels)[:4]
+    x, y, r, r_y = both_sides(embeddings, labels, references, reference_labels, exclude)[:4]
     return (
         form(x, dtype=dtype), form(y, dtype=torch.int64), form(r, dtype=dtype),
         form(r_y, dtype=torch.int64), references is None,
+        None if exclude is None else form(exclude, dtype=torch.int64),
     )  # fmt: skip
 
 
@@ -164,9 +189,11 @@ def differentiable_first(operator: Any) -> Any:
         references: Tensor | None,
         labels: Tensor,
         reference_labels: Tensor | None,
+        exclude: Tensor | None,
         *options: Any,
     ) -> tuple[Tensor, ...]:
-        return operator(*both_sides(embeddings, labels, references, reference_labels), *options)
+        rows = both_sides(embeddings, labels, references, reference_labels, exclude)
+        return operator(*rows, *options)
 
     return call
 

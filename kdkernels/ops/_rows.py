@@ -68,6 +68,20 @@ def reduced(
     return values.sum() / rows
 
 
+def renumbered(
+    at: Tensor,  # [B] int64
+    index: Tensor | None,
+    total: int,
+) -> Tensor:  # [B] int64
+    """Rows by their place among those that count, -1 for those that do not or are none."""
+    known = (at >= 0) & (at < total)
+    if index is None:
+        return torch.where(known, at, -1)
+    place = torch.full((total + 1,), -1, dtype=torch.int64, device=at.device)
+    place[index] = torch.arange(len(index), device=at.device)
+    return place[torch.where(known, at, total)]
+
+
 def select(sample_mask: Any, **tensors: Any) -> tuple[Tensor, ...]:
     """The rows that count of tensors by their names, which have as many rows as the first."""
     if sample_mask is None:

@@ -24,6 +24,7 @@ STRATEGIES = ("hardest", "semihard", "easiest")
 #   negative  [B] int64  likewise, -1 at the same anchors
 #   d_ap      [B]        distance to the positive from the difference of the two rows; 0 where -1
 #   d_an      [B]        likewise
+# `exclude` [B] int64 names one reference per anchor that is not chosen, or none by -1; None: none.
 # positives="paired" makes row i of the references the positive of anchor i, whatever its label.
 # Ties go to the lowest row. With `in_batch` the references are the embeddings.
 # A row whose squared norm is not below a quarter of the largest number has distances NaN. NaN is
@@ -53,7 +54,7 @@ _fwd = define_operator(
     "triplet",
     "fwd",
     "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch, "
-    "str positives, str negatives, str distance, str backend) "
+    "Tensor? exclude, str positives, str negatives, str distance, str backend) "
     "-> (Tensor positive, Tensor negative, Tensor d_ap, Tensor d_an)",
     _fwd_fake,
 )
@@ -77,12 +78,13 @@ class TripletFunction(torch.autograd.Function):
         labels: Tensor,
         references: Tensor | None,
         reference_labels: Tensor | None,
+        exclude: Tensor | None,
         positives: str,
         negatives: str,
         distance: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = both_sides(embeddings, labels, references, reference_labels)
+        rows = both_sides(embeddings, labels, references, reference_labels, exclude)
         results = _fwd(*rows, positives, negatives, distance, backend)
         inputs = (embeddings,) if references is None else (embeddings, references)
         keep_for_backward(ctx, *inputs, *results)
@@ -107,7 +109,7 @@ class TripletFunction(torch.autograd.Function):
             dx if need_embeddings else None,
             None,
             dr if need_references else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
 
 
@@ -139,11 +141,12 @@ def _operator_args(
     negatives: str,
     distance: str,
     normalize_embeddings: bool,
+    exclude: Tensor | None,
     sample_mask: Tensor | None,
     ignore_index: int | None,
 ) -> tuple[Any, ...]:
     rows = forms_of_both_sides(
-        embeddings, labels, references, reference_labels, distance, normalize_embeddings,
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings, exclude,
         sample_mask, ignore_index,
     )  # fmt: skip
     _check_strategies(positives, negatives)
@@ -165,6 +168,7 @@ def mine_triplets(
     negatives: Literal["hardest", "semihard", "easiest"] = "hardest",
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
     normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,  # [B]
     sample_mask: Tensor | None = None,  # [B]
     ignore_index: int | None = None,
     backend: Backend = "auto",
@@ -191,6 +195,8 @@ def mine_triplets(
             not its own positive. The wider dtype is taken where the references have another one.
         distance: "euclidean", its square, or "cosine" (1 - cosine; normalises in any case).
         normalize_embeddings: Divide each row by its norm first, clamped at 1e-12.
+        exclude: One reference per row that is neither its positive nor its negative, integer [B],
+            -1 for none: the row's own copy, where the references hold it. Only with references.
         sample_mask: Which rows of the embeddings count, bool [B]: value and gradient are those of
             the batch without the other rows, which may hold anything and whose gradient is 0. The
             number of rows that count is read, for which a GPU is waited for, and
@@ -208,7 +214,8 @@ def mine_triplets(
 
     Raises:
         TypeError: labels that are not integers, embeddings that are not floating point.
-        ValueError: shapes, devices or options do not fit, naming the argument.
+        ValueError: shapes, devices or options do not fit, naming the argument. Indices are looked
+            at only where they lie on the CPU; elsewhere one that names no reference excludes none.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
     Reference:
@@ -218,7 +225,7 @@ def mine_triplets(
     with torch.no_grad():
         rows = labelled_rows(
             embeddings, labels, references, reference_labels, distance, normalize_embeddings,
-            sample_mask, ignore_index,
+            exclude, sample_mask, ignore_index,
         )  # fmt: skip
         _check_strategies(positives, negatives)
         positive, negative, d_ap, d_an = _fwd(

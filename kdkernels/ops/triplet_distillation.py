@@ -57,7 +57,7 @@ def _operator_args(
     y = form(labels, dtype=torch.int64)
     mined = "hardest" if negatives == "random" else negatives
     sides = form(teacher, dtype=dtype), y, form(student, dtype=dtype), y
-    return *sides, False, "paired", mined, "euclidean"
+    return *sides, False, None, "paired", mined, "euclidean"
 
 
 def _choices(negatives: str, **_: Any) -> dict[str, str]:
@@ -136,7 +136,7 @@ def triplet_distillation(
         d_an = F.pairwise_distance(anchors, rows[negative])
     else:
         _, index, d_ap, d_an = TripletFunction.apply(
-            anchors, y, rows, None, "paired", negatives, "euclidean", chosen_backend
+            anchors, y, rows, None, None, "paired", negatives, "euclidean", chosen_backend
         )
         kept = index >= 0
     losses = torch.where(kept, (d_ap - d_an + margin).relu(), 0.0)

@@ -36,6 +36,16 @@ def finite_pairs(
     return finite_x[..., :, None] & finite_r[..., None, :]
 
 
+def left_out(
+    exclude: Tensor | None,  # [B]
+    d: Tensor,  # [B, M]
+) -> Tensor:  # [B, M] bool
+    """The pair of each row with the reference that it leaves out, if `exclude` names one."""
+    if exclude is None:
+        return torch.zeros_like(d, dtype=torch.bool)
+    return exclude[:, None] == torch.arange(d.shape[1], device=d.device)
+
+
 def gradients_of_pairs(
     weight: Tensor,  # [..., B, M], derivative of a sum by each distance
     d: Tensor,  # [..., B, M]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, wide
+from kdkernels.reference._distances import distances, left_out, wide
 
 
 def triplet(
@@ -21,6 +21,7 @@ def triplet(
     reference_labels: Tensor,  # [M]
     *,
     in_batch: bool,
+    exclude: Tensor | None = None,  # [B]
     positives: str = "hardest",
     negatives: str = "hardest",
     distance: str = "euclidean",
@@ -28,11 +29,14 @@ def triplet(
     """(index of the positive, of the negative, d_ap, d_an), differentiable by autograd.
 
     `in_batch` says that the references are the embeddings: an anchor is not the positive of itself.
-    An anchor that lacks one of the two has index -1 twice and distances 0; ties go to the lowest
-    index. "cosine" takes unit vectors.
+    `exclude` names one reference per anchor that is neither its positive nor its negative, or none
+    by -1. An anchor that lacks one of the two has index -1 twice and distances 0; ties go to the
+    lowest index. "cosine" takes unit vectors.
     """
     d = distances(embeddings, references, distance)
-    positive, negative, valid = pick(d, labels, reference_labels, in_batch, positives, negatives)
+    positive, negative, valid = pick(
+        d, labels, reference_labels, in_batch, exclude, positives, negatives
+    )
 
     def chosen(index: Tensor) -> Tensor:
         if d.shape[1] == 0:
@@ -47,15 +51,17 @@ def pick(
     labels: Tensor,
     reference_labels: Tensor,
     in_batch: bool,
+    exclude: Tensor | None,
     positives: str,
     negatives: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(positive, negative, whether the anchor has both), each [B]; -1 where it has not."""
     d = d.detach()
     same = labels[:, None] == reference_labels[None]
-    is_positive, is_negative = same, ~same
+    others = ~left_out(exclude, d)
+    is_positive, is_negative = same & others, ~same & others
     if in_batch:
-        is_positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=d.device)
+        is_positive = is_positive & ~torch.eye(len(labels), dtype=torch.bool, device=d.device)
 
     def extreme(mask: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
         """(index of the extreme, or 0; its distance), both [B, 1]."""
@@ -90,13 +96,14 @@ def triplet_fwd(
     references: Tensor,
     reference_labels: Tensor,
     in_batch: bool,
+    exclude: Tensor | None,
     positives: str,
     negatives: str,
     distance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return triplet(
-        embeddings, labels, references, reference_labels, in_batch=in_batch, positives=positives,
-        negatives=negatives, distance=distance,
+        embeddings, labels, references, reference_labels, in_batch=in_batch, exclude=exclude,
+        positives=positives, negatives=negatives, distance=distance,
     )  # fmt: skip
 
 

@@ -296,6 +296,8 @@ def test_bad_inputs() -> None:
     for extra in ((x, y), (x,), (None, y)):
         with pytest.raises(ValueError, match="references must be left out with preset='hermans'"):
             HARD("hermans")(x, y, *extra)
+    with pytest.raises(ValueError, match=r"references must be left out .*, and exclude"):
+        HARD("hermans")(x, y, exclude=y)
     with pytest.raises(ValueError, match="reference_labels must be given"):
         HARD()(x, y, x)
     with pytest.raises(ValueError, match=r"labels must have shape \[24\]"):

@@ -144,6 +144,27 @@ def samples(
 
         return draw(first(draw, accept), device)
 
+    def excluding(form: dict[str, Any]) -> Sample:
+        """References that hold most of the anchors, which leave out themselves."""
+        B, M = 34, 55
+        form = always | form
+
+        def draw(seed: int, device: torch.device = cpu) -> Sample:
+            rows, labels = labelled(M, 24, 5, device, dtype, seed)
+            place = torch.randperm(M, generator=rng(seed + 1))
+            exclude, others = place.argsort()[:B], rows.clone()
+            # an anchor beside its own copy would be where distances have no derivative
+            others[:B:5], others[1] = others[:B:5].flip(1), others[1].flip(0)
+            exclude[::5], exclude[1] = -1, 40
+            options = {
+                "references": others[place], "reference_labels": labels[place],
+                "exclude": exclude.to(device),
+            }  # fmt: skip
+            name = "-".join(("exclude", *map(str, form.values())))
+            return Sample(name, (rows[:B], labels[:B]), form | options)
+
+        return draw(first(draw, accept), device)
+
     for name, shape in SHAPES.items():
         # a unit vector of one component cannot move
         yield batch(name, shape, **({"normalize_embeddings": False} if shape[1] == 1 else {}))
@@ -151,6 +172,7 @@ def samples(
         yield batch("-".join(str(value) for value in form.values()), (37, 11, 5), **form)
     for form in referred:
         yield referring(form)
+        yield excluding(form)
     other = (46, 24, 5)
     yield batch("strided", other, lambda x, y: (x.T.contiguous().T[::2, ::2], y[::2]))
     yield batch("int8_labels", other, lambda x, y: (x, y.to(torch.int8)))
@@ -175,6 +197,14 @@ def bad_inputs(device: torch.device, **always: Any) -> Iterator[BadInput]:
     yield bad("no_references", (x, y), ValueError, "references must be", reference_labels=y)
     narrow: dict[str, Any] = {"references": x[:, :3], "reference_labels": y}
     yield bad("columns", (x, y), ValueError, "references must have 4 columns", **narrow)
+    bank: dict[str, Any] = {"references": x, "reference_labels": y}
+    yield bad("own", (x, y), ValueError, "exclude must be None without references", exclude=y)
+    yield bad("excluded", (x, y), ValueError, "exclude must have shape [8]", exclude=y[:7], **bank)
+    float_index = bank | {"exclude": y.float()}
+    yield bad("float_index", (x, y), TypeError, "exclude must be an integer tensor", **float_index)
+    if device.type == "cpu":  # indices elsewhere are not looked at
+        beyond = bank | {"exclude": y + 5}
+        yield bad("beyond", (x, y), ValueError, "exclude must be from -1 to 7, got 8", **beyond)
     yield bad("margin", (x, y), ValueError, "margin must be", margin=-0.1)
     yield bad("margin_nan", (x, y), ValueError, "margin must be", margin=float("nan"))
     yield bad("margin_type", (x, y), TypeError, "margin must be a number", margin="0.2")

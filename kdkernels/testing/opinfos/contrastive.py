@@ -33,19 +33,21 @@ def definition(
     margin: float = 1.0,
     distance: str = "euclidean",
     normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     unit = normalize_embeddings or distance == "cosine"
     *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
     total, nonzero = reference.contrastive(
-        *rows, in_batch=in_batch, margin=margin, distance=distance
+        *rows, in_batch=in_batch, exclude=exclude, margin=margin, distance=distance
     )
     if reduction == "sum":
         return total
     if reduction == "mean_nonzero":
         return total / nonzero.clamp_min(1)
     B, M = len(rows[0]), len(rows[2])
-    return total / max(B * (B - 1) // 2 if in_batch else B * M, 1)
+    pairs = B * (B - 1) // 2 if in_batch else B * M
+    return total / max(pairs - (0 if exclude is None else int((exclude >= 0).sum())), 1)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:

@@ -38,14 +38,16 @@ def definition(
     soft: bool = False,
     distance: str = "euclidean",
     normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,
     reduction: str = "mean_nonzero",
 ) -> Tensor:
     unit = normalize_embeddings or distance == "cosine"
     *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
     positives, negatives = ONE[mining]
     positive, _, d_ap, d_an = reference.triplet(
-        *rows, in_batch=in_batch, positives=positives, negatives=negatives, distance=distance
-    )
+        *rows, in_batch=in_batch, exclude=exclude, positives=positives, negatives=negatives,
+        distance=distance,
+    )  # fmt: skip
     u = d_ap - d_an + margin
     kept = positive >= 0
     losses = torch.where(kept, F.softplus(u, threshold=1e3) if soft else u.clamp_min(0), 0.0)

@@ -40,6 +40,7 @@ def definition(
     soft: bool = False,
     distance: str = "euclidean",
     normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,
     reduction: str = "mean_nonzero",
 ) -> Tensor:
     unit = normalize_embeddings or distance == "cosine"
@@ -47,6 +48,7 @@ def definition(
     total, nonzero, valid = reference.triplet_all(
         *rows,
         in_batch=in_batch,
+        exclude=exclude,
         negatives=SEVERAL[mining],
         margin=margin,
         soft=soft,

@@ -78,7 +78,7 @@ def _improve(
     best,  # [m]
     best_row,  # [m]
     d2,  # [m, n], finite
-    forced,  # [m, n], -inf where the distance is NaN, else 0
+    forced,  # [m, n], -inf where the distance is NaN, +inf where it is left out, else 0
     candidate,  # [m, n]
     floor,  # [m]; only keys above it count
     offs_n,  # [n], above all rows seen so far
@@ -108,6 +108,7 @@ def _triplet_mine_kernel(
     row_ptr,  # [2, splits, B] int32
     floor_key_ptr,  # [splits, B] fp32, [splits, B] int32: winners of the search that bounds this
     floor_row_ptr,
+    exclude_ptr,  # [B] int64; with EXCLUDES
     B,
     M,
     D,
@@ -118,6 +119,7 @@ def _triplet_mine_kernel(
     stride_rm,
     stride_rd,
     IN_BATCH: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     POSITIVE: tl.constexpr,  # 1 looks for the nearest, -1 for the farthest, 0 not at all
     NEGATIVE: tl.constexpr,
     FLOOR: tl.constexpr,  # 0 without bound; else the sign that turns its keys into keys of this
@@ -134,6 +136,8 @@ def _triplet_mine_kernel(
     x_norm = tl.load(x_norm_ptr + offs_m)
     x_label = tl.load(x_label_ptr + offs_m)
     x_forced = _forced(x_norm)
+    if EXCLUDES:
+        left_out = tl.load(exclude_ptr + offs_m).to(tl.int32)
     floor = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     if FLOOR != 0:
         bound, _ = _winner(floor_key_ptr, floor_row_ptr, offs_m, B, splits, BLOCK_M)
@@ -176,6 +180,8 @@ def _triplet_mine_kernel(
                 d2 += difference * difference
         d2 = tl.minimum(tl.where(d2 > 0.0, d2, 0.0), LARGEST)  # no NaN: what is forced says it
         forced = x_forced[:, None] + _forced(r_norm)[None, :]
+        if EXCLUDES:  # a key of +inf is no candidate's; no mask is kept for it
+            forced = tl.where(left_out[:, None] == offs_n[None, :], float("inf"), forced)
         same = x_label[:, None] == r_label[None, :]
         if POSITIVE != 0:
             candidate = same
