@@ -86,7 +86,8 @@ def common_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """
     common = dtypes[0]
     for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
+        if dtype != common:
+            common = torch.promote_types(common, dtype)
     return common
 
 

@@ -81,7 +81,7 @@ def test_every_op_is_documented(name: str, op: str) -> None:
 
 @pytest.mark.parametrize("op", sorted({info.op for info in opinfos()}))
 def test_every_op_has_all_of_its_files(op: str) -> None:
-    for path in (f"kdkernels/ops/{op}.py", f"kdkernels/reference/{op}.py", f"tests/test_{op}.py"):
+    for path in (f"kdkernels/ops/{op}.py", f"kdkernels/reference/_{op}.py", f"tests/test_{op}.py"):
         assert (ROOT / path).is_file(), path
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.reference._distances import distances
+from kdkernels.reference._labelled import sides
 from kdkernels.testing.opinfo import BadInput, BenchShape, Eager, Sample, randn, rng
 
 # Least relative difference of two distances that no fp32 kernel confuses, by a factor of ten or so.
@@ -36,24 +37,6 @@ def labelled(
     """Embeddings and labels, of which some are negative."""
     labels = torch.randint(classes, (B,), generator=rng(seed)) * 7 - 3
     return randn(B, D, seed=seed, device=device, dtype=dtype), labels.to(device)
-
-
-def sides(
-    embeddings: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    unit: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(embeddings, labels, references, reference_labels, in_batch) of the definitions."""
-
-    def rows(x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if unit else x
-
-    x = rows(embeddings)
-    if references is None or reference_labels is None:
-        return x, labels, x, labels, True
-    return x, labels, rows(references.to(x.dtype)), reference_labels, False
 
 
 def clear_of_kinks(sample: Sample) -> bool:

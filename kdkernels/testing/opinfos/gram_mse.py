@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels._similarity import NORM_EPS
 from kdkernels.ops.gram_mse import choose_algorithm, gram_mse
-from kdkernels.reference import gram_mse as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn
 
 # (B, D_s, D_t); B above and below the widths, so that resident, streamed and factored all come up
@@ -37,16 +37,6 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"normalize": "feature", "kernel": "rbf_taylor"},
     {"normalize": "none", "kernel": "rbf_taylor", "gamma": 0.1, "order": 3},
 )
-
-
-def definition(
-    student: Tensor, teacher: Tensor, *, reduction: str = "mean", **options: Any
-) -> Tensor:
-    sums = reference.gram_mse(student, teacher, **options)
-    if reduction == "sum":
-        return sums.sum()
-    per_group = sums / max(student.shape[-2] ** 2, 1)
-    return per_group if reduction == "none" else per_group.sum() / max(per_group.numel(), 1)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -91,7 +81,7 @@ def magnitude(sample: Sample) -> tuple[float, tuple[float, ...]]:
     zero = torch.zeros_like
     B = max(s.shape[-2], 1)
     of_student, of_teacher = (
-        reference.gram_mse(x, zero(x), **options).sum().item() for x in (s, t)
+        definitions.gram_mse(x, zero(x), reduction="sum", **options).item() for x in (s, t)
     )
     gram_s, gram_t = s @ s.mT, t @ t.mT
     r, q = (g.norm(dim=-1, keepdim=True).clamp_min(NORM_EPS) for g in (gram_s, gram_t))
@@ -250,7 +240,7 @@ OPINFOS = [
         name="gram_mse",
         op="gram_mse",
         function=gram_mse,
-        definition=definition,
+        definition=definitions.gram_mse,
         diff_args=("student", "teacher"),
         samples=samples,
         bad_inputs=bad_inputs,

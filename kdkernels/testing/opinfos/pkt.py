@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.pkt import pkt
-from kdkernels.reference import pkt as reference
+from kdkernels.reference import _pkt as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn
 from kdkernels.testing.opinfos import _two_sides
 
@@ -155,7 +156,7 @@ OPINFOS = [
         name="pkt",
         op="pkt",
         function=pkt,
-        definition=reference.pkt,
+        definition=definitions.pkt,
         diff_args=("student",),
         samples=samples,
         bad_inputs=bad_inputs,

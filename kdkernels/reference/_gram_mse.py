@@ -8,25 +8,29 @@ form, as derived in docs/ops/gram_mse.md, whose names (r, q, x, a, b, c, C, K, M
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS
+from kdkernels.reference._definition import definition
 from kdkernels.reference._rows import normalize_backward
 
 
+@definition
 def gram_mse(
     student: Tensor,  # [..., B, D_s]
     teacher: Tensor,  # [..., B, D_t]
     *,
-    normalize: str = "row_l2",
-    kernel: str = "linear",
+    normalize: Literal["row_l2", "row_l1", "feature", "none"] = "row_l2",
+    kernel: Literal["linear", "rbf_taylor"] = "linear",
     gamma: float = 0.4,
     order: int = 2,
-) -> Tensor:  # [...]
-    """Sum over i, j of (G_student - G_teacher)_ij^2 per group, differentiable by autograd."""
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:  # [] or [...]
+    """Mean over i, j of (G_student - G_teacher)_ij^2 per group, differentiable by autograd."""
 
     def gram(x: Tensor) -> Tensor:
         if normalize == "feature":
@@ -38,7 +42,11 @@ def gram_mse(
             g = F.normalize(g, p=int(normalize[-1]), dim=-1)
         return g
 
-    return (gram(student) - gram(teacher)).square().sum((-2, -1))
+    sums = (gram(student) - gram(teacher)).square().sum((-2, -1))
+    if reduction == "sum":
+        return sums.sum()
+    per_group = sums / max(student.shape[-2] ** 2, 1)
+    return per_group if reduction == "none" else per_group.sum() / max(per_group.numel(), 1)
 
 
 def taylor_coefficients(gamma: float, order: int) -> list[float]:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels.reference._definition import definition
 
+
+@definition
 def correlation(
     student: Tensor,  # [B, C]
     teacher: Tensor,  # [B, C]
@@ -21,10 +24,10 @@ def correlation(
     centered: bool = True,
     eps: float = 1e-8,
 ) -> Tensor:
-    """The loss, differentiable by autograd."""
+    """The loss, differentiable by autograd; the teacher is detached."""
     if student.numel() == 0:
         return student.sum()
-    a, b = (torch.softmax(x / temperature, 1) for x in (student, teacher))
+    a, b = (torch.softmax(x / temperature, 1) for x in (student, teacher.detach()))
 
     def rho(dim: int) -> Tensor:
         x, y = (v - v.mean(dim, keepdim=True) if centered else v for v in (a, b))

@@ -8,10 +8,38 @@ never |x|^2 + |y|^2 - 2 <x, y>. NaN counts as the extreme, and as beyond any oth
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from kdkernels._mined_triplets import MinedTriplets
+from kdkernels.reference._definition import definition
 from kdkernels.reference._distances import distances, wide
+from kdkernels.reference._labelled import sides
+
+
+@definition
+def mine_triplets(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    *,
+    references: Tensor | None = None,  # [M, D]
+    reference_labels: Tensor | None = None,  # [M]
+    positives: Literal["hardest", "semihard", "easiest"] = "hardest",
+    negatives: Literal["hardest", "semihard", "easiest"] = "hardest",
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
+    normalize_embeddings: bool = True,
+) -> MinedTriplets:
+    """The triplets of the anchors that have one."""
+    unit = normalize_embeddings or distance == "cosine"
+    *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
+    with torch.no_grad():
+        positive, *others = triplet(
+            *rows, in_batch=in_batch, positives=positives, negatives=negatives, distance=distance
+        )
+    anchors = (positive >= 0).nonzero().squeeze(1)
+    return MinedTriplets(anchors, *(x[anchors] for x in (positive, *others)))
 
 
 def triplet(

@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, gradients_of_pairs, wide
+from kdkernels.reference._definition import definition
+from kdkernels.reference._distances import distances, gradients_of_pairs, norms, wide
 
 CHUNK = 1 << 22  # angles held at once
 
 
+@definition
 def rkd_distance(
     student: Tensor,  # [B, D_s]
     teacher: Tensor,  # [B, D_t]
@@ -31,6 +33,7 @@ def _relative(d: Tensor) -> tuple[Tensor, Tensor]:
     return d / torch.where(mean == 0, 1, mean), mean
 
 
+@definition
 def rkd_angle(
     student: Tensor,  # [B, D_s]
     teacher: Tensor,  # [B, D_t]
@@ -40,7 +43,7 @@ def rkd_angle(
 
     def cosines(x: Tensor) -> Tensor:  # [B, B, B]
         e = wide(x)[None] - wide(x)[:, None]
-        n = e.norm(dim=2, keepdim=True)
+        n = norms(e)[:, :, None]
         u = torch.where(n == 0, 0.0, e / torch.where(n == 0, 1.0, n))
         return u @ u.mT
 

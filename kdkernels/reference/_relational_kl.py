@@ -7,7 +7,7 @@ the operators in closed form, as derived in docs/ops/relational_kl.md.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from kdkernels._key_bank_call import KeyBankCall
 from kdkernels._similarity import similarities
+from kdkernels.reference._definition import definition, reduced
 
 
+@definition
 def relational_kl(
     student: Tensor,  # [B, D]
     teacher: Tensor,  # [B, E]
@@ -27,10 +29,11 @@ def relational_kl(
     student_temperature: float | Tensor = 0.1,
     teacher_temperature: float | Tensor = 0.02,
     normalize: bool = True,
-    divergence: str = "kl",
+    divergence: Literal["kl", "cross_entropy"] = "kl",
     exclude: Tensor | None = None,  # [B]; -1 for none
     num_keys: int | Tensor | None = None,  # the first of the keys
-) -> Tensor:  # [B]
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:  # [] or [B]
     """KL(p_teacher || p_student) or the cross-entropy of each row, differentiable by autograd."""
     keys, teacher_keys = (first(x, num_keys) for x in (keys, teacher_keys))
     a = similarities(student, keys, normalize)
@@ -46,9 +49,11 @@ def relational_kl(
     log_q, log_p = (z.masked_fill(out, -torch.inf).log_softmax(-1) for z in (a, b))
     c = log_p - log_q if divergence == "kl" else -log_q
     rows = (log_p.exp() * c.masked_fill(out, 0.0)).sum(-1)
-    return rows.where(~out.all(-1), 0.0)  # no key is left: no divergence
+    rows = rows.where(~out.all(-1), 0.0)  # no key is left: no divergence
+    return reduced(rows, reduction)
 
 
+@definition
 def info_nce(
     queries: Tensor,  # [B, D]
     keys: Tensor,  # [K, D]
@@ -57,10 +62,11 @@ def info_nce(
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
     num_keys: int | Tensor | None = None,
-) -> Tensor:  # [B]
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:  # [] or [B]
     """Cross-entropy of each row against its one positive key, differentiable by autograd."""
     a = similarities(queries, first(keys, num_keys), normalize) / temperature
-    return F.cross_entropy(a, positives.long(), reduction="none")
+    return reduced(F.cross_entropy(a, positives.long(), reduction="none"), reduction)
 
 
 def first(keys: Tensor | None, num_keys: int | Tensor | None) -> Tensor | None:

@@ -1,15 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive loss of all pairs, in plain PyTorch.
 
-`contrastive` is the definition; `contrastive_fwd` is the operator, with the gradient by hand.
+`contrastive_loss` is the definition, `contrastive` its sum over pairs, and `contrastive_fwd` the
+operator, with the gradient by hand.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from kdkernels.reference._definition import definition
 from kdkernels.reference._distances import distances, gradients_of_pairs, wide
+from kdkernels.reference._labelled import sides
+
+
+@definition
+def contrastive_loss(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    *,
+    references: Tensor | None = None,  # [M, D]
+    reference_labels: Tensor | None = None,  # [M]
+    margin: float = 1.0,
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
+    normalize_embeddings: bool = True,
+    reduction: Literal["mean", "mean_nonzero", "sum"] = "mean",
+) -> Tensor:
+    """The definition, differentiable by autograd."""
+    unit = normalize_embeddings or distance == "cosine"
+    *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
+    total, nonzero = contrastive(*rows, in_batch=in_batch, margin=margin, distance=distance)
+    if reduction == "sum":
+        return total
+    if reduction == "mean_nonzero":
+        return total / nonzero.clamp_min(1)
+    B, M = len(rows[0]), len(rows[2])
+    return total / max(B * (B - 1) // 2 if in_batch else B * M, 1)
 
 
 def contrastive(

@@ -7,8 +7,12 @@ whose names it keeps.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from kdkernels.reference._definition import definition
 
 # Of the two public codes, by the divergence that each of them uses.
 NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
@@ -16,14 +20,16 @@ LOG_EPS = {"kl": 1e-7, "jeffreys": 0.0}
 DISTANCE_EPS = 1e-6
 
 
+@definition
 def pkt(
     student: Tensor,  # [B, D_s]
     teacher: Tensor,  # [B, D_t]
     *,
-    kernel: str = "cosine",
-    divergence: str = "kl",
+    kernel: Literal["cosine", "student_t"] = "cosine",
+    divergence: Literal["kl", "jeffreys"] = "kl",
 ) -> Tensor:
-    """Mean over B^2 of the divergence's terms, differentiable by autograd."""
+    """Mean over B^2 of the divergence's terms, differentiable by autograd; the teacher is
+    detached."""
 
     def probabilities(x: Tensor) -> Tensor:  # [B, B]
         if kernel == "cosine":
@@ -34,7 +40,8 @@ def pkt(
             k = 1 / (1 + (_squared_distances(x) + DISTANCE_EPS).sqrt())
         return k / k.sum(1, keepdim=True)
 
-    p, q, eps = probabilities(student), probabilities(teacher), LOG_EPS[divergence]
+    p, q = probabilities(student), probabilities(teacher.detach())
+    eps = LOG_EPS[divergence]
     if divergence == "kl":
         terms = q * ((q + eps) / (p + eps)).log()
     else:

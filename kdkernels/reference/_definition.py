@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What turns the formula of an op into a function that users may call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from kdkernels import _checks
+
+
+def definition(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that are one of several words are checked, by the annotations, and tensors of
+    different floating dtypes are taken in the widest, as the public function does."""
+    words = {
+        name: get_args(hint)
+        for name, hint in get_type_hints(function).items()
+        if get_origin(hint) is Literal
+    }
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        for name, allowed in words.items():
+            if name in options:
+                _checks.choice(name, options[name], allowed)
+        dtypes = {x.dtype for x in (*args, *options.values()) if _has_a_say(x)}
+        if len(dtypes) < 2:
+            return function(*args, **options)
+        wide = _checks.common_dtype(*dtypes)
+        args = tuple(x.to(wide) if _has_a_say(x) else x for x in args)
+        options = {name: x.to(wide) if _has_a_say(x) else x for name, x in options.items()}
+        return function(*args, **options)
+
+    return call
+
+
+def _has_a_say(x: Any) -> bool:
+    """In the dtype of the result."""
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() > 0
+
+
+def reduced(rows: Tensor, reduction: str) -> Tensor:
+    """The mean or the sum over the losses of rows, or those losses."""
+    if reduction == "none":
+        return rows
+    return rows.sum() / (max(len(rows), 1) if reduction == "mean" else 1)
