@@ -87,11 +87,11 @@ def test_every_op_has_all_of_its_files(op: str) -> None:
 
 def test_every_module_has_its_test() -> None:
     """The test of kdkernels/nn/<module>.py is tests/nn/test_<module>.py; what several modules share
-    is tested in test_modules.py, test_errors.py and test_state.py, and what loaders give in
-    test_dataset_order.py."""
+    is tested in test_modules.py, test_errors.py, test_arguments.py and test_state.py, and what
+    loaders give in test_dataset_order.py."""
     modules = {path.stem for path in (ROOT / "kdkernels" / "nn").glob("[!_]*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "nn").glob("*.py")}
-    assert tests == modules | {"modules", "errors", "state", "dataset_order"}
+    assert tests == modules | {"modules", "errors", "arguments", "state", "dataset_order"}
 
 
 def _targets(text: str) -> list[str]:
