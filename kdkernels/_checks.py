@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
+)  # fmt: skip
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,14 +26,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def features(name: str, x: Any, min_dim: int = 2) -> None:
-    """A real floating-point tensor with at least `min_dim` dimensions."""
+def tensor(name: str, x: Any) -> None:
+    """A tensor whose numbers lie at strides: not a sparse nor a nested one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
+
+
+def features(name: str, x: Any, min_dim: int = 2) -> None:
+    """A real floating-point tensor with at least `min_dim` dimensions."""
+    tensor(name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() < min_dim:
         raise ValueError(
             f"{name} must have at least {min_dim} dimensions, got shape {list(x.shape)}"
@@ -86,7 +96,8 @@ def common_dtype(*dtypes: torch.dtype) -> torch.dtype:
     """
     common = dtypes[0]
     for dtype in dtypes[1:]:
-        common = torch.promote_types(common, dtype)
+        if dtype != common:
+            common = torch.promote_types(common, dtype)
     return common
 
 
@@ -107,8 +118,11 @@ def wants_gradient(x: Tensor) -> bool:
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    expected = f"{name} must be one of {', '.join(map(repr, allowed))}"
+    if not isinstance(value, str):
+        raise TypeError(f"{expected}, got {type(value).__name__}")
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{expected}, got {value!r}")
 
 
 def number(name: str, value: Any) -> float:
@@ -149,6 +163,7 @@ def whole(name: str, value: Any) -> int:
 
 def _constant(name: str, value: Tensor) -> None:
     """A tensor whose value may be taken as that of an option."""
+    tensor(name, value)
     if value.dim() != 0:
         raise ValueError(
             f"{name} must be a number or a tensor without dimensions, got shape {list(value.shape)}"
@@ -193,10 +208,11 @@ def not_negative(name: str, value: Any) -> float:
 
 
 def integer(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+    """A tensor of integers that int64 holds."""
+    tensor(name, x)
+    if x.dtype not in INTEGERS:
+        why = ", whose numbers int64 may not hold" if x.dtype == torch.uint64 else ""
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}{why}")
 
 
 def labels(name: str, y: Any, of_name: str, of: Tensor) -> None:
@@ -214,8 +230,7 @@ def sample_mask(mask: Any, of_name: str, of: Tensor, name: str = "sample_mask") 
     """None, or one bool per row of another tensor [..., B, D], on its device."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(mask).__name__}")
+    tensor(name, mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
     same_device(name, mask, of_name, of)

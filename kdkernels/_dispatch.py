@@ -26,6 +26,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from kdkernels import _checks
+
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 
@@ -61,10 +63,8 @@ _requested = _Requested()
 _default = os.environ.get("KDKERNELS_BACKEND", "auto")
 
 
-def _check_name(backend: str, origin: str) -> str:
-    if backend != "auto" and backend not in BACKENDS:
-        expected = ", ".join(repr(name) for name in get_args(Backend))
-        raise ValueError(f"{origin} must be one of {expected}, got {backend!r}")
+def _check_name(backend: Any, origin: str) -> str:
+    _checks.choice(origin, backend, get_args(Backend))
     return backend
 
 
@@ -92,7 +92,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 def requested_backend(backend: str) -> str:
     """The name that a call with this `backend=` argument asks for: a backend, or "auto"."""
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         return _requested.backend or _default
     return _check_name(backend, "backend")
 
@@ -256,7 +256,8 @@ def plan(function: str, *args: Any, **kwargs: Any) -> Plan:
     bound.apply_defaults()
     named = dict(bound.arguments)
     with use_backend(requested_backend(named.pop("backend", "auto"))):
-        return Plan(planner.op(**named), planner.operator_args(**named), planner.choices(**named))
+        operator_args = planner.operator_args(**named)  # it checks what the others read
+        return Plan(planner.op(**named), operator_args, planner.choices(**named))
 
 
 @dataclass(frozen=True)

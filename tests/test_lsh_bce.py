@@ -17,7 +17,7 @@ from values import BIAS, STUDENT, TEACHER, WEIGHT, assert_same
 
 import kdkernels as kd
 from kdkernels import _dispatch
-from kdkernels.reference import lsh_bce as reference
+from kdkernels.reference import _lsh_bce as reference
 from kdkernels.testing import numerics, peak
 from kdkernels.testing.opinfo import BenchShape, Sample, opinfos, randn
 

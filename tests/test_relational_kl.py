@@ -16,7 +16,7 @@ from values import QUEUE, STUDENT, TEACHER, assert_same
 
 import kdkernels as kd
 from kdkernels import _dispatch
-from kdkernels.reference import relational_kl as reference
+from kdkernels.reference import _relational_kl as reference
 from kdkernels.testing import numerics, peak
 from kdkernels.testing.opinfo import BenchShape, Sample, opinfos, randn
 

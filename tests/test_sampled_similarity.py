@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.reference import sampled_similarity as reference
+from kdkernels.reference import _sampled_similarity as reference
 from kdkernels.testing import numerics, peak
 from kdkernels.testing.opinfo import opinfos
 

@@ -19,20 +19,19 @@ class _Bounded(torch.autograd.Function):
     """exp(log), not below `low`; there only a gradient that leads up again comes back."""
 
     @staticmethod
-    def forward(log: Tensor, low: float) -> Tensor:
-        return log.exp().clamp_min(low)
+    def forward(log: Tensor, low: Tensor) -> Tensor:
+        return torch.maximum(log.exp(), low)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
-        ctx.save_for_backward(output)
-        ctx.low = inputs[1]
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None]:
-        (temperature,) = ctx.saved_tensors
+        temperature, low = ctx.saved_tensors
         # at the bound a positive derivative asks for less; NaN stays one
-        lower = (temperature <= ctx.low) & (dout > 0)
+        lower = (temperature <= low) & (dout > 0)
         return (dout * temperature).masked_fill(lower, 0.0), None
 
 
@@ -78,9 +77,10 @@ class TemperedLoss(nn.Module):
         """Of every call of `info_nce`."""
         temperature: float | Tensor = self.temperature
         if self.log_temperature is not None:
-            low = self.min_temperature
-            log = self.log_temperature
-            temperature = _Bounded.apply(log, low) if low > 0 else log.exp()
+            log, low = self.log_temperature, self.min_temperature
+            # a tensor, since a float would be a constant of compiled code
+            bound = torch.zeros_like(log, requires_grad=False) + low
+            temperature = _Bounded.apply(log, bound)
         return {
             "temperature": temperature, "normalize": self.normalize, "backend": self.backend
         }  # fmt: skip

@@ -274,6 +274,7 @@ class CLIPLoss(TemperedLoss):
             raise TypeError(f"exclude must be a torch.bool mask or None, got {found}")
         if exclude is not None:
             _key_bank.check_exclude(exclude, "images", images, texts)
+        images, texts = _checks.same_dtype(images, texts)
         pairs = torch.arange(len(images), device=images.device)
         order, options = None, {**self._options(), "sample_mask": sample_mask}
         if sample_mask is not None:

@@ -150,6 +150,7 @@ class CRDLoss(ProcessState):
     ) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
         _checks.labels("index", index, "student", student)
+        index = index.long()
         moves = _checks.flag("update", update) and self.training
         s = _arguments.unit_rows(
             _arguments.embedded(self.embed_student, student), self.student_memory
@@ -173,7 +174,7 @@ class CRDLoss(ProcessState):
         negatives: Tensor,  # [B, num_negatives]
     ) -> tuple[NoiseContrastive, NoiseContrastive]:
         self._check(index, negatives)
-        rows = torch.cat([index[:, None].long(), negatives.long()], 1)
+        rows = torch.cat([index[:, None], negatives.long()], 1)
         options = {"temperature": self.temperature, "backend": self.backend}
         partitions = once(self.log_partitions)
         return (
@@ -193,7 +194,6 @@ class CRDLoss(ProcessState):
             move_rows(self.teacher_memory, index, t, self.momentum)
             self.log_partitions.copy_(torch.stack([loss.log_partition for loss in losses]))
 
-        index = index.long()
         overwritten = {"student_memory": index, "teacher_memory": index, "log_partitions": None}
         self.move(overwritten, write)
 

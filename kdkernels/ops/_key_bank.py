@@ -80,7 +80,7 @@ def within(name: str, index: Tensor, low: int, K: int) -> None:
     """From `low` to K - 1. Numbers are read where that waits for no device."""
     if not known(index) or index.numel() == 0:
         return
-    least, most = (int(value) for value in index.aminmax())
+    least, most = (int(value) for value in index.long().aminmax())
     if least < low or most >= K:
         raise ValueError(
             f"{name} must be from {low} to {K - 1}, got {least if least < low else most}"

@@ -162,8 +162,7 @@ def _check(
 ) -> torch.dtype:
     """The dtype of student, weight and bias."""
     dtype = _check_projection("student", student, weight, bias)
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"codes must be a torch.Tensor, got {type(codes).__name__}")
+    _checks.tensor("codes", codes)
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be packed bits in torch.uint8, got {codes.dtype}")
     _checks.same_device("codes", codes, "student", student)

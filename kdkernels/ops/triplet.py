@@ -7,7 +7,7 @@ triplets; nothing of size B x M is written. Derivation: docs/ops/triplet.md.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
 from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._mined_triplets import MinedTriplets
 from kdkernels.ops._labelled import both_sides, forms_of_both_sides, labelled_rows
 
 STRATEGIES = ("hardest", "semihard", "easiest")
@@ -111,16 +112,6 @@ class TripletFunction(torch.autograd.Function):
             dr if need_references else None,
             *(None,) * 6,
         )
-
-
-class MinedTriplets(NamedTuple):
-    """Triplets of rows: anchors and their labels' order is that of the batch; [K] each."""
-
-    anchors: Tensor  # int64, rows of the embeddings
-    positives: Tensor  # int64, rows of the references (the embeddings where there are none)
-    negatives: Tensor  # int64, likewise
-    d_ap: Tensor  # distance of anchor and positive
-    d_an: Tensor  # distance of anchor and negative
 
 
 def _check_strategies(positives: str, negatives: str) -> None:

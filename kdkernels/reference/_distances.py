@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,10 +20,51 @@ def distances(
     """
     # in half precision torch has no cdist on the CPU
     x, r = (t.float() if t.itemsize < 4 else t for t in (x, r))
-    d = torch.cdist(x, r, compute_mode="donot_use_mm_for_euclid_dist")
+    d = _Euclidean.apply(x, r)
     if distance != "euclidean":
         d = d * d / (1 if distance == "sqeuclidean" else 2)
     return torch.where(finite_pairs(x, r), d, torch.nan)
+
+
+def norms(
+    x: Tensor,  # [..., D]
+) -> Tensor:  # [...]
+    """Euclidean norms with derivatives of 0 at 0, of any order: torch's second one is NaN there."""
+    zero = (x == 0).all(-1)
+    norm = torch.linalg.vector_norm(torch.where(zero[..., None], 1.0, x), dim=-1)
+    return torch.where(zero, 0.0, norm)
+
+
+class _Euclidean(torch.autograd.Function):
+    """`torch.cdist`, which torch differentiates once only, any number of times."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,  # [..., B, D]
+        r: Tensor,  # [..., M, D]
+    ) -> Tensor:  # [..., B, M]
+        return torch.cdist(x, r, compute_mode="donot_use_mm_for_euclid_dist")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        dout: Tensor,  # [..., B, M]
+    ) -> tuple[Tensor, Tensor]:
+        x, r, d = ctx.saved_tensors
+        if not torch.is_grad_enabled():  # nobody differentiates the gradient
+            return (
+                torch.ops.aten._cdist_backward(dout.contiguous(), x, r, 2.0, d),
+                torch.ops.aten._cdist_backward(dout.mT.contiguous(), r, x, 2.0, d.mT.contiguous()),
+            )
+        difference = x[..., :, None, :] - r[..., None, :, :]
+        d = norms(difference)
+        weight = torch.where(d == 0, 0.0, dout / torch.where(d == 0, 1.0, d))
+        pulls = weight[..., None] * difference
+        return pulls.sum(-2), -pulls.sum(-3)
 
 
 def finite_pairs(

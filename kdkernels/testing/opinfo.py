@@ -88,7 +88,7 @@ class OpInfo:
     name: str  # of the public function, and what sets this use of it apart
     op: str  # basename of the operator, or the pair of them
     function: Callable[..., Any]  # public; takes backend=
-    # literal mathematics in torch with the same arguments, less backend and algorithm
+    # that of the public function in kdkernels.reference
     definition: Callable[..., Any]
     diff_args: tuple[str, ...]  # what can require a gradient: the first floating-point arguments
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]

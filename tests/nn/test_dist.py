@@ -8,7 +8,7 @@ import torch
 from modules import maps
 
 import kdkernels as kd
-from kdkernels.reference import correlation as correlation_reference
+from kdkernels.reference import _correlation as correlation_reference
 
 DIST = kd.nn.DISTLoss
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modules import congruence
+from modules import BASES, congruence
 from torch import nn
 
 import kdkernels as kd
@@ -252,33 +252,6 @@ def test_bad_features(
     with pytest.raises(error) as raised:
         module(student, teacher)
     assert message in str(raised.value)
-
-
-# Each class with what it needs, in all settings in which it has further numbers.
-BASES: list[tuple[type[nn.Module], dict[str, Any]]] = [
-    (SP, {}),
-    (IUSP, {}),
-    (CC, {}),
-    (CC, {"preset": "torchdistill", "student_dim": 4, "teacher_dim": 5}),
-    (kd.nn.RKDLoss, {}),
-    (kd.nn.PKTLoss, {}),
-    (kd.nn.DISTLoss, {}),
-    (kd.nn.CorrelationDistanceLoss, {}),
-    (kd.nn.ComparativeLoss, {}),
-    (kd.nn.BatchHardTripletLoss, {}),
-    (kd.nn.BatchSemiHardTripletLoss, {}),
-    (kd.nn.BatchAllTripletLoss, {}),
-    (kd.nn.ContrastiveLoss, {}),
-    (kd.nn.TripletDistillationLoss, {}),
-    (kd.nn.PairDistillationLoss, {}),
-    (kd.nn.CRDLoss, {"student_dim": 4, "teacher_dim": 5, "num_samples": 9}),
-    (kd.nn.RelationalRepresentationLoss, {"student_dim": 4, "teacher_dim": 5, "queue_size": 9}),
-    (kd.nn.SimilarityDistillationLoss, {"student_dim": 4, "queue_size": 9, "preset": "compress"}),
-    (kd.nn.SimilarityDistillationLoss, {"preset": "sskd"}),
-    (kd.nn.InfoNCELoss, {"learn_temperature": True, "temperature": 0.5}),
-    (kd.nn.KeyQueue, {"size": 9, "dim": 4}),
-    (kd.nn.LSHFeatureMimickingLoss, {"dim": 4, "std": 1.0}),
-]
 
 
 def numbers() -> list[Any]:

@@ -275,7 +275,10 @@ def test_mixed_dtypes_give_what_the_widest_gives(
     (loss, grad), (wanted, wanted_grad) = results
     assert loss.dtype == wanted.dtype
     assert grad.dtype == args[0].dtype
-    torch.testing.assert_close((loss, grad), (wanted, wanted_grad.to(grad.dtype)), rtol=0, atol=0)
+    exact = {"rtol": 0, "atol": 0}
+    if isinstance(module, kd.nn.CLIPLoss):  # autograd adds what both directions give, in bf16
+        exact = {}
+    torch.testing.assert_close((loss, grad), (wanted, wanted_grad.to(grad.dtype)), **exact)
 
 
 @pytest.mark.parametrize("of_layer", [BF16, FP32, FP64], ids=str)

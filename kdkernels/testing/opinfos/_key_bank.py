@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS, similarities
-from kdkernels.reference import relational_kl as reference
+from kdkernels.reference import _relational_kl as reference
 from kdkernels.testing.opinfo import BenchShape, Cost, Sample, randn
 
 # (B, D, K); keys beyond one tile of a kernel, and numbers of them that fill none
@@ -26,12 +26,6 @@ SHAPES = {
     "wide": (7, 131, 67),
     "many_keys": (5, 3, 331),
 }
-
-
-def reduced(rows: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return rows
-    return rows.sum() / (max(len(rows), 1) if reduction == "mean" else 1)
 
 
 def draw(B: int, D: int, E: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

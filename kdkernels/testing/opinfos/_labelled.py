@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels import _similarity
 from kdkernels.reference._distances import distances
+from kdkernels.reference._labelled import sides
 from kdkernels.testing.opinfo import BadInput, BenchShape, Eager, Sample, randn, rng
 
 # Least relative difference of two distances that no fp32 kernel confuses, by a factor of ten or so.
@@ -39,32 +39,15 @@ def labelled(
     return randn(B, D, seed=seed, device=device, dtype=dtype), labels.to(device)
 
 
-def sides(
-    embeddings: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    unit: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(embeddings, labels, references, reference_labels, in_batch) of the definitions."""
-
-    def rows(x: Tensor) -> Tensor:
-        return _similarity.unit(x) if unit else x
-
-    x = rows(embeddings)
-    if references is None or reference_labels is None:
-        return x, labels, x, labels, True
-    return x, labels, rows(references.to(x.dtype)), reference_labels, False
-
-
 def _sides_of(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, str]:
-    """`sides` of a sample in fp64, and its distance."""
+    """The rows of a sample in fp64, whether they are in one batch, and its distance."""
     options = {"distance": "euclidean", "normalize_embeddings": True} | sample.kwargs
-    unit = options["normalize_embeddings"] or options["distance"] == "cosine"
+    divide = options["normalize_embeddings"] or options["distance"] == "cosine"
     bank = options.get("references")
     bank = None if bank is None else bank.double()
     rows, labels = sample.args[0].double(), sample.args[1]
-    return *sides(rows, labels, bank, options.get("reference_labels"), unit), options["distance"]
+    found = sides(rows, labels, bank, options.get("reference_labels"), divide=divide)
+    return *found.rows, found.in_batch, options["distance"]
 
 
 def clear_of_kinks(sample: Sample) -> bool:

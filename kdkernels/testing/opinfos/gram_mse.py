@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels._similarity import NORM_EPS
 from kdkernels.ops.gram_mse import choose_algorithm, gram_mse, weight_of_factored
-from kdkernels.reference import gram_mse as reference
+from kdkernels.reference import _gram_mse as reference
 from kdkernels.testing.opinfo import (
     BadInput,
     BenchShape,
@@ -45,16 +46,6 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"normalize": "feature", "kernel": "rbf_taylor"},
     {"normalize": "none", "kernel": "rbf_taylor", "gamma": 0.1, "order": 3},
 )
-
-
-def definition(
-    student: Tensor, teacher: Tensor, *, reduction: str = "mean", **options: Any
-) -> Tensor:
-    sums = reference.gram_mse(student, teacher, **options)
-    if reduction == "sum":
-        return sums.sum()
-    per_group = sums / max(student.shape[-2] ** 2, 1)
-    return per_group if reduction == "none" else per_group.sum() / max(per_group.numel(), 1)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -316,7 +307,7 @@ OPINFOS = [
         name="gram_mse",
         op="gram_mse",
         function=gram_mse,
-        definition=definition,
+        definition=definitions.gram_mse,
         diff_args=("student", "teacher"),
         samples=samples,
         bad_inputs=bad_inputs,

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.info_nce import info_nce
-from kdkernels.reference import relational_kl as reference
+from kdkernels.reference import _relational_kl as reference
 from kdkernels.testing.opinfo import (
     BadInput,
     BenchShape,
@@ -23,10 +24,6 @@ from kdkernels.testing.opinfo import (
     rng,
 )  # fmt: skip
 from kdkernels.testing.opinfos import _key_bank as bank
-
-
-def definition(*args: Any, reduction: str = "mean", **options: Any) -> Tensor:
-    return bank.reduced(reference.info_nce(*args, **options), reduction)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -184,7 +181,7 @@ OPINFOS = [
         name="info_nce",
         op="relational_kl",
         function=info_nce,
-        definition=definition,
+        definition=definitions.info_nce,
         diff_args=("queries", "keys"),
         samples=samples,
         bad_inputs=bad_inputs,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.pairwise import METRICS, PRODUCTS, pairwise
-from kdkernels.reference import pairwise as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, Eager, OpInfo, Sample, randn
 
 # (N, M or None for the rows of x alone, D), metric
@@ -160,7 +160,7 @@ OPINFOS = [
         name="pairwise",
         op="pairwise",
         function=pairwise,
-        definition=reference.pairwise,
+        definition=definitions.pairwise,
         diff_args=("x", "y"),
         samples=samples,
         bad_inputs=bad_inputs,

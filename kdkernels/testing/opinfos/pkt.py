@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.pkt import pkt
-from kdkernels.reference import pkt as reference
+from kdkernels.reference import _pkt as reference
 from kdkernels.testing.opinfo import (
     BadInput,
     BenchShape,
@@ -160,7 +161,10 @@ def _eager(sample: Sample) -> Callable[..., Tensor]:
         return d2 * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
 
     def call(student: Tensor, teacher: Tensor) -> Tensor:
-        return reference.pkt(student, teacher, **sample.kwargs, squared_distances=squared_distances)
+        options = {"kernel": "cosine", "divergence": "kl"} | sample.kwargs
+        return reference.by_distances(
+            student, teacher.detach(), **options, squared_distances=squared_distances
+        )
 
     return call
 
@@ -182,7 +186,7 @@ OPINFOS = [
         name="pkt",
         op="pkt",
         function=pkt,
-        definition=reference.pkt,
+        definition=definitions.pkt,
         diff_args=("student",),
         samples=samples,
         bad_inputs=bad_inputs,

@@ -10,14 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.relational_kl import relational_kl
-from kdkernels.reference import relational_kl as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, Eager, OpInfo, Product, Sample
 from kdkernels.testing.opinfos import _key_bank as bank
-
-
-def definition(*args: Any, reduction: str = "mean", **options: Any) -> Tensor:
-    return bank.reduced(reference.relational_kl(*args, **options), reduction)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -172,7 +168,7 @@ OPINFOS = [
         name="relational_kl",
         op="relational_kl",
         function=relational_kl,
-        definition=definition,
+        definition=definitions.relational_kl,
         diff_args=("student", "teacher", "keys", "teacher_keys"),
         samples=samples,
         bad_inputs=bad_inputs,

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.rkd import rkd_angle, rkd_distance
-from kdkernels.reference import rkd as reference
+from kdkernels.reference import _rkd as reference
 from kdkernels.reference._distances import distances
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, Eager, OpInfo, Sample, randn
 
@@ -191,7 +192,7 @@ def _info(function: Callable[..., Tensor], **different: Any) -> OpInfo:
         name=function.__name__,
         op="rkd",
         function=function,
-        definition=getattr(reference, function.__name__),
+        definition=getattr(definitions, function.__name__),
         diff_args=("student", "teacher"),
         samples=samples,
         bad_inputs=bad_inputs,

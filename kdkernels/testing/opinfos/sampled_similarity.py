@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.sampled_similarity import sampled_similarity
-from kdkernels.reference import sampled_similarity as reference
 from kdkernels.testing.opinfo import (
     BadInput,
     BenchShape,
@@ -150,7 +150,7 @@ OPINFOS = [
         name="sampled_similarity",
         op="sampled_similarity",
         function=sampled_similarity,
-        definition=reference.sampled_similarity,
+        definition=definitions.sampled_similarity,
         diff_args=("x",),
         samples=samples,
         bad_inputs=bad_inputs,

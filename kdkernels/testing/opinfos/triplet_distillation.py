@@ -12,29 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.triplet_distillation import triplet_distillation
 from kdkernels.reference._distances import distances
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn, rng
 from kdkernels.testing.opinfos import _labelled
-
-
-def definition(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 5.0,
-    negatives: str = "hardest",
-) -> Tensor:
-    d = distances(teacher.detach(), student, "euclidean")
-    d_ap = d.diagonal()
-    allowed = labels[:, None] != labels[None]
-    if negatives == "semihard":
-        allowed = allowed & ~(d <= d_ap[:, None])  # NaN is beyond everything
-    d_an = torch.where(allowed, d, torch.inf).amin(1) if len(d) else d.sum(1)
-    kept = allowed.any(1)
-    losses = torch.where(kept, (d_ap - d_an + margin).clamp_min(0), 0.0)
-    return losses.sum() / kept.sum().clamp_min(1)
 
 
 def contested(sample: Sample) -> Tensor:  # [B]
@@ -105,7 +87,7 @@ OPINFOS = [
         name="triplet_distillation",
         op="triplet",
         function=triplet_distillation,
-        definition=definition,
+        definition=definitions.triplet_distillation,
         diff_args=("student",),
         samples=samples,
         bad_inputs=bad_inputs,

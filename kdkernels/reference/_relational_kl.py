@@ -7,7 +7,7 @@ the operators in closed form, as derived in docs/ops/relational_kl.md.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from kdkernels._key_bank_call import KeyBankCall
 from kdkernels._similarity import similarities
+from kdkernels.reference._definition import definition, reduced
 
 
+@definition
 def relational_kl(
     student: Tensor,  # [B, D]
     teacher: Tensor,  # [B, E]
@@ -27,12 +29,15 @@ def relational_kl(
     student_temperature: float | Tensor = 0.1,
     teacher_temperature: float | Tensor = 0.02,
     normalize: bool = True,
-    divergence: str = "kl",
+    divergence: Literal["kl", "cross_entropy"] = "kl",
     exclude: Tensor | None = None,  # [B]; -1 for none
     num_keys: int | Tensor | None = None,  # the first of the keys
-) -> Tensor:  # [B]
+    sample_mask: Tensor | None = None,  # [B]
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:  # [] or [B]
     """KL(p_teacher || p_student) or the cross-entropy of each row, differentiable by autograd."""
     keys, teacher_keys = (first(x, num_keys) for x in (keys, teacher_keys))
+    student, teacher, own_keys = (zeroed(sample_mask, x) for x in (student, teacher, own_keys))
     a = similarities(student, keys, normalize)
     b = similarities(teacher, keys if teacher_keys is None else teacher_keys, normalize)
     out = not_counting(*a.shape, a.device, exclude)
@@ -46,9 +51,11 @@ def relational_kl(
     log_q, log_p = (z.masked_fill(out, -torch.inf).log_softmax(-1) for z in (a, b))
     c = log_p - log_q if divergence == "kl" else -log_q
     rows = (log_p.exp() * c.masked_fill(out, 0.0)).sum(-1)
-    return rows.where(~out.all(-1), 0.0)  # no key is left: no divergence
+    rows = rows.where(~out.all(-1), 0.0)  # no key is left: no divergence
+    return reduced(rows, reduction, sample_mask)
 
 
+@definition
 def info_nce(
     queries: Tensor,  # [B, D]
     keys: Tensor,  # [K, D]
@@ -60,8 +67,11 @@ def info_nce(
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
     num_keys: int | Tensor | None = None,
-) -> Tensor:  # [B]
+    sample_mask: Tensor | None = None,  # [B]
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:  # [] or [B]
     """Mean cross-entropy of each row against its positive keys, differentiable by autograd."""
+    queries, own_keys = zeroed(sample_mask, queries), zeroed(sample_mask, own_keys)
     a = similarities(queries, first(keys, num_keys), normalize)
     out = not_counting(*a.shape, a.device, exclude)
     positive = positive_keys(positives, key_labels, out)
@@ -71,8 +81,14 @@ def info_nce(
     out = out & ~out.all(-1, keepdim=True)  # a row that no key is left for is replaced below
     log_q = (a / temperature).masked_fill(out, -torch.inf).log_softmax(-1)
     count = positive.sum(-1)
-    loss = -log_q.masked_fill(~positive, 0.0).sum(-1) / count.clamp_min(1)
-    return loss.where(count > 0, 0.0 if key_labels is not None else torch.nan)
+    rows = -log_q.masked_fill(~positive, 0.0).sum(-1) / count.clamp_min(1)
+    rows = rows.where(count > 0, 0.0 if key_labels is not None else torch.nan)
+    return reduced(rows, reduction, sample_mask)
+
+
+def zeroed(sample_mask: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """Rows that do not count may hold anything."""
+    return rows if sample_mask is None or rows is None else rows.where(sample_mask[:, None], 0.0)
 
 
 def positive_keys(

@@ -8,29 +8,44 @@ form, as derived in docs/ops/gram_mse.md, whose names (r, q, x, a, b, c, C, K, M
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS, unit
+from kdkernels.reference._definition import definition
 from kdkernels.reference._rows import normalize_backward
 
 
+@definition
 def gram_mse(
     student: Tensor,  # [..., B, D_s]
     teacher: Tensor,  # [..., B, D_t]
     *,
-    normalize: str = "row_l2",
-    kernel: str = "linear",
+    normalize: Literal["row_l2", "row_l1", "feature", "none"] = "row_l2",
+    kernel: Literal["linear", "rbf_taylor"] = "linear",
     gamma: float = 0.4,
     order: int = 2,
-) -> Tensor:  # [...]
-    """Sum over i, j of (G_student - G_teacher)_ij^2 per group, differentiable by autograd."""
+    sample_mask: Tensor | None = None,  # [..., B]
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:  # [] or [...]
+    """Mean over i, j of (G_student - G_teacher)_ij^2 per group, differentiable by autograd."""
     options: dict[str, Any] = {
-        "normalize": normalize, "kernel": kernel, "gamma": gamma, "order": order
+        "normalize": normalize, "kernel": kernel, "gamma": gamma, "order": order,
+        "sample_mask": sample_mask,
     }  # fmt: skip
-    return (gram(student, **options) - gram(teacher, **options)).square().sum((-2, -1))
+    sums = (gram(student, **options) - gram(teacher, **options)).square().sum((-2, -1))
+    if reduction == "sum":
+        return sums.sum()
+    rows = torch.full_like(sums, student.shape[-2])
+    if sample_mask is not None:
+        rows = sample_mask.sum(-1)
+    per_group = sums / (rows * rows).clamp_min(1)
+    if reduction == "none":
+        return per_group
+    groups = per_group.numel() if sample_mask is None else int((rows > 0).sum())
+    return per_group.sum() / max(groups, 1)
 
 
 def gram(
@@ -40,13 +55,18 @@ def gram(
     kernel: str = "linear",
     gamma: float = 0.4,
     order: int = 2,
+    sample_mask: Tensor | None = None,  # [..., B]
 ) -> Tensor:  # [..., B, B]
-    """G of one side."""
+    """G of one side, 0 in rows and columns that do not count."""
+    if sample_mask is not None:
+        x = x.where(sample_mask[..., None], 0.0)
     if normalize == "feature":
         x = unit(x)
     g = x @ x.mT
     if kernel == "rbf_taylor":
         g = sum(c * g**p for p, c in enumerate(taylor_coefficients(gamma, order)))
+    if sample_mask is not None:
+        g = g.where(sample_mask[..., None] & sample_mask[..., None, :], 0.0)
     if normalize in ("row_l2", "row_l1"):
         g = unit(g, int(normalize[-1]))
     return g

@@ -8,11 +8,13 @@ whose names it keeps.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kdkernels._similarity import norms
+from kdkernels.reference._definition import counting, definition
 from kdkernels.reference._distances import distances, gradients_of_pairs
 
 # Of the two public codes, by the divergence that each of them uses.
@@ -21,21 +23,34 @@ LOG_EPS = {"kl": 1e-7, "jeffreys": 0.0}
 DISTANCE_EPS = 1e-6
 
 
+@definition
+def pkt(
+    student: Tensor,  # [B, D_s]
+    teacher: Tensor,  # [B, D_t]
+    *,
+    kernel: Literal["cosine", "student_t"] = "cosine",
+    divergence: Literal["kl", "jeffreys"] = "kl",
+    sample_mask: Tensor | None = None,  # [B]
+) -> Tensor:
+    """Mean over B^2 of the divergence's terms, differentiable by autograd; the teacher is
+    detached."""
+    student, teacher = counting(sample_mask, student, teacher.detach())
+    return by_distances(student, teacher, kernel, divergence, _squared_distances)
+
+
 def _squared_distances(x: Tensor) -> Tensor:  # [B, D] -> [B, B]
     d2 = (x[:, None] - x).square().sum(2)
     return torch.where(torch.isfinite(x).all(1), d2, torch.nan)  # a row less itself is not 0 then
 
 
-def pkt(
+def by_distances(
     student: Tensor,  # [B, D_s]
     teacher: Tensor,  # [B, D_t]
-    *,
-    kernel: str = "cosine",
-    divergence: str = "kl",
-    squared_distances: Callable[[Tensor], Tensor] = _squared_distances,
+    kernel: str,
+    divergence: str,
+    squared_distances: Callable[[Tensor], Tensor],  # [B, D] -> [B, B]
 ) -> Tensor:
-    """Mean over B^2 of the divergence's terms, differentiable by autograd. Distances are those of
-    differences unless another function of the rows is given."""
+    """`pkt` with any way to compute distances."""
 
     def probabilities(x: Tensor) -> Tensor:  # [B, B]
         if kernel == "cosine":
@@ -46,7 +61,8 @@ def pkt(
             k = 1 / (1 + (squared_distances(x) + DISTANCE_EPS).sqrt())
         return k / k.sum(1, keepdim=True)
 
-    p, q, eps = probabilities(student), probabilities(teacher), LOG_EPS[divergence]
+    p, q = probabilities(student), probabilities(teacher)
+    eps = LOG_EPS[divergence]
     if divergence == "kl":
         terms = q * ((q + eps) / (p + eps)).log()
     else:

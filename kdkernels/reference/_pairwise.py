@@ -6,19 +6,29 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from kdkernels._similarity import unit
-from kdkernels.reference._distances import distances, finite_pairs, gradients_of_pairs, wide
+from kdkernels.reference._definition import definition
+from kdkernels.reference._distances import (
+    distances,
+    finite_pairs,
+    gradients_of_pairs,
+    norms,
+    wide,
+)
 from kdkernels.reference._rows import normalize_backward
 
 
+@definition
 def pairwise(
     x: Tensor,  # [..., N, D]
     y: Tensor | None = None,  # [..., M, D]
     *,
-    metric: str = "cosine",
+    metric: Literal["dot", "cosine", "euclidean", "sqeuclidean", "rbf"] = "cosine",
     gamma: float = 1.0,
 ) -> Tensor:  # [..., N, M]
     """The value of each row of x with each row of y (None: of x), differentiable by autograd.
@@ -31,10 +41,7 @@ def pairwise(
     if metric in ("dot", "cosine"):
         return x @ y.mT
     difference = x[..., :, None, :] - y[..., None, :, :]
-    if metric == "euclidean":
-        value = torch.linalg.vector_norm(difference, dim=-1)  # with a gradient of 0 at 0
-    else:
-        value = difference.square().sum(-1)
+    value = norms(difference) if metric == "euclidean" else difference.square().sum(-1)
     if metric == "rbf":
         value = torch.exp(-gamma * value)
     return torch.where(finite_pairs(x, y), value, torch.nan)

@@ -1,15 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive loss of all pairs, in plain PyTorch.
 
-`contrastive` is the definition; `contrastive_fwd` is the operator, with the gradient by hand.
+`contrastive_loss` is the definition, `contrastive` its sum over pairs, and `contrastive_fwd` the
+operator, with the gradient by hand.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from kdkernels.reference._definition import definition
 from kdkernels.reference._distances import distances, gradients_of_pairs, left_out, wide
+from kdkernels.reference._labelled import sides
+
+
+@definition
+def contrastive_loss(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    *,
+    references: Tensor | None = None,  # [M, D]
+    reference_labels: Tensor | None = None,  # [M]
+    margin: float = 1.0,
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
+    normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,  # [B]
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
+    reduction: Literal["mean", "mean_nonzero", "sum"] = "mean",
+) -> Tensor:
+    """The definition, differentiable by autograd."""
+    found = sides(
+        embeddings, labels, references, reference_labels,
+        divide=normalize_embeddings or distance == "cosine", exclude=exclude,
+        sample_mask=sample_mask, ignore_index=ignore_index,
+    )  # fmt: skip
+    in_batch, exclude = found.in_batch, found.exclude
+    total, nonzero = contrastive(
+        *found.rows, in_batch=in_batch, exclude=exclude, margin=margin, distance=distance
+    )
+    if reduction == "sum":
+        return total
+    if reduction == "mean_nonzero":
+        return total / nonzero.clamp_min(1)
+    B, M = len(found.anchors), len(found.bank)
+    pairs = B * (B - 1) // 2 if in_batch else B * M
+    return total / max(pairs - (0 if exclude is None else int((exclude >= 0).sum())), 1)
 
 
 def contrastive(

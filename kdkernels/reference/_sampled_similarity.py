@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from kdkernels._checks import accumulation_dtype
+from kdkernels.reference._definition import definition
 
 
+@definition
 def sampled_similarity(
     x: Tensor,  # [B, D]
     bank: Tensor,  # [N, D]

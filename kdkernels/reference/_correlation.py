@@ -10,7 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels.reference._definition import counting, definition
 
+
+@definition
 def correlation(
     student: Tensor,  # [B, C]
     teacher: Tensor,  # [B, C]
@@ -20,11 +23,13 @@ def correlation(
     column_weight: float = 1.0,
     centered: bool = True,
     eps: float = 1e-8,
+    sample_mask: Tensor | None = None,  # [B]
 ) -> Tensor:
-    """The loss, differentiable by autograd."""
+    """The loss, differentiable by autograd; the teacher is detached."""
+    student, teacher = counting(sample_mask, student, teacher)
     if student.numel() == 0:
         return student.sum()
-    a, b = (torch.softmax(x / temperature, 1) for x in (student, teacher))
+    a, b = (torch.softmax(x / temperature, 1) for x in (student, teacher.detach()))
 
     def rho(dim: int) -> Tensor:
         x, y = (v - v.mean(dim, keepdim=True) if centered else v for v in (a, b))

@@ -8,10 +8,48 @@ never |x|^2 + |y|^2 - 2 <x, y>. NaN counts as the extreme, and as beyond any oth
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from kdkernels._mined_triplets import MinedTriplets
+from kdkernels.reference._definition import definition
 from kdkernels.reference._distances import distances, left_out, wide
+from kdkernels.reference._labelled import sides
+
+
+@definition
+def mine_triplets(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    *,
+    references: Tensor | None = None,  # [M, D]
+    reference_labels: Tensor | None = None,  # [M]
+    positives: Literal["hardest", "semihard", "easiest"] = "hardest",
+    negatives: Literal["hardest", "semihard", "easiest"] = "hardest",
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
+    normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,  # [B]
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
+) -> MinedTriplets:
+    """The triplets of the anchors that have one."""
+    found = sides(
+        embeddings, labels, references, reference_labels,
+        divide=normalize_embeddings or distance == "cosine", exclude=exclude,
+        sample_mask=sample_mask, ignore_index=ignore_index,
+    )  # fmt: skip
+    with torch.no_grad():
+        mined = triplet(
+            *found.rows, in_batch=found.in_batch, exclude=found.exclude, positives=positives,
+            negatives=negatives, distance=distance,
+        )  # fmt: skip
+    chosen = (mined[0] >= 0).nonzero().squeeze(1)
+    positive, negative, d_ap, d_an = (x[chosen] for x in mined)
+    return MinedTriplets(
+        found.anchors[chosen], found.bank[positive], found.bank[negative], d_ap, d_an
+    )
 
 
 def triplet(
