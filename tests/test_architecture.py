@@ -18,7 +18,7 @@ OPS = frozenset(info.op for info in opinfos())
 # front, `kdkernels/__init__.py`, imports from every row and is imported by users only.
 LAYERS = (
     ("_version",),
-    ("_checks", "_gpu", "_key_bank_call", "_native", "_progress", "_similarity"),
+    ("_checks", "_function", "_gpu", "_key_bank_call", "_native", "_progress", "_similarity"),
     ("_dispatch",),
     ("_library",),
     ("reference", "cpu", "triton", "cuda"),

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
 
 NORMALIZATIONS = ("row_l2", "row_l1", "feature", "none")
 KERNELS = ("linear", "rbf_taylor")
@@ -87,7 +88,7 @@ _bwd = define_operator(
 )
 
 
-class GramMSEFunction(torch.autograd.Function):
+class GramMSEFunction(KernelFunction):
     """Attaches the operator pair to autograd, and the reduction to both."""
 
     @staticmethod
