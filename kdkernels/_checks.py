@@ -113,8 +113,13 @@ def in_dtype(dtype: torch.dtype, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def wants_gradient(x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled()
+def wants_gradient(x: Tensor | None) -> bool:
+    if x is None or not torch.is_grad_enabled():
+        return False
+    if x.requires_grad or torch.compiler.is_compiling():
+        return x.requires_grad
+    inner = torch.func.debug_unwrap(x, recurse=False)  # a batched tensor hides what it asks for
+    return inner is not x and wants_gradient(inner)
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from kdkernels import _allocation, _dispatch
+from kdkernels._checks import wants_gradient
+from kdkernels._function import KernelFunction, keep_for_backward, kept, one_by_one
 
 _library = torch.library.Library("kdkernels", "DEF")
 
@@ -59,6 +61,7 @@ def define_operator(
 
     _register(name, schema, run, fake)
     packet = getattr(torch.ops.kdkernels, name)
+    torch.library.register_vmap(f"kdkernels::{name}", one_by_one(packet.default), lib=_library)
     arguments = packet.default._schema.arguments
     floats = frozenset(i for i, a in enumerate(arguments) if str(a.type) == "float")
     if not floats:
@@ -100,9 +103,10 @@ def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-class _Refusal(torch.autograd.Function):
+class _Refusal(KernelFunction):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        keep_for_backward(ctx)
         return grad.view_as(grad)
 
     @staticmethod
@@ -112,29 +116,6 @@ class _Refusal(torch.autograd.Function):
             "(create_graph=True) is not implemented. Use the function of the same name in "
             "kdkernels.reference, which torch differentiates twice"
         )
-
-
-def keep_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
-    """`ctx.save_for_backward`, which refuses tensors that were made under `torch.inference_mode()`.
-
-    Such a tensor has no version counter and asks for no gradient, so `ctx` itself may hold it; a
-    change of it before the backward goes unnoticed, as everywhere in torch.
-    """
-    if torch.compiler.is_compiling():  # Dynamo cannot trace is_inference (torch 2.13)
-        ctx.unwatched = None
-        ctx.save_for_backward(*tensors)
-        return
-    unwatched = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
-    ctx.unwatched = unwatched or None
-    ctx.save_for_backward(*(None if i in unwatched else x for i, x in enumerate(tensors)))
-
-
-def _kept(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What `keep_for_backward` was given. To be called once in a backward: saved tensors that
-    `torch.utils.checkpoint` computes again may be read once only."""
-    if ctx.unwatched is None:
-        return ctx.saved_tensors
-    return tuple(ctx.unwatched.get(i, x) for i, x in enumerate(ctx.saved_tensors))
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,11 +129,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(ctx: Any, *douts: Tensor) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, _kept(ctx), *douts)
-        kept = _kept(ctx)
-        sources = [x for x in (*kept, *douts) if x is not None and x.requires_grad]
+            return backward(ctx, kept(ctx), *douts)
+        tensors = kept(ctx)
+        sources = [x for x in (*tensors, *douts) if x is not None and wants_gradient(x)]
         with torch.no_grad():
-            grads = backward(ctx, kept, *douts)
+            grads = backward(ctx, tensors, *douts)
         if not sources:
             return grads
         return tuple(grad if grad is None else _Refusal.apply(grad, *sources) for grad in grads)

@@ -21,6 +21,7 @@ LAYERS = (
     (
         "_allocation",
         "_checks",
+        "_function",
         "_gpu",
         "_key_bank_call",
         "_mined_triplets",

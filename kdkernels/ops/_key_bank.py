@@ -90,7 +90,9 @@ def within(name: str, index: Tensor, low: int, K: int) -> None:
 def known(x: Tensor) -> bool:
     """Whether reading its numbers waits for no device. A subclass of Tensor may hold none."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return torch.func.debug_unwrap(x, recurse=False) is x  # under torch.vmap it has many
 
 
 def counted(

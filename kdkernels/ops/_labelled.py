@@ -176,9 +176,7 @@ def forms_of_both_sides(
 
 def need_of_both_sides(embeddings: Tensor, references: Tensor | None) -> tuple[bool, bool]:
     """The flags need_embeddings and need_references of operators."""
-    enabled = torch.is_grad_enabled()
-    need_references = enabled and references is not None and references.requires_grad
-    return enabled and embeddings.requires_grad, need_references
+    return _checks.wants_gradient(embeddings), _checks.wants_gradient(references)
 
 
 def differentiable_first(operator: Any) -> Any:

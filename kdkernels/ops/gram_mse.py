@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
+from kdkernels._function import KernelFunction, keep_for_backward
 from kdkernels._gpu import fp32_matmul
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._library import define_operator, first_order
 from kdkernels.ops import _rows
 
 NORMALIZATIONS = ("row_l2", "row_l1", "feature", "none")
@@ -98,7 +99,7 @@ _bwd = define_operator(
 )
 
 
-class GramMSEFunction(torch.autograd.Function):
+class GramMSEFunction(KernelFunction):
     """Attaches the operator pair to autograd, and the reduction to both."""
 
     @staticmethod

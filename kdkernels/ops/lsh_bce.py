@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -78,7 +79,7 @@ _bwd = define_operator(
 )
 
 
-class LSHBCEFunction(torch.autograd.Function):
+class LSHBCEFunction(KernelFunction):
     """Attaches the operator pair to autograd, and the reduction to both."""
 
     @staticmethod

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
 
 PRODUCTS = ("dot", "cosine")  # metrics whose gradient does not need their value
 METRICS = (*PRODUCTS, "euclidean", "sqeuclidean", "rbf")
@@ -54,7 +55,7 @@ _bwd = define_operator(
 )
 
 
-class PairwiseFunction(torch.autograd.Function):
+class PairwiseFunction(KernelFunction):
     """Attaches the operator pair to autograd."""
 
     @staticmethod

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
+from kdkernels._function import KernelFunction, keep_for_backward
 from kdkernels._key_bank_call import KeyBankCall
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._library import define_operator, first_order
 from kdkernels._similarity import NORM_EPS
 from kdkernels.ops import _key_bank, _rows
 
@@ -118,7 +119,7 @@ def _by_own_logits(
     return log_q.exp() - p, p * (c - loss)
 
 
-class RelationalKLFunction(torch.autograd.Function):
+class RelationalKLFunction(KernelFunction):
     """Attaches the operator pair to autograd, and norms of keys and the reduction to both."""
 
     @staticmethod
@@ -231,7 +232,7 @@ def apply(
 ) -> Tensor:
     """The loss, from the arguments of the forward operator."""
     others = call.teacher, call.keys, call.teacher_keys
-    sweep_again = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in others)
+    sweep_again = any(map(_checks.wants_gradient, others))
     return RelationalKLFunction.apply(
         own_student, own_teacher, _checks.wants_gradient(call.student), sweep_again, reduction,
         requested_backend(backend), *call,

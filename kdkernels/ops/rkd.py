@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdkernels import _checks
@@ -51,8 +50,7 @@ _fwd = define_operator(
 
 def _need(student: Tensor, teacher: Tensor) -> tuple[bool, bool]:
     """The flags need_student and need_teacher."""
-    enabled = torch.is_grad_enabled()
-    return enabled and student.requires_grad, enabled and teacher.requires_grad
+    return _checks.wants_gradient(student), _checks.wants_gradient(teacher)
 
 
 def _operator_args(relation: str) -> Any:

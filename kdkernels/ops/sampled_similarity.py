@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
 from kdkernels.ops import _key_bank
 
 # The operators know x [B, D], bank [N, D] of the dtype of x or a narrower one, and indices [B, K]
@@ -48,7 +49,7 @@ sampled_similarity_bwd = define_operator(
 )
 
 
-class SampledSimilarityFunction(torch.autograd.Function):
+class SampledSimilarityFunction(KernelFunction):
     """Attaches the operator pair to autograd."""
 
     @staticmethod
@@ -73,7 +74,7 @@ def _check(x: Tensor, bank: Tensor, indices: Tensor) -> torch.dtype:
             f"indices must have shape [{x.shape[0]}, K], a row per row of x, "
             f"got {list(indices.shape)}"
         )
-    if bank.requires_grad and torch.is_grad_enabled():
+    if _checks.wants_gradient(bank):
         raise ValueError(
             "bank must not require a gradient, which is implemented for x only: detach it, or index"
             " it in torch"

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
 from kdkernels._mined_triplets import MinedTriplets
 from kdkernels.ops._labelled import both_sides, forms_of_both_sides, labelled_rows
 
@@ -69,7 +70,7 @@ _bwd = define_operator(
 )
 
 
-class TripletFunction(torch.autograd.Function):
+class TripletFunction(KernelFunction):
     """Attaches the operator pair to autograd."""
 
     @staticmethod

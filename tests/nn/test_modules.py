@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import CASES, assert_same_loss, congruence, maps, process_state
-from torch import nn
+from modules import CASES, assert_same_loss, congruence, maps, process_state, stateful
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import kdkernels as kd
@@ -96,6 +96,30 @@ def test_floats_that_change_make_two_graphs(name: str) -> None:
             results.append((loss.detach(), student.grad))
         torch.testing.assert_close(results[1], results[0])
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("name", sorted(set(CASES) - set(stateful())))
+def test_gradients_of_torch_func_are_those_of_autograd(name: str) -> None:
+    """Of the student and of all parameters. Under a transform torch refuses to move a state."""
+    case = CASES[name]
+    module = case.make().double()
+    student, *others = case.inputs(5)
+    options = case.options(5)
+
+    def loss(parameters: dict[str, Tensor], student: Tensor) -> Tensor:
+        torch.manual_seed(0)  # losses that draw draw the same
+        return torch.func.functional_call(module, parameters, (student, *others), options)
+
+    parameters = dict(module.named_parameters())
+    found = torch.func.grad(loss, (0, 1))(
+        {key: value.detach() for key, value in parameters.items()}, student
+    )
+    student.requires_grad_()
+    loss(parameters, student).backward()
+    assert torch.equal(found[1], student.grad)
+    for key, value in parameters.items():
+        wanted = torch.zeros_like(value) if value.grad is None else value.grad
+        assert torch.equal(found[0][key], wanted), key
 
 
 @pytest.mark.parametrize("name", MODULES)
