@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS
 from kdkernels.reference._definition import definition
-from kdkernels.reference._rows import normalize_backward
+from kdkernels.reference._rows import normalize_backward, unit
 
 
 @definition
@@ -34,12 +34,12 @@ def gram_mse(
 
     def gram(x: Tensor) -> Tensor:
         if normalize == "feature":
-            x = F.normalize(x, dim=-1)
+            x = unit(x)
         g = x @ x.mT
         if kernel == "rbf_taylor":
             g = sum(c * g**p for p, c in enumerate(taylor_coefficients(gamma, order)))
         if normalize in ("row_l2", "row_l1"):
-            g = F.normalize(g, p=int(normalize[-1]), dim=-1)
+            g = unit(g, int(normalize[-1]))
         return g
 
     sums = (gram(student) - gram(teacher)).square().sum((-2, -1))

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from kdkernels.reference._rows import unit as rows_of_unit_norm
 
 
 def sides(
@@ -17,7 +18,7 @@ def sides(
     """(embeddings, labels, references, reference_labels, in_batch), with unit rows if asked."""
 
     def rows(x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if unit else x
+        return rows_of_unit_norm(x) if unit else x
 
     x = rows(embeddings)
     if references is None or reference_labels is None:

@@ -17,10 +17,9 @@ from kdkernels.reference._distances import (
     distances,
     finite_pairs,
     gradients_of_pairs,
-    norms,
     wide,
 )
-from kdkernels.reference._rows import normalize_backward
+from kdkernels.reference._rows import normalize_backward, norms, unit
 
 
 @definition
@@ -37,7 +36,7 @@ def pairwise(
     """
     y = x if y is None else y
     if metric == "cosine":
-        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        x, y = unit(x), unit(y)
     if metric in ("dot", "cosine"):
         return x @ y.mT
     difference = x[..., :, None, :] - y[..., None, :, :]

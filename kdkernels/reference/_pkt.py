@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.reference._definition import definition
+from kdkernels.reference._rows import norms
 
 # Of the two public codes, by the divergence that each of them uses.
 NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
@@ -33,8 +34,7 @@ def pkt(
 
     def probabilities(x: Tensor) -> Tensor:  # [B, B]
         if kernel == "cosine":
-            norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-            u = x / (norm + NORM_EPS[divergence])
+            u = x / (norms(x, keepdim=True) + NORM_EPS[divergence])
             k = (u @ u.T + 1) / 2
         else:
             k = 1 / (1 + (_squared_distances(x) + DISTANCE_EPS).sqrt())

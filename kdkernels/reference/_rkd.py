@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.reference._definition import definition
-from kdkernels.reference._distances import distances, gradients_of_pairs, norms, wide
+from kdkernels.reference._distances import distances, gradients_of_pairs, wide
+from kdkernels.reference._rows import norms
 
 CHUNK = 1 << 22  # angles held at once
 
