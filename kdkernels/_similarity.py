@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the definitions and the public functions share about similarities of rows."""
+"""What the public functions and their samples share about similarities of rows."""
 
 from __future__ import annotations
 

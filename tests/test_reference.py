@@ -113,6 +113,27 @@ def test_definitions_are_differentiable_twice(info: OpInfo) -> None:
         assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True), sample.name
 
 
+@each_info()
+def test_second_derivatives_are_finite_at_zero_and_equal_rows(info: OpInfo) -> None:
+    """Samples after a ReLU have such rows."""
+    for sample in tiny(info):
+        args = list(sample.args)
+        leaves = []
+        for place in info.places(args).values():
+            x = args[place].detach().clone()
+            if x.dim() > 1 and x.shape[-2] > 3:
+                x[..., 1, :] = 0
+                x[..., 2, :] = x[..., 3, :]
+            args[place] = x.requires_grad_()
+            leaves.append(x)
+        value = info.define(sample, tuple(args))
+        grads = torch.autograd.grad(value.square().sum(), leaves, create_graph=True)
+        # steep where a norm is clamped, so the penalty is not that of its square
+        penalty = sum(grad.abs().clamp_max(1.0).sum() for grad in grads)
+        second = torch.autograd.grad(penalty, leaves, allow_unused=True)
+        assert all(bool(x.isfinite().all()) for x in second if x is not None), sample.name
+
+
 def literals() -> list[Any]:
     return [
         pytest.param(name, option, id=f"{name}-{option}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.reference._definition import counting, definition
+from kdkernels.reference._rows import norms
 
 
 @definition
@@ -33,8 +34,7 @@ def correlation(
 
     def rho(dim: int) -> Tensor:
         x, y = (v - v.mean(dim, keepdim=True) if centered else v for v in (a, b))
-        norms = (torch.linalg.vector_norm(v, dim=dim) for v in (x, y))
-        return (x * y).sum(dim) / (next(norms) * next(norms) + eps)
+        return (x * y).sum(dim) / (norms(x, dim=dim) * norms(y, dim=dim) + eps)
 
     rows, columns = (1 - rho(1)).mean(), (1 - rho(0)).mean()
     return temperature**2 * (row_weight * rows + column_weight * columns)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels.reference._rows import norms
+
 
 def distances(
     x: Tensor,  # [..., B, D]
@@ -24,15 +26,6 @@ def distances(
     if distance != "euclidean":
         d = d * d / (1 if distance == "sqeuclidean" else 2)
     return torch.where(finite_pairs(x, r), d, torch.nan)
-
-
-def norms(
-    x: Tensor,  # [..., D]
-) -> Tensor:  # [...]
-    """Euclidean norms with derivatives of 0 at 0, of any order: torch's second one is NaN there."""
-    zero = (x == 0).all(-1)
-    norm = torch.linalg.vector_norm(torch.where(zero[..., None], 1.0, x), dim=-1)
-    return torch.where(zero, 0.0, norm)
 
 
 class _Euclidean(torch.autograd.Function):

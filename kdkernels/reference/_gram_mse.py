@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdkernels._similarity import NORM_EPS, unit
+from kdkernels._similarity import NORM_EPS
 from kdkernels.reference._definition import definition
-from kdkernels.reference._rows import normalize_backward
+from kdkernels.reference._rows import normalize_backward, unit
 
 
 @definition

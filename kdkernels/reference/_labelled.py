@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdkernels._similarity import unit
+from kdkernels.reference._rows import unit
 
 
 class Sides(NamedTuple):

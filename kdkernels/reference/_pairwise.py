@@ -11,16 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdkernels._similarity import unit
 from kdkernels.reference._definition import definition
 from kdkernels.reference._distances import (
     distances,
     finite_pairs,
     gradients_of_pairs,
-    norms,
     wide,
 )
-from kdkernels.reference._rows import normalize_backward
+from kdkernels.reference._rows import normalize_backward, norms, unit
 
 
 @definition

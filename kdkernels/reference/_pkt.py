@@ -13,9 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdkernels._similarity import norms
 from kdkernels.reference._definition import counting, definition
 from kdkernels.reference._distances import distances, gradients_of_pairs
+from kdkernels.reference._rows import norms
 
 # Of the two public codes, by the divergence that each of them uses.
 NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
@@ -54,8 +54,7 @@ def by_distances(
 
     def probabilities(x: Tensor) -> Tensor:  # [B, B]
         if kernel == "cosine":
-            norm = norms(x, keepdim=True)
-            u = x / (norm + NORM_EPS[divergence])
+            u = x / (norms(x, keepdim=True) + NORM_EPS[divergence])
             k = (u @ u.T + 1) / 2
         else:
             k = 1 / (1 + (squared_distances(x) + DISTANCE_EPS).sqrt())

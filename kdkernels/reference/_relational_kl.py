@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels._key_bank_call import KeyBankCall
-from kdkernels._similarity import similarities
 from kdkernels.reference._definition import definition, reduced
+from kdkernels.reference._rows import similarities
 
 
 @definition

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels._similarity import no_infinity
 from kdkernels.reference._definition import counting, definition
-from kdkernels.reference._distances import distances, gradients_of_pairs, norms, wide
+from kdkernels.reference._distances import distances, gradients_of_pairs, wide
+from kdkernels.reference._rows import norms
 
 CHUNK = 1 << 22  # angles held at once
 
@@ -50,7 +50,7 @@ def rkd_angle(
 
     def cosines(x: Tensor) -> Tensor:  # [B, B, B]
         e = wide(x)[None] - wide(x)[:, None]
-        n = no_infinity(norms(e))[:, :, None]
+        n = norms(e, keepdim=True)
         u = torch.where(n == 0, 0.0, e / torch.where(n == 0, 1.0, n))
         return u @ u.mT
 
