@@ -93,10 +93,15 @@ def first(draw: Callable[[int], Sample], accept: Callable[[Sample], bool] | None
 
 
 def magnitude(sample: Sample) -> tuple[float, tuple[None]]:
-    """Size of the distances whose difference the loss of a triplet is."""
+    """Size of the distances whose difference the loss of a triplet is; of a sum, those of all
+    anchors."""
     x, _, r, _, _, distance = _sides_of(sample)
     d = distances(x, r, distance)
-    return d.max().item() if d.numel() else 0.0, (None,)
+    if d.numel() == 0:
+        return 0.0, (None,)
+    of_anchors = d.amax(1)
+    summed = sample.kwargs.get("reduction") == "sum"
+    return (of_anchors.sum() if summed else of_anchors.max()).item(), (None,)
 
 
 def samples(

@@ -73,11 +73,10 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
 
 
 def magnitude(sample: Sample) -> tuple[float, tuple[Tensor | None]]:
-    """Terms of "kl" have both signs, and each is q times the logarithm of a rounded ratio; so have
-    those of the gradient, which are derivatives by distances, of "student_t".
+    """Terms of "kl" have both signs, and each is q times the logarithm of a rounded ratio.
 
-    Of a cancelling sample also the size of the terms of the other gradient, and how many times
-    larger than that of 1 the rounding of a similarity is.
+    Of a cancelling sample also the size of the terms of the gradient, and how many times larger
+    than that of 1 the rounding of a similarity is.
     """
     s, t = (x.double() for x in sample.args)
     kernel = sample.kwargs.get("kernel", "cosine")
@@ -88,10 +87,10 @@ def magnitude(sample: Sample) -> tuple[float, tuple[Tensor | None]]:
     p, q = k_s / z_s, k_t / z_t
     ratio = (q + eps) / (p + eps)
     terms = q * (1 + ratio.log().abs()) if divergence == "kl" else (p + q) * ratio.log().abs()
-    condition = condition_s + condition_t if sample.cancels else torch.ones_like(k_s)
-    loss = ((terms + p + q) * condition if sample.cancels else terms).sum().item() / B**2
-    if kernel == "cosine" and not sample.cancels:
-        return loss, (None,)
+    if not sample.cancels:
+        return terms.sum().item() / B**2, (None,)
+    condition = condition_s + condition_t
+    loss = ((terms + p + q) * condition).sum().item() / B**2
     slope = (1 + ratio) * condition
     gk = (slope + (p * slope).sum(1, keepdim=True)) / z_s
     gk = gk + gk.mT
@@ -110,7 +109,7 @@ def _similarities(x: Tensor, kernel: str, divergence: str) -> tuple[Tensor, ...]
         _, k, z = reference._cosine(x, reference.NORM_EPS[divergence])
         return k, z, 1 + 1 / k
     d2, k, z = reference._student_t(x)
-    # d^2 of rows that are not close may be off by 16 roundings, as from products of long rows
+    # of rows that are not close products may leave d^2 off by 16 roundings: docs/numerics.md
     return k, z, 1 + 8 * (d2 + reference.DISTANCE_EPS).sqrt() * k
 
 

@@ -78,9 +78,10 @@ class Pairs:
         splits = cdiv(K, length)
         out = self.new(splits, N, self.D)
         kernels._pairs_gradient_kernel[(tile.count(N, self.D), splits)](
-            w_ptr=w, x_ptr=x, r_ptr=r, close_ptr=close, out_ptr=out, N=N, K=K, D=self.D,
-            split_length=length, TRANSPOSED=references, PRECISION=self.config.gradient_precision,
-            CLOSE_N=close_n, CLOSE_K=close_k, **tile.launch(),
+            w_ptr=w, x_ptr=x, r_ptr=r, given_x_ptr=x, given_r_ptr=r, close_ptr=close, out_ptr=out,
+            N=N, K=K, D=self.D, split_length=length, TRANSPOSED=references,
+            PRECISION=self.config.gradient_precision, CLOSE_N=close_n, CLOSE_K=close_k,
+            **tile.launch(),
         )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
 

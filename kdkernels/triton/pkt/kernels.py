@@ -7,6 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.triton.common.distances import CLOSE
 from kdkernels.triton.common.dots import dot
 from kdkernels.triton.common.exp_math import two_atanh
 
@@ -49,17 +50,48 @@ def _apart(offs_m, offs_n):
 
 
 @triton.jit
-def _similarities(product, scale_i, scale_j, self_i, self_j, offs_m, offs_n, COSINE: tl.constexpr):
-    if COSINE:
-        k = 0.5 * (product * scale_i[:, None] * scale_j[None, :] + 1.0)
-        floor = 0.5 * (self_i[:, None] + self_j[None, :] - self_i[:, None] * self_j[None, :])
-        return tl.where(k < floor, floor, k)  # keeps NaN
-    else:
-        d2 = self_i[:, None] + self_j[None, :] - 2.0 * product
-        # At least 0, and 0 on the diagonal, where NaN stays. By arithmetic: a mask per element
-        # takes more scalar registers than AMD GPUs have.
-        d2 = 0.5 * (d2 + tl.abs(d2)) * _apart(offs_m, offs_n)
-        return 1.0 / (1.0 + tl.sqrt(d2 + 1e-6))
+def _cosines(product, scale_i, scale_j, self_i, self_j):
+    k = 0.5 * (product * scale_i[:, None] * scale_j[None, :] + 1.0)
+    floor = 0.5 * (self_i[:, None] + self_j[None, :] - self_i[:, None] * self_j[None, :])
+    return tl.where(k < floor, floor, k)  # keeps NaN
+
+
+@triton.jit
+def _distances(
+    product,  # [m, n], of centred rows
+    given_ptr,  # [B, D], the rows as they were given
+    self_i,
+    self_j,
+    offs_m,
+    offs_n,
+    B,
+    D,
+    stride_m,
+    stride_d,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """(The roots that K of student_t is made of; whether different rows are so close that products
+    would lose them, and all of them come from differences.)"""
+    size = self_i[:, None] + self_j[None, :]
+    d2 = size - 2.0 * product
+    # By arithmetic: a mask per element takes more scalar registers than AMD GPUs have. Of rows
+    # beyond the end all of this is 0.
+    apart = _apart(offs_m, offs_n)
+    close = (tl.min((d2 - CLOSE * size) * apart) < 0.0).to(tl.int32)
+    if close != 0:
+        rows = given_ptr + offs_m.to(tl.int64) * stride_m
+        cols = given_ptr + offs_n.to(tl.int64) * stride_m
+        d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        for column in range(0, D):
+            step = tl.cast(column, tl.int64) * stride_d
+            x = tl.load(rows + step, mask=offs_m < B, other=0.0).to(tl.float32)
+            y = tl.load(cols + step, mask=offs_n < B, other=0.0).to(tl.float32)
+            difference = x[:, None] - y[None, :]
+            d2 += difference * difference
+    # at least 0, and 0 on the diagonal, where NaN stays
+    d2 = 0.5 * (d2 + tl.abs(d2)) * apart
+    return tl.sqrt_rn(d2 + 1e-6), close
 
 
 @triton.jit
@@ -88,12 +120,15 @@ def _slope(p, q, KL: tl.constexpr):
 
 @triton.jit
 def _pkt_tiles_kernel(
-    s_ptr,  # [B, D_s]
+    s_ptr,  # [B, D_s], of student_t centred
     t_ptr,  # [B, D_t]
+    given_s_ptr,  # of the strides of s and t, not centred
+    given_t_ptr,
     # [7, B] fp32: scales, self terms and inverse sums of both sides, what the slopes of a row lose
     rows_ptr,
-    sums_ptr,  # [3, splits, B] fp32: sums of K of both sides, or losses and r; sums of weights
+    sums_ptr,  # [2, splits, B] fp32: sums of K of both sides, or losses and r
     w_ptr,  # [rows, B], or unused: weights of a chunk of rows
+    close_ptr,  # [tiles of rows, tiles of B] int32, student_t: which of the student are close
     first,  # of the chunk
     last,
     B,
@@ -129,7 +164,6 @@ def _pkt_tiles_kernel(
         inverse_t = tl.load(of_row + (INVERSE + 1) * width, mask=mask_m, other=0.0)
     first_sum = tl.zeros((BLOCK_M,), tl.float32)
     second_sum = tl.zeros((BLOCK_M,), tl.float32)
-    weight_sum = tl.zeros((BLOCK_M,), tl.float32)
     for j in range(split * split_n, tl.minimum((split + 1) * split_n, B), BLOCK_N):
         offs_n = j + tl.arange(0, BLOCK_N)
         mask_n = offs_n < B
@@ -141,16 +175,28 @@ def _pkt_tiles_kernel(
             s_ptr, offs_m, offs_n, B, D_s, stride_sm, stride_sd,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        k_s = _similarities(product, scale_s, scale_j, self_s, self_j, offs_m, offs_n, COSINE)
+        if COSINE:
+            k_s = _cosines(product, scale_s, scale_j, self_s, self_j)
+        else:
+            d_s, close = _distances(
+                product, given_s_ptr, self_s, self_j, offs_m, offs_n, B, D_s, stride_sm, stride_sd,
+                BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            k_s = 1.0 / (1.0 + d_s)
         other_scale_j = tl.load(of_col + (SCALE + 1) * width, mask=mask_n, other=0.0)
         other_self_j = tl.load(of_col + (SELF + 1) * width, mask=mask_n, other=0.0)
         product = _products(
             t_ptr, offs_m, offs_n, B, D_t, stride_tm, stride_td,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
-        k_t = _similarities(
-            product, scale_t, other_scale_j, self_t, other_self_j, offs_m, offs_n, COSINE
-        )
+        if COSINE:
+            k_t = _cosines(product, scale_t, other_scale_j, self_t, other_self_j)
+        else:
+            d_t, _ = _distances(
+                product, given_t_ptr, self_t, other_self_j, offs_m, offs_n, B, D_t, stride_tm,
+                stride_td, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            k_t = 1.0 / (1.0 + d_t)
         if SUMS:
             first_sum += tl.sum(tl.where(valid, k_s, 0.0), 1)
             second_sum += tl.sum(tl.where(valid, k_t, 0.0), 1)
@@ -172,18 +218,17 @@ def _pkt_tiles_kernel(
             w = slope * inverse_s[:, None] + across * inverse_sj[None, :]
             if COSINE:
                 w *= scale_j[None, :]
-            else:  # dK / d(d^2) = -K^2 / (2 d) with d = 1 / K - 1
-                w *= k_s * k_s * k_s / (2.0 * k_s - 2.0) * _apart(offs_m, offs_n)
+            else:  # 2 dK / d(d^2)
+                w *= -k_s * k_s / d_s * _apart(offs_m, offs_n)
+                tiles = tl.program_id(0) * tl.cdiv(B, BLOCK_N)
+                tl.store(close_ptr + tiles + j // BLOCK_N, close)
             w = tl.where(valid, w, 0.0).to(w_ptr.dtype.element_ty)
-            weight_sum += tl.sum(w.to(tl.float32), 1)  # as they will be multiplied
             at = w_ptr + (offs_m - first).to(tl.int64)[:, None] * B + offs_n[None, :]
             tl.store(at, w, mask=valid)
     at = sums_ptr + split.to(tl.int64) * width + offs_m
     if SUMS or LOSS:
         tl.store(at, first_sum, mask=mask_m)
         tl.store(at + splits * width, second_sum, mask=mask_m)
-    if WEIGHTS:
-        tl.store(at + 2 * splits * width, weight_sum, mask=mask_m)
 
 
 @triton.jit
