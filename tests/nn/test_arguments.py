@@ -41,7 +41,7 @@ def more(case: Case, args: tuple[Any, ...], options: dict[str, Any]) -> dict[str
     found = {}
     if "references" in taken and not case.make().__dict__.get("self_positive"):
         found = {"references": args[0].flip(0), "reference_labels": args[1].flip(0)}
-    if "positives" in taken and case.make().queue is None:
+    if "positives" in taken and "own_keys" not in options and case.make().queue is None:
         found["positives"] = torch.arange(len(args[0]))
     if "codes" in taken and case.make().form != "l2":
         found["codes"] = torch.zeros(len(args[0]), 2, dtype=torch.uint8)
