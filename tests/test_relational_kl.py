@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DEVICES, Calls, Case
+from cases import DEVICES, Calls, Case, interpreted
 from torch import Tensor
 from values import QUEUE, STUDENT, TEACHER, assert_same
 
@@ -259,6 +259,31 @@ def test_equal_sides_do_not_diverge(case: Case) -> None:
         assert_same(result, torch.zeros_like(result), size=1.0)
 
 
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("offset", [0.0, 3.0], ids=["centred", "offset_3"])
+@each_backend(torch.float32)
+def test_the_gradient_near_the_teacher(case: Case, offset: float, distance: float) -> None:
+    """The two softmaxes nearly cancel, and with a common offset all keys point the same way: what
+    rounds a whole row at once would be larger than the gradient. Judged by the gradient's own
+    size."""
+    B, K, D = (12, 300, 16) if interpreted(case.backend, case.device) else (32, 1300, 64)
+    rows, noise, keys = (
+        randn(n, D, seed=seed, device=CPU, dtype=torch.float64) for seed, n in enumerate((B, B, K))
+    )
+    rows, keys = rows + offset, keys + offset
+    args = tuple(x.to(case.device, torch.float32) for x in (rows + distance * noise, rows, keys))
+
+    def gradient(function: Any, dtype: torch.dtype) -> Tensor:
+        student, *rest = (x.to(dtype) for x in args)
+        value = function(student.requires_grad_(), *rest, teacher_temperature=0.1)
+        return torch.autograd.grad(value.sum(), student)[0]
+
+    hi, low = (gradient(reference.relational_kl, dtype) for dtype in (torch.float64, torch.float32))
+    out = gradient(lambda *a, **kw: case.call(*a, reduction="sum", **kw), torch.float32)
+    error = numerics.compare("dstudent", out, hi, low, torch.float32)
+    assert error.ok, error.detail
+
+
 @each_backend(info=NCE)
 def test_info_nce_is_the_cross_entropy_of_the_similarities(case: Case) -> None:
     queries, keys, positives = case.sample.args
@@ -335,6 +360,28 @@ def test_a_maximum_may_lie_in_any_tile(case: Case) -> None:
     wanted = value_and_gradients(INFO.definition, rows, rows.flip(0), keys, **options)
     for g, w in zip(got, wanted, strict=True):
         assert_same(g, w)
+
+
+@pytest.mark.parametrize("temperatures", [(0.02, 0.5), (0.5, 0.02)])
+@pytest.mark.parametrize("order", ["alike_first", "alike_last"])
+@each_backend(backends=("cpu",))
+def test_sides_may_become_alike_and_stop_to_be(
+    case: Case, order: str, temperatures: tuple[float, float]
+) -> None:
+    """Tiles of equal keys add as much to both sides, other tiles do not; both meet in one piece."""
+    keys = randn(10000, 16, seed=11, device=CPU, dtype=torch.float64)
+    equal = (keys[:1] if order == "alike_last" else -keys[:1]).expand(10000, -1)
+    parts = (equal, keys) if order == "alike_first" else (keys, equal)
+    student, teacher = (
+        keys[0] + 0.3 * randn(9, 16, seed=seed, device=CPU, dtype=torch.float64)
+        for seed in (12, 13)
+    )
+    args = (student, teacher, torch.cat(parts))
+    options = dict(zip(("student_temperature", "teacher_temperature"), temperatures, strict=True))
+    found = value_and_gradients(case.call, *args, reduction="none", **options)
+    wanted = value_and_gradients(reference.relational_kl, *args, **options)
+    for got, expected in zip(found[:2], wanted[:2], strict=True):  # loss, student's gradient
+        assert_same(got, expected)
 
 
 @each_backend(torch.float32)

@@ -241,6 +241,11 @@ __global__ void __launch_bounds__(kThreads)
   p.loss[query] = result.loss;
   p.lse_student[query] = result.lse_student;
   p.lse_teacher[query] = result.lse_teacher;
+  if (p.softmax == nullptr) return;
+  p.softmax[query] = no_key ? 0.0f : sums.student.max;
+  p.softmax[p.B + query] = no_key ? 0.0f : 1 / sums.student.sum;
+  p.softmax[2 * p.B + query] = no_key || !p.teacher ? 0.0f : sums.teacher.max;
+  p.softmax[3 * p.B + query] = no_key || !p.teacher ? 0.0f : 1 / sums.teacher.sum;
 }
 
 // What the derivatives by a row's logits depend on. Rows without a query get zeros.

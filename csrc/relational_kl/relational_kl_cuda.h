@@ -67,6 +67,7 @@ struct MergeParams {
   bool teacher, subtract_entropy;
   const float *own_student, *own_teacher;   // [B] or null
   float *loss, *lse_student, *lse_teacher;  // [B]
+  float* softmax;  // [4, B], of the student and of the teacher the maximum and 1 / sum; or null
 };
 
 // A launch multiplies the student's softmax less the teacher's with the keys. There are few tiles
@@ -78,9 +79,9 @@ struct DifferenceParams {
   const void* weights;  // as WeightsParams has them
   int64_t stride, rows;
   const float* maxima;
-  const float *lse_student, *lse_teacher;  // [B]
-  const int64_t* positives;                // [B], subtracted in the teacher's place; or null
-  const float* scale;                      // [K] or null
+  const float* softmax;      // as MergeParams has it: a rounded lse would be common to a row
+  const int64_t* positives;  // [B], subtracted in the teacher's place; or null
+  const float* scale;        // [K] or null
   bool teacher;
 };
 

@@ -3,6 +3,10 @@
 // weights in place, and multiplies the weights at once with the same keys. The forward keeps a
 // running maximum per row: what was summed before is rescaled where it grows. Pieces of the key
 // axis have maxima of their own and are merged in order.
+//
+// Where both sides' sums are of one size, as they are when the student approaches the teacher, the
+// teacher's weights are taken from the student's before the product: rounding errors are then as
+// small as the difference.
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -38,6 +42,10 @@ void each_stretch(int64_t exclude, int64_t k0, int64_t n, const F& f) {
 // One row's sums over the keys of a piece.
 struct Running : SoftmaxSums<double> {
   double positive = kNotANumber;  // logit of the positive key
+  bool difference = false;        // of weighted keys: the student's less the teacher's
+
+  // Whether neither side's sum is more than twice that of the other.
+  bool alike() const { return student.sum <= 2 * teacher.sum && teacher.sum <= 2 * student.sum; }
 };
 
 // Scratch memory of a thread: a tile of logits per side.
@@ -75,7 +83,8 @@ class Sweep {
       : problem_(problem), i0_(i0), rows_(rows), running_(running) {}
 
   // Sums over keys first ... end go to `running`, and weighted sums of the student's keys to
-  // by_student and by_teacher [rows, D] unless null.
+  // by_student and by_teacher [rows, D] unless null. Of a row with `difference`, that by the
+  // teacher is taken from that by the student.
   void run(int64_t first, int64_t end, const Tiles<T>& tiles, const Matrix<T>* by_student,
            const Matrix<T>* by_teacher) const {
     for (int64_t k0 = first; k0 < end; k0 += kKeys) {
@@ -90,9 +99,22 @@ class Sweep {
         Running& row = running_[i];
         const Running before = row;
         weigh(i, k0, n, a.row(i), b.data ? b.row(i) : nullptr, row);
+        if (by_student && b.data) {
+          row.difference = row.alike();
+          if (row.difference) epilogues<T>().add_scaled(b.row(i), T(-1), a.row(i), n);
+        }
         if (!rescale) continue;
-        shrink_row(*by_student, i, before.student.factor(row.student.max));
-        if (b.data) shrink_row(*by_teacher, i, before.teacher.factor(row.teacher.max));
+        const double student = before.student.factor(row.student.max);
+        shrink_row(*by_student, i, student);
+        if (!b.data) continue;
+        const double teacher = before.teacher.factor(row.teacher.max);
+        // what was, and what is, taken from the sum by the student
+        const double taken = (before.difference ? student : 0) - (row.difference ? teacher : 0);
+        if (taken != 0) {
+          epilogues<T>().add_scaled(by_teacher->row(i), static_cast<T>(taken), by_student->row(i),
+                                    by_student->cols);
+        }
+        shrink_row(*by_teacher, i, teacher);
       }
       if (!by_student) continue;
       const auto keys = problem_.student.keys.row_block(k0, n);
@@ -227,7 +249,10 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
       if (q != 0) kernels.add_scaled(part(0, piece).row(i), static_cast<T>(q), to, D);
       if (!has_teacher) continue;
       const double p = row.teacher.factor(all.teacher.max) / all.teacher.sum;
-      if (p != 0) kernels.add_scaled(part(1, piece).row(i), static_cast<T>(-p), to, D);
+      const double by_teacher = (row.difference ? q : 0) - p;
+      if (by_teacher != 0) {
+        kernels.add_scaled(part(1, piece).row(i), static_cast<T>(by_teacher), to, D);
+      }
     }
     if (problem.positives == nullptr) return;
     if (problem.names_no_key(i)) {

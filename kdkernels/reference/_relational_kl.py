@@ -119,14 +119,16 @@ def relational_kl_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     out = _not_counting_of(call)
     q, a = _student_side(call, out)
     lse_student = _log_sum_exp(a, own_student)
-    log_q, of_student = _softmax(a, lse_student, out)
+    log_q, _ = _softmax(a, lse_student, out)
+    of_student = _probabilities(a, own_student, out)
     if call.teacher is None:
         p, lse_teacher = _one_hot(call.positives, out, a.dtype), a.new_zeros(len(a))
         c = (-log_q).masked_fill(p == 0, 0.0)  # infinite where another key is infinitely far
     else:
         _, b = _teacher_side(call, out)
         lse_teacher = _log_sum_exp(b, own_teacher)
-        log_p, p = _softmax(b, lse_teacher, out)
+        log_p, _ = _softmax(b, lse_teacher, out)
+        p = _probabilities(b, own_teacher, out)
         c = log_p - log_q if call.subtract_entropy else -log_q
     loss, total = (p * c).sum(-1), p.sum(-1)
     if own_teacher is not None:
@@ -208,6 +210,19 @@ def _softmax(logits: Tensor, lse: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Logarithms and probabilities, [B, K]; 0 where a key does not count."""
     log = logits - lse[:, None]
     return log.masked_fill(out, 0.0), log.exp().masked_fill(out, 0.0)
+
+
+def _probabilities(logits: Tensor, own_logit: Tensor | None, out: Tensor) -> Tensor:  # [B, K]
+    """As `_softmax` has them, but with their sum as it is: the rounding of its logarithm is common
+    to a row, and near convergence larger than the difference of both sides."""
+    most = logits.amax(-1)
+    if own_logit is not None:
+        most = torch.maximum(most, own_logit)
+    weights = (logits - most[:, None]).exp()
+    total = weights.sum(-1)
+    if own_logit is not None:
+        total = total + (own_logit - most).exp()
+    return (weights / total[:, None]).masked_fill(out, 0.0)
 
 
 def _log_sum_exp(logits: Tensor, own_logit: Tensor | None) -> Tensor:  # [B]
