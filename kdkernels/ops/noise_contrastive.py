@@ -137,7 +137,7 @@ def move_rows(
 
     Of rows with the same index the last one counts, on every device.
     """
-    index = index.long()
+    index = index.long().contiguous()  # torch.searchsorted warns of strides
     if index.numel() == 0:
         return
     moved = momentum * bank[index] + (1 - momentum) * rows

@@ -47,11 +47,10 @@ def pkt_fwd(
     (B, D), fp32 = student.shape, {"dtype": torch.float32, "device": student.device}
     if B == 0:
         return torch.zeros((), **fp32), torch.empty((0, D) if need_student else (0,), **fp32)
-    config = pick_config(
-        dtype=student.dtype, arch=arch_of(student),
-        fp32_matmul=fp32_matmul(),
-    )  # fmt: skip
     cosine, eps = kernel == "cosine", NORM_EPS[divergence]
+    config = pick_config(
+        dtype=student.dtype, arch=arch_of(student), fp32_matmul=fp32_matmul(), cosine=cosine
+    )
     with on_device(student):
         make = _cosine_side if cosine else _student_t_side
         sides = [make(x, eps) for x in (student, teacher)]

@@ -47,10 +47,10 @@ class PktConfig:
         return fill_device(self.arch, self.gradient.count(rows, columns), most)
 
 
-def pick_config(*, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> PktConfig:
+def pick_config(*, dtype: torch.dtype, arch: Arch, fp32_matmul: str, cosine: bool) -> PktConfig:
     """`fp32_matmul` is `kdkernels._gpu.fp32_matmul()`."""
     precision = pick_precision(dtype, arch, fp32_matmul)
-    tiles, product, gradient = _tiles(dtype, arch, precision.features)
+    tiles, product, gradient = _tiles(dtype, arch, precision.features, cosine)
     return PktConfig(
         tiles, product, gradient, arch, precision.features, precision.weights,
         distances=precision.factors if dtype == torch.float32 else precision.features,
@@ -58,7 +58,7 @@ def pick_config(*, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> PktConfi
     )  # fmt: skip
 
 
-def _tiles(dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile, Tile, Tile]:
+def _tiles(dtype: torch.dtype, arch: Arch, precision: str, cosine: bool) -> tuple[Tile, Tile, Tile]:
     if arch.vendor == "interpreter":  # small enough that samples have several tiles
         return (Tile(32, 32, 32, 4, 1),) * 3
     stages = 2 if arch.vendor == "hip" else 3
@@ -67,4 +67,6 @@ def _tiles(dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile, Tile, 
         step = 16 if precision == "ieee" and arch.vendor == "cuda" else 32
         product = Tile(64, 64, step, 8, stages)
         return Tile(64, 32, step, 8, stages), product, product
-    return Tile(64, 64, 32, 8, stages), Tile(128, 64, 32, 8, stages), Tile(64, 64, 32, 4, stages)
+    # of student_t a program holds the distances too
+    tiles = Tile(64, 64 if cosine else 32, 32, 8, stages)
+    return tiles, Tile(128, 64, 32, 8, stages), Tile(64, 64, 32, 4, stages)

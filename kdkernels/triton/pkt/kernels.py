@@ -20,7 +20,6 @@ def _products(
     x_ptr,  # [B, D]
     offs_m,
     offs_n,
-    B,
     D,
     stride_m,
     stride_d,
@@ -37,8 +36,8 @@ def _products(
     for k in range(0, D, BLOCK_K):
         ks = k + tl.arange(0, BLOCK_K)
         step = ks.to(tl.int64) * stride_d
-        a = tl.load(rows + step[None, :], mask=(offs_m < B)[:, None] & (ks < D)[None, :], other=0.0)
-        b = tl.load(cols + step[:, None], mask=(offs_n < B)[None, :] & (ks < D)[:, None], other=0.0)
+        a = tl.load(rows + step[None, :], mask=(ks < D)[None, :], other=0.0)
+        b = tl.load(cols + step[:, None], mask=(ks < D)[:, None], other=0.0)
         acc = dot(a, b, acc, PRECISION)
     return acc
 
@@ -64,7 +63,6 @@ def _distances(
     self_j,
     offs_m,
     offs_n,
-    B,
     D,
     stride_m,
     stride_d,
@@ -75,8 +73,7 @@ def _distances(
     would lose them, and all of them come from differences.)"""
     size = self_i[:, None] + self_j[None, :]
     d2 = size - 2.0 * product
-    # By arithmetic: a mask per element takes more scalar registers than AMD GPUs have. Of rows
-    # beyond the end all of this is 0.
+    # by arithmetic: a mask per element takes more scalar registers than AMD GPUs have
     apart = _apart(offs_m, offs_n)
     close = (tl.min((d2 - CLOSE * size) * apart) < 0.0).to(tl.int32)
     if close != 0:
@@ -85,8 +82,8 @@ def _distances(
         d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for column in range(0, D):
             step = tl.cast(column, tl.int64) * stride_d
-            x = tl.load(rows + step, mask=offs_m < B, other=0.0).to(tl.float32)
-            y = tl.load(cols + step, mask=offs_n < B, other=0.0).to(tl.float32)
+            x = tl.load(rows + step).to(tl.float32)
+            y = tl.load(cols + step).to(tl.float32)
             difference = x[:, None] - y[None, :]
             d2 += difference * difference
     # at least 0, and 0 on the diagonal, where NaN stays
@@ -153,47 +150,50 @@ def _pkt_tiles_kernel(
     offs_m = first + tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     mask_m = offs_m < last
-    of_row = rows_ptr + offs_m
+    # Past the end comes the last row again, so that loads need no mask of rows, and AMD GPUs, which
+    # hold few, have registers for those that stay.
+    at_m = tl.minimum(offs_m, B - 1)
+    of_row = rows_ptr + at_m
     width = B.to(tl.int64)
-    self_s = tl.load(of_row + SELF * width, mask=mask_m, other=0.0)
-    self_t = tl.load(of_row + (SELF + 1) * width, mask=mask_m, other=0.0)
-    scale_s = tl.load(of_row + SCALE * width, mask=mask_m, other=0.0)
-    scale_t = tl.load(of_row + (SCALE + 1) * width, mask=mask_m, other=0.0)
+    self_s = tl.load(of_row + SELF * width)
+    self_t = tl.load(of_row + (SELF + 1) * width)
+    scale_s = tl.load(of_row + SCALE * width)
+    scale_t = tl.load(of_row + (SCALE + 1) * width)
     if LOSS or WEIGHTS:
-        inverse_s = tl.load(of_row + INVERSE * width, mask=mask_m, other=0.0)
-        inverse_t = tl.load(of_row + (INVERSE + 1) * width, mask=mask_m, other=0.0)
+        inverse_s = tl.load(of_row + INVERSE * width)
+        inverse_t = tl.load(of_row + (INVERSE + 1) * width)
     first_sum = tl.zeros((BLOCK_M,), tl.float32)
     second_sum = tl.zeros((BLOCK_M,), tl.float32)
     for j in range(split * split_n, tl.minimum((split + 1) * split_n, B), BLOCK_N):
         offs_n = j + tl.arange(0, BLOCK_N)
-        mask_n = offs_n < B
-        valid = mask_m[:, None] & mask_n[None, :]
-        of_col = rows_ptr + offs_n
-        scale_j = tl.load(of_col + SCALE * width, mask=mask_n, other=0.0)
-        self_j = tl.load(of_col + SELF * width, mask=mask_n, other=0.0)
+        valid = mask_m[:, None] & (offs_n < B)[None, :]
+        at_n = tl.minimum(offs_n, B - 1)
+        of_col = rows_ptr + at_n
+        scale_j = tl.load(of_col + SCALE * width)
+        self_j = tl.load(of_col + SELF * width)
         product = _products(
-            s_ptr, offs_m, offs_n, B, D_s, stride_sm, stride_sd,
+            s_ptr, at_m, at_n, D_s, stride_sm, stride_sd,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if COSINE:
             k_s = _cosines(product, scale_s, scale_j, self_s, self_j)
         else:
             d_s, close = _distances(
-                product, given_s_ptr, self_s, self_j, offs_m, offs_n, B, D_s, stride_sm, stride_sd,
+                product, given_s_ptr, self_s, self_j, at_m, at_n, D_s, stride_sm, stride_sd,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
             k_s = 1.0 / (1.0 + d_s)
-        other_scale_j = tl.load(of_col + (SCALE + 1) * width, mask=mask_n, other=0.0)
-        other_self_j = tl.load(of_col + (SELF + 1) * width, mask=mask_n, other=0.0)
+        other_scale_j = tl.load(of_col + (SCALE + 1) * width)
+        other_self_j = tl.load(of_col + (SELF + 1) * width)
         product = _products(
-            t_ptr, offs_m, offs_n, B, D_t, stride_tm, stride_td,
+            t_ptr, at_m, at_n, D_t, stride_tm, stride_td,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if COSINE:
             k_t = _cosines(product, scale_t, other_scale_j, self_t, other_self_j)
         else:
             d_t, _ = _distances(
-                product, given_t_ptr, self_t, other_self_j, offs_m, offs_n, B, D_t, stride_tm,
+                product, given_t_ptr, self_t, other_self_j, at_m, at_n, D_t, stride_tm,
                 stride_td, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             k_t = 1.0 / (1.0 + d_t)
@@ -208,18 +208,18 @@ def _pkt_tiles_kernel(
             first_sum += tl.sum(tl.where(valid, _term(p, q, KL), 0.0), 1)
             second_sum += tl.sum(tl.where(valid, p * slope, 0.0), 1)
         if WEIGHTS:
-            inverse_sj = tl.load(of_col + INVERSE * width, mask=mask_n, other=0.0)
-            inverse_tj = tl.load(of_col + (INVERSE + 1) * width, mask=mask_n, other=0.0)
+            inverse_sj = tl.load(of_col + INVERSE * width)
+            inverse_tj = tl.load(of_col + (INVERSE + 1) * width)
             across = _slope(k_s * inverse_sj[None, :], k_t * inverse_tj[None, :], KL)
             if not COSINE:
-                lost = tl.load(of_row + LOST * width, mask=mask_m, other=0.0)
+                lost = tl.load(of_row + LOST * width)
                 slope -= lost[:, None]
-                across -= tl.load(of_col + LOST * width, mask=mask_n, other=0.0)[None, :]
+                across -= tl.load(of_col + LOST * width)[None, :]
             w = slope * inverse_s[:, None] + across * inverse_sj[None, :]
             if COSINE:
                 w *= scale_j[None, :]
             else:  # 2 dK / d(d^2)
-                w *= -k_s * k_s / d_s * _apart(offs_m, offs_n)
+                w *= -k_s * k_s / d_s * _apart(at_m, at_n)
                 tiles = tl.program_id(0) * tl.cdiv(B, BLOCK_N)
                 tl.store(close_ptr + tiles + j // BLOCK_N, close)
             w = tl.where(valid, w, 0.0).to(w_ptr.dtype.element_ty)
