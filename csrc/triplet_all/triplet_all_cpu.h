@@ -76,6 +76,14 @@ struct Positives {
   double ops(double each) const { return each * offset.back() / std::max<size_t>(count.size(), 1); }
 
  private:
+  // Whether row i of the n rows of a label measures its distance to row j, and not j that to i: a
+  // row measures those to the next half of the others, around the end. So all rows have as much to
+  // do, also where nearly all rows have one label.
+  static bool measures(int64_t i, int64_t j, int64_t n) {
+    const int64_t ahead = 2 * (j > i ? j - i : j - i + n);
+    return ahead < n || (ahead == n && i < j);
+  }
+
   void measure(const Sweep<T>& sweep) {
     constexpr T kNone = std::numeric_limits<T>::quiet_NaN();
     const LabelRanges& ranges = sweep.rows.ranges;
@@ -89,7 +97,8 @@ struct Positives {
           d = kNone;
         } else if (!ranges.in_batch) {
           d = sweep.from_difference(i, j);
-        } else if (i < j) {  // a finite row of a label whose rows take part does so too
+        } else if (measures(i - first, j - first, ranges.last[i] - first)) {
+          // a finite row of a label whose rows take part does so too
           d = distance[offset[j] + i - first] = sweep.from_difference(i, j);
         }
       }
