@@ -35,6 +35,11 @@ def tensors() -> dict[tuple[str, str], tuple[OpInfo, Sample]]:
                 for name, value in named(info, sample).items():
                     if isinstance(value, Tensor):
                         found.setdefault((info.name, name), (info, sample))
+        if "sample_mask" in inspect.signature(info.function).parameters:
+            sample = next(iter(info.samples(CPU, torch.float32)))
+            mask = torch.ones(sample.args[0].shape[:-1], dtype=torch.bool)
+            masked = replace(sample, kwargs={**sample.kwargs, "sample_mask": mask})
+            found.setdefault((info.name, "sample_mask"), (info, masked))
     return found
 
 
