@@ -81,8 +81,8 @@ def _winners(
             floor_row_ptr=rows[bound], exclude_ptr=left_out, B=B, M=M, D=D, splits=config.splits,
             split_length=config.split_length, **_strides(x, r), IN_BATCH=in_batch,
             EXCLUDES=exclude is not None, POSITIVE=signs.get(_POSITIVE, 0),
-            NEGATIVE=signs.get(_NEGATIVE, 0), FLOOR=floor, PRECISION=config.precision,
-            **config.tile.launch(),
+            NEGATIVE=signs.get(_NEGATIVE, 0), FLOOR=floor, DIFFERENCES=config.differences,
+            PRECISION=config.precision, **config.tile.launch(),
         )  # fmt: skip
 
     labels, reference_labels = labels.contiguous(), reference_labels.contiguous()

@@ -123,6 +123,7 @@ def _triplet_mine_kernel(
     POSITIVE: tl.constexpr,  # 1 looks for the nearest, -1 for the farthest, 0 not at all
     NEGATIVE: tl.constexpr,
     FLOOR: tl.constexpr,  # 0 without bound; else the sign that turns its keys into keys of this
+    DIFFERENCES: tl.constexpr,  # of close rows, in place of products
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -165,24 +166,29 @@ def _triplet_mine_kernel(
             )
             acc = dot(x, r, acc, PRECISION)
         r_norm = tl.load(r_norm_ptr + offs_n)
-        r_label = tl.load(r_label_ptr + offs_n)
-        size = x_norm[:, None] + r_norm[None, :]
-        d2 = size - 2.0 * acc
-        near = d2 < size * CLOSE
-        if IN_BATCH:
-            near = near & (offs_m[:, None] != offs_n[None, :])
-        if tl.max(near.to(tl.int32)) > 0:  # products rank close rows by their rounding
-            d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for column in range(0, D):
-                x_column = tl.load(x_ptrs + column * stride_xd).to(tl.float32)
-                r_column = tl.load(r_ptrs + column * stride_rd).to(tl.float32)
-                difference = x_column - r_column
-                d2 += difference * difference
+        d2 = x_norm[:, None] + r_norm[None, :] - 2.0 * acc
+        if DIFFERENCES:
+            # Below 0 for close rows. In numbers, relative to the tile: masks, and what masks are
+            # made of below, would stay in registers meanwhile.
+            near = d2 - CLOSE * (x_norm[:, None] + r_norm[None, :])
+            if IN_BATCH:
+                apart = (offs_m - n).to(tl.float32)[:, None] - (offs_n - n).to(tl.float32)[None, :]
+                near *= tl.minimum(tl.abs(apart), 1.0)
+            if tl.min(near) < 0.0:  # products rank close rows by their rounding
+                d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                x_rows = x_ptr + offs_m.to(tl.int64) * stride_xb
+                r_rows = r_ptr + offs_n.to(tl.int64) * stride_rm
+                for column in range(0, D):
+                    step = tl.cast(column, tl.int64)
+                    x_column = tl.load(x_rows + step * stride_xd).to(tl.float32)
+                    r_column = tl.load(r_rows + step * stride_rd).to(tl.float32)
+                    difference = x_column[:, None] - r_column[None, :]
+                    d2 += difference * difference
         d2 = tl.minimum(tl.where(d2 > 0.0, d2, 0.0), LARGEST)  # no NaN: what is forced says it
         forced = x_forced[:, None] + _forced(r_norm)[None, :]
         if EXCLUDES:  # a key of +inf is no candidate's; no mask is kept for it
             forced = tl.where(left_out[:, None] == offs_n[None, :], float("inf"), forced)
-        same = x_label[:, None] == r_label[None, :]
+        same = x_label[:, None] == tl.load(r_label_ptr + offs_n)[None, :]
         if POSITIVE != 0:
             candidate = same
             if IN_BATCH:
