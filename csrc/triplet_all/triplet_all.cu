@@ -38,25 +38,16 @@ struct Shared {
   };
 };
 
-// An anchor with its row of distances. Its positives are numbered, without the reference that it
-// leaves out.
+// An anchor with its row of distances. Its positives are numbered, without one that it leaves out.
 struct Anchor {
   float *d, *w;  // [stride]; w is null where no gradient is needed
   int64_t begin, end, M;
-  int64_t left_out;  // the column that it leaves out, in batch its own; -1 if there is none
+  int64_t self;  // the column of the positive that it leaves out; -1 if there is none
 
-  __device__ __forceinline__ bool leaves_out_positive() const {
-    return left_out >= begin && left_out < end;
-  }
-  __device__ __forceinline__ int64_t positives() const {
-    return end - begin - leaves_out_positive();
-  }
-  __device__ __forceinline__ int64_t negatives() const {
-    return M - (end - begin) - (left_out >= 0 && !leaves_out_positive());
-  }
+  __device__ __forceinline__ int64_t positives() const { return end - begin - (self >= 0); }
   __device__ __forceinline__ int64_t column(int64_t positive) const {
     const int64_t j = begin + positive;
-    return j + (leaves_out_positive() && j >= left_out);
+    return j + (self >= 0 && j >= self);
   }
 
   // Loads four distances from column j on, with +infinity for rows that are no negatives.
@@ -65,7 +56,7 @@ struct Anchor {
     if (j < M) four = *reinterpret_cast<const Float4*>(d + j);
     KDK_UNROLL
     for (int e = 0; e < 4; ++e) {
-      if (j + e >= M || (j + e >= begin && j + e < end) || j + e == left_out) four.x[e] = kInfinity;
+      if (j + e >= M || (j + e >= begin && j + e < end)) four.x[e] = kInfinity;
     }
     return four;
   }
@@ -311,15 +302,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   KDK_UNROLL
   for (int side = 0; side < 2; ++side)
     clear_semaphores(p.semaphores[side], p.semaphore_count[side]);
-  const Anchor anchor{chunk.d + i * chunk.stride,
-                      p.weights == nullptr ? nullptr : p.weights + i * chunk.stride,
-                      p.begin[row],
-                      p.end[row],
-                      chunk.references.x.rows,
-                      chunk.in_batch         ? row
-                      : p.exclude != nullptr ? p.exclude[row]
-                                             : -1};
-  const int64_t P = anchor.positives(), N = anchor.negatives();
+  const int64_t begin = p.begin[row], end = p.end[row], M = chunk.references.x.rows;
+  // The reference that is left out is one of the positives, or a negative, the distance to which
+  // becomes +infinity: comparing columns wherever distances are loaded would take registers that
+  // there are none of. The barrier before the first use is that of the loop.
+  const int64_t left_out = chunk.in_batch ? row : p.exclude != nullptr ? p.exclude[row] : -1;
+  const bool positive = left_out >= begin && left_out < end, negative = left_out >= 0 && !positive;
+  float* const d = chunk.d + i * chunk.stride;
+  if (negative && t == 0) d[left_out] = kInfinity;
+  const Anchor anchor{d,     p.weights == nullptr ? nullptr : p.weights + i * chunk.stride,
+                      begin, end,
+                      M,     positive ? left_out : -1};
+  const int64_t P = anchor.positives(), N = M - (end - begin) - negative;
   const bool any = P > 0 && N > 0;
   Found found;
   for (int64_t first = 0; any && first < P; first += threads()) {

@@ -189,7 +189,7 @@ class LSHFeatureMimickingLoss(nn.Module):
             _checks.features("teacher", teacher)
         self._check(teacher, codes, sample_mask)
         if sample_mask is not None:
-            _checks.sample_mask(sample_mask, "student", student)
+            _checks.sample_mask(sample_mask, "student", student.flatten(1))
         s = student.flatten(1)
         width = self.dim if self.adapter is None else self.adapter.in_features
         _width("student", s, width)

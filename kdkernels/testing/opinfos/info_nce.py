@@ -120,10 +120,12 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
         yield bad("high", (x, q, i + 5), ValueError, "positives must be from 0 to 11, got 12")
         yield bad("low", (x, q, i - 1), ValueError, "positives must be from 0 to 11, got -1")
         few = {"num_keys": torch.tensor(7)}
-        yield bad("excluded", (x, q, i), ValueError, "exclude must leave each query", exclude=i)
-        yield bad("exclude_high", (x, q, i), ValueError, "exclude must be from -1", exclude=i + 5)
+        own = "exclude must leave each query its positive, got that of query 0"
+        yield bad("excluded", (x, q, i), ValueError, own, exclude=i)
+        beyond = "exclude must be from -1 to 11, got 12"
+        yield bad("exclude_high", (x, q, i), ValueError, beyond, exclude=i + 5)
         mask = {"exclude": torch.ones(8, 12, dtype=torch.bool)}
-        yield bad("all_masked", (x, q, i), ValueError, "exclude must leave each query", **mask)
+        yield bad("all_masked", (x, q, i), ValueError, own, **mask)
         yield bad("beyond", (x, q, i), ValueError, "positives must be from 0 to 6, got 7", **few)
     for name, value, error, message in bank.bad_num_keys(q):
         yield bad(f"num_keys_{name}", (x, q, i), error, message, num_keys=value)
