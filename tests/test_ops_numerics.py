@@ -148,6 +148,10 @@ CROWDS = {
 }
 
 
+OF_DISTANCES = {"cuda": ("pairwise", "triplet", "triplet_all")}
+OF_DISTANCES["triton"] = (*OF_DISTANCES["cuda"], "contrastive", "pkt", "rkd")
+
+
 def _crowdable(found: Sequence[Sample]) -> list[Sample]:
     """Without semihard negatives, whose loss jumps where rounding decides if a negative is farther
     than the positive, and without gram_mse's factored form, which keeps fewer digits of such
@@ -169,7 +173,8 @@ def _crowded() -> list[pytest.param]:
         for case in cases(pick=_crowdable, interpret_all=True)
         # CUDA kernels add products up in an order of their own. The logits of rows far out are
         # rounded relative to their size, which the budgets of ops without distances do not know.
-        if case.backend != "cuda" or case.info.op in ("pairwise", "triplet", "triplet_all")
+        # Triton's interpreter is slow: it runs the ops with distances only.
+        if case.backend not in ("cuda", "triton") or case.info.op in OF_DISTANCES[case.backend]
     ]
 
 

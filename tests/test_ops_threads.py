@@ -47,7 +47,6 @@ def _assert_same_bits(case: Case) -> None:
 
 
 @each_case(
-    pick=lambda found: found,
     dtypes=(torch.bfloat16, torch.float32, torch.float64),
     backends=("cpu",),
     devices=(CPU,),

@@ -322,46 +322,6 @@ def test_a_linear_layer_takes_any_dtype(
     assert out.dtype == (FP64 if wide == FP64 else BF16)
 
 
-# Which modules hand them to operators as they are, so that a graph has them as constants.
-BAKED = {
-    ("CorrelationCongruenceLoss", "gamma"),
-    ("DISTLoss", "beta"),
-    ("DISTLoss", "gamma"),
-    ("DISTLoss", "temperature"),
-    ("CorrelationDistanceLoss", "temperature"),
-    ("BatchSemiHardTripletLoss", "margin"),
-    ("BatchAllTripletLoss", "margin"),
-    ("ContrastiveLoss", "margin"),
-    ("PairDistillationLoss", "margin"),
-}
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_float_may_follow_a_schedule(name: str) -> None:
-    case = CASES[name]
-    floats = [key for key, value in vars(case.make()).items() if type(value) is float]
-    for key in floats:
-        if (name.split()[0], key) in BAKED:
-            continue
-        graphs = []
-        torch._dynamo.reset()
-        module = case.make().double()
-        eager = copy.deepcopy(module)
-        compiled = torch.compile(
-            module,
-            fullgraph=True,
-            backend=lambda graph, _, graphs=graphs: graphs.append(1) or graph,
-        )
-        for step in range(12):
-            for one in (module, eager):
-                setattr(one, key, 0.2 + 0.06 * step)
-            args, seed = case.inputs(6), torch.get_rng_state()
-            found = compiled(*args, **case.options(6))
-            torch.set_rng_state(seed)
-            torch.testing.assert_close(found, eager(*args, **case.options(6)))
-        assert len(graphs) <= 2, key
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_a_teacher_under_inference_mode(name: str) -> None:
     """As one under no_grad, in what is trained inside of the module too."""

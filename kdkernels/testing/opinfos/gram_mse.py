@@ -115,7 +115,7 @@ def _network_samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sampl
     yield sample("unrelated", (160, 24), 0.3, total)
     if dtype.itemsize > 2:
         yield sample("256x64", (256, 64), 1e-2, total)
-        yield sample("1024x64", (1024, 64), last, total)
+        yield sample("512x64", (512, 64), last, total)
 
 
 def magnitude(sample: Sample) -> tuple[float, tuple[float, ...]]:
