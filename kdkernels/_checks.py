@@ -118,16 +118,19 @@ def wants_gradient(x: Tensor | None) -> bool:
         return False
     if x.requires_grad or torch.compiler.is_compiling():
         return x.requires_grad
+    if not torch._C._are_functorch_transforms_active():
+        return False
     inner = torch.func.debug_unwrap(x, recurse=False)  # a batched tensor hides what it asks for
     return inner is not x and wants_gradient(inner)
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if isinstance(value, str) and value in allowed:
+        return
     expected = f"{name} must be one of {', '.join(map(repr, allowed))}"
     if not isinstance(value, str):
         raise TypeError(f"{expected}, got {type(value).__name__}")
-    if value not in allowed:
-        raise ValueError(f"{expected}, got {value!r}")
+    raise ValueError(f"{expected}, got {value!r}")
 
 
 def number(name: str, value: Any) -> float:
