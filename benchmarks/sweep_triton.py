@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 import torch
 
-from kdkernels.ops.gram_mse import choose_algorithm
+from kdkernels.ops.gram_mse import choose_algorithm, weight_of_factored
 from kdkernels.testing import bench, record
 from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample, opinfos
 
@@ -92,6 +92,7 @@ def sweep(
     algorithm = choose_algorithm(
         rows, width, sample.args[1].shape[-1], normalize="row_l2", kernel="linear",
         algorithm=sample.kwargs.get("algorithm", "auto"),
+        factored_counts=weight_of_factored(dtype, device, "triton"),
     )  # fmt: skip
     function = bench.variant_function(info, sample, "triton")
     call = bench.timed(function, bench.input_sets(sample, device), "fwd_bwd", "triton")

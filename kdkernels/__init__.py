@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast kernels for knowledge-distillation and metric-learning losses at large batch."""
 
-from kdkernels import nn
+from kdkernels import nn, reference
 from kdkernels._dispatch import BackendUnavailableError, explain, use_backend
+from kdkernels._mined_triplets import MinedTriplets
 from kdkernels._version import __version__
 from kdkernels.ops.contrastive import contrastive_loss
 from kdkernels.ops.correlation import correlation
@@ -14,7 +15,7 @@ from kdkernels.ops.pkt import pkt
 from kdkernels.ops.relational_kl import relational_kl
 from kdkernels.ops.rkd import rkd_angle, rkd_distance
 from kdkernels.ops.sampled_similarity import sampled_similarity
-from kdkernels.ops.triplet import MinedTriplets, mine_triplets
+from kdkernels.ops.triplet import mine_triplets
 from kdkernels.ops.triplet_distillation import triplet_distillation
 from kdkernels.ops.triplet_loss import triplet_loss
 
@@ -33,6 +34,7 @@ __all__ = [
     "nn",
     "pairwise",
     "pkt",
+    "reference",
     "relational_kl",
     "rkd_angle",
     "rkd_distance",

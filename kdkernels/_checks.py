@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32,
+)  # fmt: skip
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,14 +26,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def features(name: str, x: Any, min_dim: int = 2) -> None:
-    """A real floating-point tensor with at least `min_dim` dimensions."""
+def tensor(name: str, x: Any) -> None:
+    """A tensor whose numbers lie at strides: not a sparse nor a nested one."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
+
+
+def features(name: str, x: Any, min_dim: int = 2) -> None:
+    """A real floating-point tensor with at least `min_dim` dimensions."""
+    tensor(name, x)
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() < min_dim:
         raise ValueError(
             f"{name} must have at least {min_dim} dimensions, got shape {list(x.shape)}"
@@ -79,18 +89,21 @@ def same_columns(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
         )
 
 
-def common_dtype(name: str, x: Tensor, other_name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor and of another one; under autocast, where they differ, the wider."""
-    if x.dtype == dtype:
-        return dtype
-    if torch.is_autocast_enabled(x.device.type):
-        return torch.promote_types(x.dtype, dtype)
-    raise TypeError(f"{name} must be {dtype} like {other_name}, got {x.dtype}")
+def common_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The narrowest dtype that holds the numbers of all, so that no tensor is rounded.
+
+    bf16 beside fp32 gives fp32, and so does bf16 beside fp16; fp64 beside anything gives fp64.
+    """
+    common = dtypes[0]
+    for dtype in dtypes[1:]:
+        if dtype != common:
+            common = torch.promote_types(common, dtype)
+    return common
 
 
-def same_dtype(name: str, x: Tensor, other_name: str, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors in their common dtype."""
-    return in_dtype(common_dtype(name, x, other_name, other.dtype), x, other)
+def same_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both tensors in their common dtype; gradients come back in the dtype of each."""
+    return in_dtype(common_dtype(x.dtype, y.dtype), x, y)
 
 
 def in_dtype(dtype: torch.dtype, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,13 +113,24 @@ def in_dtype(dtype: torch.dtype, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return x.to(dtype), y.to(dtype)
 
 
-def wants_gradient(x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled()
+def wants_gradient(x: Tensor | None) -> bool:
+    if x is None or not torch.is_grad_enabled():
+        return False
+    if x.requires_grad or torch.compiler.is_compiling():
+        return x.requires_grad
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    inner = torch.func.debug_unwrap(x, recurse=False)  # a batched tensor hides what it asks for
+    return inner is not x and wants_gradient(inner)
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if isinstance(value, str) and value in allowed:
+        return
+    expected = f"{name} must be one of {', '.join(map(repr, allowed))}"
+    if not isinstance(value, str):
+        raise TypeError(f"{expected}, got {type(value).__name__}")
+    raise ValueError(f"{expected}, got {value!r}")
 
 
 def number(name: str, value: Any) -> float:
@@ -147,6 +171,7 @@ def whole(name: str, value: Any) -> int:
 
 def _constant(name: str, value: Tensor) -> None:
     """A tensor whose value may be taken as that of an option."""
+    tensor(name, value)
     if value.dim() != 0:
         raise ValueError(
             f"{name} must be a number or a tensor without dimensions, got shape {list(value.shape)}"
@@ -191,10 +216,11 @@ def not_negative(name: str, value: Any) -> float:
 
 
 def integer(name: str, x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+    """A tensor of integers that int64 holds."""
+    tensor(name, x)
+    if x.dtype not in INTEGERS:
+        why = ", whose numbers int64 may not hold" if x.dtype == torch.uint64 else ""
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}{why}")
 
 
 def labels(name: str, y: Any, of_name: str, of: Tensor) -> None:
@@ -208,15 +234,21 @@ def labels(name: str, y: Any, of_name: str, of: Tensor) -> None:
     same_device(name, y, of_name, of)
 
 
-def sample_mask(mask: Any, of_name: str, of: Tensor) -> None:
-    """One bool per row of another tensor, on its device."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"sample_mask must be a torch.Tensor, got {type(mask).__name__}")
+def sample_mask(mask: Any, of_name: str, of: Tensor, name: str = "sample_mask") -> None:
+    """None, or one bool per row of another tensor [..., B, D], on its device."""
+    if mask is None:
+        return
+    tensor(name, mask)
     if mask.dtype != torch.bool:
-        raise TypeError(f"sample_mask must be torch.bool, got {mask.dtype}")
-    same_device("sample_mask", mask, of_name, of)
-    if mask.shape != of.shape[:1]:
+        raise TypeError(f"{name} must be torch.bool, got {mask.dtype}")
+    same_device(name, mask, of_name, of)
+    if mask.shape != of.shape[:-1]:
         raise ValueError(
-            f"sample_mask must have shape {list(of.shape[:1])} like the rows of {of_name}, "
+            f"{name} must have shape {list(of.shape[:-1])} like the rows of {of_name}, "
             f"got {list(mask.shape)}"
         )
+
+
+def ignore_index(value: Any) -> int | None:
+    """None, or any int64."""
+    return None if value is None else count("ignore_index", value, -(2**63), 2**63 - 1)

@@ -26,6 +26,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from kdkernels import _checks
+
 Backend = Literal["auto", "reference", "cpu", "triton", "cuda"]
 BACKENDS: tuple[str, ...] = tuple(name for name in get_args(Backend) if name != "auto")
 
@@ -61,10 +63,8 @@ _requested = _Requested()
 _default = os.environ.get("KDKERNELS_BACKEND", "auto")
 
 
-def _check_name(backend: str, origin: str) -> str:
-    if backend != "auto" and backend not in BACKENDS:
-        expected = ", ".join(repr(name) for name in get_args(Backend))
-        raise ValueError(f"{origin} must be one of {expected}, got {backend!r}")
+def _check_name(backend: Any, origin: str) -> str:
+    _checks.choice(origin, backend, get_args(Backend))
     return backend
 
 
@@ -92,7 +92,7 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 def requested_backend(backend: str) -> str:
     """The name that a call with this `backend=` argument asks for: a backend, or "auto"."""
-    if backend == "auto":
+    if isinstance(backend, str) and backend == "auto":
         return _requested.backend or _default
     return _check_name(backend, "backend")
 
@@ -241,7 +241,8 @@ class Plan:
 
 
 def plan(function: str, *args: Any, **kwargs: Any) -> Plan:
-    """Checks the arguments of a public function, without `backend`, and describes its operator's.
+    """Checks the arguments of a public function and describes those of its operator, less the
+    backend. Choices may depend on the backend that the call asks for.
 
     Raises:
         ValueError: unknown function, or arguments that the function itself would refuse.
@@ -253,8 +254,10 @@ def plan(function: str, *args: Any, **kwargs: Any) -> Plan:
     planner = _planners[function]
     bound = inspect.signature(planner.public).bind(*args, **kwargs)
     bound.apply_defaults()
-    named = {name: value for name, value in bound.arguments.items() if name != "backend"}
-    return Plan(planner.op(**named), planner.operator_args(**named), planner.choices(**named))
+    named = dict(bound.arguments)
+    with use_backend(requested_backend(named.pop("backend", "auto"))):
+        operator_args = planner.operator_args(**named)  # it checks what the others read
+        return Plan(planner.op(**named), operator_args, planner.choices(**named))
 
 
 @dataclass(frozen=True)
@@ -293,7 +296,7 @@ def explain(function: str, *args: Any, backend: Backend = "auto", **kwargs: Any)
     Example:
         >>> print(kd.explain("gram_mse", student, teacher))
     """
-    planned = plan(function, *args, **kwargs)
+    planned = plan(function, *args, **kwargs, backend=backend)
     op, device = planned.op, planned.device
     chosen = select_name(op, requested_backend(backend), planned.operator_args)
     order = device_order(device)

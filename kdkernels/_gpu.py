@@ -26,6 +26,19 @@ def fp32_matmul() -> str:
     return torch.get_float32_matmul_precision()
 
 
+def sorted_exclude(
+    exclude: Tensor,  # [B] int64
+    order: Tensor,  # [B] int64
+    reference_order: Tensor,  # [M] int64
+) -> Tensor:  # [B] int64
+    """The reference that each anchor leaves out, both in the order of their labels; -1 for none."""
+    exclude, M = exclude[order], len(reference_order)
+    named = (exclude >= 0) & (exclude < M)
+    places = torch.arange(M, device=exclude.device)
+    place = torch.empty_like(reference_order).index_copy_(0, reference_order, places)
+    return torch.where(named, place[exclude * named], -1)
+
+
 class Contributions(NamedTuple):
     """The rows that anchors chose, which each contribute to the gradient of the anchor, and in the
     order of the chosen rows, to whose gradient each anchor contributes."""

@@ -12,13 +12,17 @@ Operators are registered by `Library.define` and `Library.impl`: a call through
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
-from kdkernels import _dispatch
+from kdkernels import _allocation, _dispatch
+from kdkernels._checks import wants_gradient
+from kdkernels._function import KernelFunction, keep_for_backward, kept, one_by_one
 
 _library = torch.library.Library("kdkernels", "DEF")
 
@@ -26,7 +30,12 @@ _library = torch.library.Library("kdkernels", "DEF")
 def define_operator(
     op: str, direction: str, schema: str, fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define `kdkernels::<op>_<direction>` and return the callable overload.
+    """Define `kdkernels::<op>_<direction>` and return what calls it.
+
+    Under `torch.compile` a float may change from step to step, but an operator's float is a
+    constant of the graph, and each of its values would make one more graph. So an operator with
+    floats has a second overload `Tensor`, which takes each of them as a tensor, and is what a graph
+    calls where a float is symbolic.
 
     Args:
         op: Base name of the op, the same in every layer.
@@ -41,25 +50,63 @@ def define_operator(
     def run(*args: Any) -> Any:
         *inputs, backend = args
         launch = getattr(_dispatch.select(op, backend, tuple(inputs)), name)
-        with _autocast_off(inputs[0].device.type):
-            return launch(*inputs)
+        try:
+            with autocast_off(inputs[0].device.type):
+                return launch(*inputs)
+        except (RuntimeError, MemoryError) as error:
+            found = _allocation.refused(error, packet.default, args, fake)
+            if found is None:
+                raise
+            raise found from error
 
+    _register(name, schema, run, fake)
+    packet = getattr(torch.ops.kdkernels, name)
+    torch.library.register_vmap(f"kdkernels::{name}", one_by_one(packet.default), lib=_library)
+    arguments = packet.default._schema.arguments
+    floats = frozenset(i for i, a in enumerate(arguments) if str(a.type) == "float")
+    if not floats:
+        return packet.default
+
+    def run_on_tensors(*args: Any) -> Any:
+        return run(*(arg.item() if i in floats else arg for i, arg in enumerate(args)))
+
+    _register(f"{name}.Tensor", re.sub(r"\bfloat ", "Tensor ", schema), run_on_tensors, fake)
+    constant, changing = packet.default, packet.Tensor
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() and not all(has_static_value(args[i]) for i in floats):
+            return changing(*(_tensor(x) if i in floats else x for i, x in enumerate(args)))
+        return constant(*args)
+
+    return call
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kdkernels::{name}", fake, lib=_library)
-    return getattr(torch.ops.kdkernels, name).default
 
 
-def _autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
+def _tensor(value: float) -> Tensor:
+    """A symbolic float on the CPU, where reading it waits for no device.
+
+    It is a sum, which AOTAutograd turns into one of tensors; for `torch.scalar_tensor(value)` and
+    its like it makes the float a constant again (torch 2.13).
+    """
+    return torch.zeros((), dtype=torch.float64, device="cpu") + value
+
+
+def autocast_off(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Inside an operator the dtypes are decided: a product there must not be cast down."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
 
-class _Refusal(torch.autograd.Function):
+class _Refusal(KernelFunction):
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
+        keep_for_backward(ctx)
         return grad.view_as(grad)
 
     @staticmethod
@@ -69,29 +116,6 @@ class _Refusal(torch.autograd.Function):
             "(create_graph=True) is not implemented. Use the function of the same name in "
             "kdkernels.reference, which torch differentiates twice"
         )
-
-
-def keep_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
-    """`ctx.save_for_backward`, which refuses tensors that were made under `torch.inference_mode()`.
-
-    Such a tensor has no version counter and asks for no gradient, so `ctx` itself may hold it; a
-    change of it before the backward goes unnoticed, as everywhere in torch.
-    """
-    if torch.compiler.is_compiling():  # Dynamo cannot trace is_inference (torch 2.13)
-        ctx.unwatched = None
-        ctx.save_for_backward(*tensors)
-        return
-    unwatched = {i: x for i, x in enumerate(tensors) if x is not None and x.is_inference()}
-    ctx.unwatched = unwatched or None
-    ctx.save_for_backward(*(None if i in unwatched else x for i, x in enumerate(tensors)))
-
-
-def _kept(ctx: Any) -> tuple[Tensor | None, ...]:
-    """What `keep_for_backward` was given. To be called once in a backward: saved tensors that
-    `torch.utils.checkpoint` computes again may be read once only."""
-    if ctx.unwatched is None:
-        return ctx.saved_tensors
-    return tuple(ctx.unwatched.get(i, x) for i, x in enumerate(ctx.saved_tensors))
 
 
 def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,11 +129,11 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     def wrapper(ctx: Any, *douts: Tensor) -> Any:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return backward(ctx, _kept(ctx), *douts)
-        kept = _kept(ctx)
-        sources = [x for x in (*kept, *douts) if x is not None and x.requires_grad]
+            return backward(ctx, kept(ctx), *douts)
+        tensors = kept(ctx)
+        sources = [x for x in (*tensors, *douts) if x is not None and wants_gradient(x)]
         with torch.no_grad():
-            grads = backward(ctx, kept, *douts)
+            grads = backward(ctx, tensors, *douts)
         if not sources:
             return grads
         return tuple(grad if grad is None else _Refusal.apply(grad, *sources) for grad in grads)

@@ -1,13 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the definitions and the public functions share about similarities of rows."""
+"""What the public functions and their samples share about similarities of rows."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 NORM_EPS = 1e-12  # norms are clamped at it, as F.normalize does by default
 NOISE_EPS = 1e-7  # added to the probabilities of noise contrastive estimation
+
+
+def no_infinity(x: Tensor) -> Tensor:
+    """NaN in place of infinity, for a divisor: a finite number over infinity would be zero."""
+    return x.nan_to_num(nan=torch.nan, posinf=torch.nan)
+
+
+def norms(x: Tensor, p: float = 2, dim: int = -1, keepdim: bool = False) -> Tensor:
+    """Norms of rows, NaN where the sum of powers overflows."""
+    return no_infinity(torch.linalg.vector_norm(x, p, dim, keepdim))
+
+
+def unit(x: Tensor, p: float = 2) -> Tensor:
+    """Rows divided by their norm, clamped at NORM_EPS: `F.normalize`, but NaN for a row whose norm
+    overflows."""
+    return x / norms(x, p, keepdim=True).clamp_min(NORM_EPS)
 
 
 def similarities(
@@ -17,5 +33,5 @@ def similarities(
 ) -> Tensor:  # [..., B, K]
     """Inner products, or cosines."""
     if normalize:
-        x, keys = (F.normalize(z, dim=-1, eps=NORM_EPS) for z in (x, keys))
+        x, keys = unit(x), unit(keys)
     return x @ keys.mT

@@ -57,7 +57,8 @@ class Case:
 
     def operator_args(self) -> tuple[Any, ...]:
         """Arguments of the forward operator, without the backend and with forms of its tensors."""
-        plan = _dispatch.plan(self.info.public, *self.sample.args, **self.sample.kwargs)
+        kwargs = {**self.sample.kwargs, "backend": self.backend}
+        plan = _dispatch.plan(self.info.public, *self.sample.args, **kwargs)
         return plan.operator_args
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,8 +78,8 @@ class Case:
             self, sample=replace(sample, args=args, name=name or sample.name, cancels=cancels)
         )
 
-    def errors(self) -> list[numerics.Error]:
-        return numerics.check_sample(self.info, self.sample, self.dtype, self.backend)
+    def errors(self, rows: Tensor | None = None) -> list[numerics.Error]:
+        return numerics.check_sample(self.info, self.sample, self.dtype, self.backend, rows)
 
 
 @cache

@@ -154,6 +154,12 @@ CASES: dict[str, Case] = {
         lambda: kd.nn.SimilarityDistillationLoss(preset="sskd"), lambda B: _sides(4)(4 * B)
     ),
     "InfoNCELoss": Case(kd.nn.InfoNCELoss, _sides(4)),
+    "InfoNCELoss own_keys": Case(
+        kd.nn.InfoNCELoss, lambda B: (maps(B, 4), maps(9, 4)), lambda B: {"own_keys": maps(B, 4)}
+    ),
+    "NTXentLoss": Case(kd.nn.NTXentLoss, _sides(4)),
+    "SupConLoss": Case(kd.nn.SupConLoss, _labelled),
+    "CLIPLoss": Case(kd.nn.CLIPLoss, _sides(4)),
     "InfoNCELoss queue": Case(_queued, _sides(4)),
     "InfoNCELoss learns": Case(partial(_queued, learn_temperature=True), _sides(4)),
     "LSHFeatureMimickingLoss": Case(
@@ -171,6 +177,39 @@ CASES: dict[str, Case] = {
         lambda: kd.nn.LSHFeatureMimickingLoss(5, form="l2"), _sides(5)
     ),
 }
+
+
+# Each class with what it needs, in all settings in which it has further numbers.
+BASES: list[tuple[type[nn.Module], dict[str, Any]]] = [
+    (kd.nn.SimilarityPreservingLoss, {}),
+    (kd.nn.IntraUtteranceSimilarityLoss, {}),
+    (kd.nn.CorrelationCongruenceLoss, {}),
+    (
+        kd.nn.CorrelationCongruenceLoss,
+        {"preset": "torchdistill", "student_dim": 4, "teacher_dim": 5},
+    ),
+    (kd.nn.RKDLoss, {}),
+    (kd.nn.PKTLoss, {}),
+    (kd.nn.DISTLoss, {}),
+    (kd.nn.CorrelationDistanceLoss, {}),
+    (kd.nn.ComparativeLoss, {}),
+    (kd.nn.BatchHardTripletLoss, {}),
+    (kd.nn.BatchSemiHardTripletLoss, {}),
+    (kd.nn.BatchAllTripletLoss, {}),
+    (kd.nn.ContrastiveLoss, {}),
+    (kd.nn.TripletDistillationLoss, {}),
+    (kd.nn.PairDistillationLoss, {}),
+    (kd.nn.CRDLoss, {"student_dim": 4, "teacher_dim": 5, "num_samples": 9}),
+    (kd.nn.RelationalRepresentationLoss, {"student_dim": 4, "teacher_dim": 5, "queue_size": 9}),
+    (kd.nn.SimilarityDistillationLoss, {"student_dim": 4, "queue_size": 9, "preset": "compress"}),
+    (kd.nn.SimilarityDistillationLoss, {"preset": "sskd"}),
+    (kd.nn.InfoNCELoss, {"learn_temperature": True, "temperature": 0.5}),
+    (kd.nn.NTXentLoss, {}),
+    (kd.nn.SupConLoss, {}),
+    (kd.nn.CLIPLoss, {"temperature": 0.5}),
+    (kd.nn.KeyQueue, {"size": 9, "dim": 4}),
+    (kd.nn.LSHFeatureMimickingLoss, {"dim": 4, "std": 1.0}),
+]
 
 
 def stateful() -> list[str]:

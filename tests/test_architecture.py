@@ -18,7 +18,17 @@ OPS = frozenset(info.op for info in opinfos())
 # front, `kdkernels/__init__.py`, imports from every row and is imported by users only.
 LAYERS = (
     ("_version",),
-    ("_checks", "_gpu", "_key_bank_call", "_native", "_progress", "_similarity"),
+    (
+        "_allocation",
+        "_checks",
+        "_function",
+        "_gpu",
+        "_key_bank_call",
+        "_mined_triplets",
+        "_native",
+        "_progress",
+        "_similarity",
+    ),
     ("_dispatch",),
     ("_library",),
     ("reference", "cpu", "triton", "cuda"),

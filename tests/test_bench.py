@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdkernels.cli import bench as command
 from kdkernels.cli.main import main
-from kdkernels.reference import lsh_bce as reference
+from kdkernels.reference import _lsh_bce as reference
 from kdkernels.testing import bench, numerics, peak, record
 from kdkernels.testing.opinfo import OpInfo, opinfos
 

@@ -22,7 +22,7 @@ from kdkernels._progress import Progress
 from kdkernels.cli import env
 from kdkernels.cli.main import SUBCOMMANDS, main
 from kdkernels.cli.table import Table, write_json
-from kdkernels.reference import gram_mse as reference
+from kdkernels.reference import _gram_mse as reference
 
 ROOT = Path(__file__).parents[1]
 QUICK_CHECK = [

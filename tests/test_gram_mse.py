@@ -128,6 +128,55 @@ def test_explain_says_which_algorithm_and_why() -> None:
     assert "row_l1" in l1
 
 
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_auto_takes_what_the_backend_has_kernels_for(backend: str) -> None:
+    """Factors of fp32 features are fp64, unless torch allows tf32: Triton has no such products, and
+    CUDA has none with factors at all."""
+    found = _dispatch.implementation("gram_mse", backend)
+    if isinstance(found, str):
+        pytest.skip(found)
+    student, teacher = (
+        randn(130, 6, seed=seed, device=DEVICES[-1], dtype=torch.float32) for seed in (1, 2)
+    )
+    sample = Sample("tall", (student, teacher), {})
+    assert kd.explain("gram_mse", student, teacher).choices["algorithm"].startswith("factored")
+    choice = kd.explain("gram_mse", student, teacher, backend=backend).choices["algorithm"]
+    assert choice.startswith(f"tiled, streamed ({backend} has no kernel for factors of float32")
+    moved = Case(INFO, backend, student.device, torch.float32, sample)
+    assert_within_budget(moved, moved.errors())
+    with kd.use_backend(backend):
+        assert kd.explain("gram_mse", student, teacher).choices["algorithm"] == choice
+        assert kd.gram_mse(student, teacher) == moved.call(student, teacher)
+    with pytest.raises(kd.BackendUnavailableError, match="factored"):
+        kd.gram_mse(student, teacher, algorithm="factored", backend=backend)
+
+
+@pytest.mark.parametrize("normalize", ["row_l2", "feature", "none"])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_triton_has_factors_of_fp32_features_where_tf32_is_allowed(
+    precision: str, normalize: str
+) -> None:
+    found = _dispatch.implementation("gram_mse", "triton")
+    if isinstance(found, str):
+        pytest.skip(found)
+    device = DEVICES[-1]
+    options = {"normalize": normalize, "algorithm": "factored"}
+    outer = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        for shape in ((71, 13, 29), (2, 83, 11, 5)):
+            sides = (
+                randn(*shape[:-2], D, seed=seed, device=device, dtype=torch.float32)
+                for seed, D in enumerate(shape[-2:])
+            )
+            moved = Case(INFO, "triton", device, torch.float32, Sample("tall", (*sides,), options))
+            assert_within_budget(moved, moved.errors())
+        choice = kd.explain("gram_mse", torch.empty(130, 6), torch.empty(130, 6), backend="triton")
+        assert choice.choices["algorithm"].startswith("factored (")
+    finally:
+        torch.set_float32_matmul_precision(outer)
+
+
 @pytest.mark.parametrize("normalize", ["row_l2", "feature", "none"])
 @each_backend(
     randn(40, 11, seed=1, device=CPU, dtype=torch.float64),

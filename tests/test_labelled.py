@@ -4,6 +4,7 @@ rows that coincide or are not finite, torch.compile and memory."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,9 @@ from cases import Case, assert_within_budget, interpreted
 from labelled import each_backend, gradient_of, normal, on, with_references
 from torch import Tensor
 
+import kdkernels as kd
 from kdkernels.testing import numerics, peak
-from kdkernels.testing.opinfo import BenchShape, Sample
+from kdkernels.testing.opinfo import BenchShape, Sample, rng
 from kdkernels.testing.opinfos import _labelled
 
 CPU = torch.device("cpu")
@@ -54,6 +56,35 @@ def test_gradients_of_both_sides(case: Case, distance: str) -> None:
     assert torch.equal(of_references, beside)
 
 
+@every_float
+def test_the_batch_as_references_less_itself(case: Case) -> None:
+    """A bank that holds the batch in another order, where each row leaves itself out."""
+    case = on(case, "sum", *normal(case, 40, 13, 6), reduction="sum", normalize_embeddings=False)
+    place = torch.randperm(40, generator=rng(3)).to(case.device)
+
+    def against_bank(x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        options |= with_references(x[place], y[place]) | {"exclude": place.argsort()}
+        # contrastive pairs count in both orders
+        return case.info.function(x, y, **options) / (2 if case.info.op == "contrastive" else 1)
+
+    changed = replace(case, info=replace(case.info, function=against_bank))
+    assert_within_budget(changed, changed.errors())
+
+
+@every_float
+def test_a_negative_may_be_left_out(case: Case) -> None:
+    """The nearest negative of each row is left out, and rows that name none leave none out."""
+    x, y = normal(case, 30, 7, 5)
+    bank = with_references(*normal(case, 33, 7, 5, seed=2))
+    mined = kd.mine_triplets(x, y, **bank, backend="reference")
+    exclude = torch.full_like(y, -1)
+    exclude[mined.anchors[::2]] = mined.negatives[::2]
+    left_out = on(case, "negative", x, y, **bank, exclude=exclude)
+    assert_within_budget(left_out, left_out.errors())
+    nothing = case.call(x, y, **bank, exclude=torch.full_like(y, -1))
+    assert torch.equal(nothing, case.call(x, y, **bank))
+
+
 @pytest.mark.parametrize("bank", [False, True], ids=["batch", "references"])
 @every_float
 def test_many_tiles(case: Case, bank: bool) -> None:
@@ -65,6 +96,8 @@ def test_many_tiles(case: Case, bank: bool) -> None:
     B, M = (70, 66) if slow else (700, 650)
     x, y = normal(case, B, 24, 60)
     options = with_references(*normal(case, M, 24, 70, seed=2)) if bank else {}
+    if bank:
+        options["exclude"] = torch.randint(-1, M, (B,), generator=rng(4)).to(x.device)
     many = on(case, "many", x, y, **options)
     assert_within_budget(many, many.errors())
     first, second = (gradient_of(many, x, y) for _ in range(2))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -22,6 +23,7 @@ from cases import (
 from torch import Tensor
 
 from kdkernels.testing import numerics
+from kdkernels.testing.opinfo import Sample
 
 ONE = {"pick": lambda found: few(found)[:1]}  # where the options of a call make no difference
 
@@ -164,10 +166,51 @@ def test_autocast(case: Case) -> None:
     )
 
 
-@each_case(pick=lambda found: [sample for sample in few(found)[:1] if is_float(sample.args[1])])
-def test_mixed_dtypes_are_for_autocast_only(case: Case) -> None:
-    first, *others = case.sample.args
-    with pytest.raises(TypeError, match=r"must be torch\.\w+ like"):
-        case.call(first.bfloat16(), *others)
-    with torch.autocast(case.device.type, torch.bfloat16):
-        assert torch.isfinite(case.call(first.bfloat16(), *others)).all()
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+MIXED = ((BF16, FP32), (FP32, BF16), (FP16, BF16), (FP64, FP32))  # of arguments, in turns
+
+
+def _several_floats(sample: Sample) -> bool:
+    return sum(map(_takes_part, (*sample.args, *sample.kwargs.values()))) > 1
+
+
+def _takes_part(arg: object) -> bool:
+    """Whether the dtype of an argument has a say in that of the others."""
+    return is_float(arg) and arg.dim() > 0
+
+
+@each_case(
+    pick=lambda found: [sample for sample in few(found) if _several_floats(sample)],
+    backends=("reference", "cpu"),
+)
+@pytest.mark.parametrize(
+    ("dtypes", "autocast"), [*((dtypes, False) for dtypes in MIXED), (MIXED[0], True)], ids=str
+)
+def test_mixed_dtypes_give_what_the_widest_gives(
+    case: Case, dtypes: tuple[torch.dtype, ...], autocast: bool
+) -> None:
+    wide, turn = functools.reduce(torch.promote_types, dtypes), itertools.cycle(dtypes)
+
+    def mixed(arg: object) -> object:
+        return arg.to(next(turn)) if _takes_part(arg) else arg
+
+    def widened(arg: object) -> object:
+        return arg.to(wide) if _takes_part(arg) else arg
+
+    args = [mixed(arg) for arg in case.sample.args]
+    options = {name: mixed(value) for name, value in case.sample.kwargs.items()}
+    results = []
+    for convert in (lambda arg: arg, widened):
+        given = [convert(arg) for arg in args]
+        for place in case.places.values():
+            given[place] = given[place].detach().requires_grad_()
+        with torch.autocast(case.device.type, BF16, enabled=autocast):
+            value = case.call(*given, **{name: convert(x) for name, x in options.items()})
+        results.append((value, gradients(value, given)))
+    (value, grads), (wanted, wanted_grads) = results
+    assert value.dtype == case.info.result_dtype(wide)
+    same = {"rtol": 0, "atol": 0, "equal_nan": True}
+    torch.testing.assert_close(value, wanted, **same)
+    for place, grad, wide_grad in zip(case.places.values(), grads, wanted_grads, strict=True):
+        assert grad.dtype == args[place].dtype
+        torch.testing.assert_close(grad, wide_grad.to(grad.dtype), **same)

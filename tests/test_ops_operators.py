@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from typing import Any
 
@@ -23,6 +24,7 @@ from cases import (
     sources,
 )
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdkernels import _dispatch, _native
@@ -42,6 +44,24 @@ def test_opcheck(case: Case) -> None:
     """With all options; schema, fake and registration are the same for all backends."""
     for func, args, _ in recorded(case):
         torch.library.opcheck(func, args)
+
+
+@each_case(**ONE, backends=("reference",))
+def test_operators_take_tensors_for_floats(case: Case) -> None:
+    for func, args, results in recorded(case):
+        packet = getattr(torch.ops.kdkernels, func._opname)
+        kinds = [str(argument.type) for argument in func._schema.arguments]
+        assert packet.overloads() == (["default", "Tensor"] if "float" in kinds else ["default"])
+        if "float" not in kinds:
+            continue
+        changing = tuple(
+            torch.tensor(arg, dtype=torch.float64) if kind == "float" else arg
+            for kind, arg in zip(kinds, args, strict=True)
+        )
+        torch.library.opcheck(packet.Tensor, changing)
+        got = packet.Tensor(*changing)
+        got, wanted = (x if isinstance(x, (tuple, list)) else (x,) for x in (got, results))
+        assert all(torch.equal(g, w) for g, w in zip(got, wanted, strict=True))
 
 
 @each_case(**ONE, backends=KERNELS)
@@ -136,6 +156,43 @@ def test_compile_fullgraph(case: Case) -> None:
 @each_case(**ONE, backends=KERNELS)
 def test_compile_fullgraph_of_kernels(case: Case) -> None:
     _assert_compiled_equals_eager(case, _compiled(case, backend="aot_eager"))
+
+
+def _floats(info: OpInfo) -> list[str]:
+    """The options that take a float."""
+    parameters = inspect.signature(info.function).parameters.values()
+    return [parameter.name for parameter in parameters if "float" in str(parameter.annotation)]
+
+
+@pytest.mark.parametrize(
+    ("info", "name"),
+    [
+        pytest.param(info, name, id=f"{info.name}-{name}")
+        for info in opinfos()
+        for name in _floats(info)
+    ],
+)
+def test_a_float_that_changes_makes_two_graphs(info: OpInfo, name: str) -> None:
+    """One graph for the first value, and one for all others. The graphs are the same for all
+    backends."""
+    found = few(samples(info, torch.device("cpu"), torch.float32))
+    sample = next((s for s in found if type(s.kwargs.get(name)) is float), found[0])
+    case = Case(info, "reference", torch.device("cpu"), torch.float32, sample)
+
+    def call(value: float, *args: Any) -> Tensor:
+        return case.call(*args, **{name: value}) * 3
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, backend=counter, fullgraph=True)
+    for step in range(12):
+        results = []
+        for function in (compiled, call):
+            args = leaves(case)
+            value = function(1.0 + step / 4, *args)
+            results.append([value.detach(), *gradients(value, args)])
+        assert all(torch.equal(got, wanted) for got, wanted in zip(*results, strict=True))
+    assert counter.frame_count == 2
 
 
 def _same_options(found: Any) -> list[Sample]:

@@ -12,7 +12,7 @@ from torch import Tensor
 import kdkernels as kd
 from kdkernels import _dispatch
 from kdkernels.ops.pairwise import METRICS
-from kdkernels.reference import pairwise as reference
+from kdkernels.reference import _pairwise as reference
 from kdkernels.testing import numerics, peak
 from kdkernels.testing.opinfo import BenchShape, randn
 

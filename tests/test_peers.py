@@ -19,7 +19,7 @@ from test_bench import _entry, _report
 import kdkernels as kd
 from kdkernels.cli import bench as command
 from kdkernels.ops.pairwise import METRICS
-from kdkernels.reference import lsh_bce as reference
+from kdkernels.reference import _lsh_bce as reference
 from kdkernels.testing import bench, numerics, peers, record
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos, randn
 

@@ -15,7 +15,7 @@ from values import WIDE_TEACHER as TEACHER
 
 import kdkernels as kd
 from kdkernels import _dispatch
-from kdkernels.reference import pkt as reference
+from kdkernels.reference import _pkt as reference
 from kdkernels.testing import numerics, peak
 from kdkernels.testing.opinfo import BenchShape, randn
 

@@ -81,17 +81,17 @@ def test_every_op_is_documented(name: str, op: str) -> None:
 
 @pytest.mark.parametrize("op", sorted({info.op for info in opinfos()}))
 def test_every_op_has_all_of_its_files(op: str) -> None:
-    for path in (f"kdkernels/ops/{op}.py", f"kdkernels/reference/{op}.py", f"tests/test_{op}.py"):
+    for path in (f"kdkernels/ops/{op}.py", f"kdkernels/reference/_{op}.py", f"tests/test_{op}.py"):
         assert (ROOT / path).is_file(), path
 
 
 def test_every_module_has_its_test() -> None:
     """The test of kdkernels/nn/<module>.py is tests/nn/test_<module>.py; what several modules share
-    is tested in test_modules.py, test_errors.py and test_state.py, and what loaders give in
-    test_dataset_order.py."""
+    is tested in test_modules.py, test_errors.py, test_arguments.py and test_state.py, and what
+    loaders give in test_dataset_order.py."""
     modules = {path.stem for path in (ROOT / "kdkernels" / "nn").glob("[!_]*.py")}
     tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "nn").glob("*.py")}
-    assert tests == modules | {"modules", "errors", "state", "dataset_order"}
+    assert tests == modules | {"modules", "errors", "arguments", "state", "dataset_order"}
 
 
 def _targets(text: str) -> list[str]:

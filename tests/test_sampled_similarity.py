@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is special to sampled_similarity: both ways of the CPU kernel, rows that are not named,
-indices that name none, extra memory."""
+indices that name none, extra memory, banks in another dtype."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.reference import sampled_similarity as reference
+from kdkernels.ops.noise_contrastive import move_rows, noise_contrastive
+from kdkernels.reference import _sampled_similarity as reference
 from kdkernels.testing import numerics, peak
 from kdkernels.testing.opinfo import opinfos
 
@@ -29,6 +32,58 @@ def result(backend: str, *args: Tensor) -> tuple[Tensor, Tensor]:
         lambda *a: kd.sampled_similarity(*a, backend=backend), args, 1
     )
     return value, gradient
+
+
+def _similarity(x: Tensor, bank: Tensor, rows: Tensor, backend: str) -> None:
+    kd.sampled_similarity(x, bank, rows, backend=backend).sum().backward()
+
+
+def _similarity_under_autocast(x: Tensor, bank: Tensor, rows: Tensor, backend: str) -> None:
+    wide = x.detach().float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        kd.sampled_similarity(wide, bank, rows, backend=backend).sum().backward()
+
+
+def _loss_of_noise(x: Tensor, bank: Tensor, rows: Tensor, backend: str) -> None:
+    noise_contrastive(x, bank, rows, torch.tensor(0.0), backend=backend).loss.backward()
+
+
+def _average(x: Tensor, bank: Tensor, rows: Tensor, backend: str) -> None:
+    move_rows(bank, rows[:, 0], x, 0.5)
+
+
+READERS = (_similarity, _similarity_under_autocast, _loss_of_noise, _average)
+
+
+@pytest.mark.parametrize("read", READERS, ids=lambda read: read.__name__[1:])
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_bank_is_read_where_it_is_named_and_nowhere_else(
+    dtype: torch.dtype, backend: str, read: Callable[[Tensor, Tensor, Tensor, str], None]
+) -> None:
+    """No copy of a bank, in another dtype or layout, is in memory at any time."""
+    B, D, N, K = 3, 32, 50_000, 7
+    x, bank, rows = torch.randn(B, D), torch.randn(N, 2 * D), torch.randint(N, (B, K))
+    x, bank = x.to(dtype).requires_grad_(), bank.to(dtype)[:, :D]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        read(x, bank, rows, backend)
+    used = max(abs(event.cpu_memory_usage) for event in profile.events())
+    assert 0 < used < bank.numel() * bank.itemsize / 50
+
+
+@pytest.mark.parametrize("backend", [*CPU_BACKENDS, "triton"])
+@pytest.mark.parametrize("N", [MANY, FEW])
+def test_under_autocast_the_wider_dtype_counts_and_the_bank_stays(backend: str, N: int) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton")
+    x, bank, indices = draw(18, 21, N, 24, torch.float32)
+    narrow = bank.bfloat16()
+    expected = result(backend, x, narrow.float(), indices)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = result(backend, x, narrow, indices)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        scores, dx = result(backend, x.bfloat16(), bank, indices)
+    assert (scores.dtype, dx.dtype) == (torch.float32, torch.bfloat16)
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,6 +2,7 @@
 // Several ops need this arithmetic of rows. The CPU and CUDA kernels share it.
 #pragma once
 
+#include <cstdint>
 #include <limits>
 
 #include "host_device.h"
@@ -23,9 +24,23 @@ inline constexpr T kNormLimit = std::numeric_limits<T>::max() / 4;
 template <typename T>
 inline constexpr T kClose = sizeof(T) == sizeof(float) ? T(1) / 16 : T(1) / 1024;
 
+// How far |x|^2 + |y|^2 - 2 <x, y> of D columns may be off, relative to |x|^2 + |y|^2: sums of
+// products are vectorised.
+template <typename T>
+KDK_HOST_DEVICE T product_tolerance(int64_t D) {
+  return std::numeric_limits<T>::epsilon() * static_cast<T>(8 + D / 8);
+}
+
 inline constexpr double kEps = 1e-12;  // the clamp of F.normalize, on the norm
 
 // Returns max(x, floor) and keeps NaN, as torch.clamp_min does.
 KDK_HOST_DEVICE double clamp_min(double x, double floor) { return x < floor ? floor : x; }
+
+// Returns a norm, and NaN for an infinite one, as of a finite row whose squares overflow: divided
+// by infinity it would be a row of zeros.
+KDK_HOST_DEVICE double no_infinity(double norm) {
+  return norm <= std::numeric_limits<double>::max() ? norm
+                                                    : std::numeric_limits<double>::quiet_NaN();
+}
 
 }  // namespace kdk

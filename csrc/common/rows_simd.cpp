@@ -54,6 +54,18 @@ void scale(const T* x, T factor, T* y, int64_t n) {
   for (int64_t j = 0; j < n; ++j) y[j] = factor * x[j];
 }
 
+template <typename T>
+void widen(const T* x, double factor, double* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = factor * static_cast<double>(x[j]);
+}
+
+template <typename T>
+void narrow(const double* x, T* y, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) y[j] = static_cast<T>(x[j]);
+}
+
 template <typename T, typename Sum>
 void add(const T* x, Sum* y, int64_t n) {
 #pragma omp simd
@@ -62,7 +74,8 @@ void add(const T* x, Sum* y, int64_t n) {
 
 template <typename T>
 void normalize(const T* x, T* u, int64_t n) {
-  const T inverse = static_cast<T>(1 / clamp_min(__builtin_sqrt(dot(x, x, n)), kEps));
+  const double norm = no_infinity(__builtin_sqrt(dot(x, x, n)));
+  const T inverse = static_cast<T>(1 / clamp_min(norm, kEps));
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) u[j] = inverse * x[j];
 }
@@ -70,7 +83,8 @@ void normalize(const T* x, T* u, int64_t n) {
 // In fp64: the radial part that is taken away can be much larger than what remains.
 template <typename T>
 void normalize_backward(const T* x, T* dx, int64_t n) {
-  const double norm = __builtin_sqrt(dot(x, x, n)), inverse = 1 / clamp_min(norm, kEps);
+  const double norm = no_infinity(__builtin_sqrt(dot(x, x, n)));
+  const double inverse = 1 / clamp_min(norm, kEps);
   const double radial = norm >= kEps ? dot(x, dx, n) * inverse * inverse : 0;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
@@ -83,9 +97,17 @@ void normalize_backward(const T* x, T* dx, int64_t n) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {
-      dot<T>,    squared_difference<T>, add_offsets<T>, subtract<T>,          scale<T>,
-      add<T, T>, add<T, double>,        normalize<T>,   normalize_backward<T>};
+  static constexpr Loops<T> table = {dot<T>,
+                                     squared_difference<T>,
+                                     add_offsets<T>,
+                                     subtract<T>,
+                                     scale<T>,
+                                     widen<T>,
+                                     narrow<T>,
+                                     add<T, T>,
+                                     add<T, double>,
+                                     normalize<T>,
+                                     normalize_backward<T>};
   return table;
 }
 

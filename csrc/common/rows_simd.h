@@ -20,6 +20,10 @@ struct Loops {
   void (*subtract)(T* x, const T* y, int64_t n);
   // y = factor x
   void (*scale)(const T* x, T factor, T* y, int64_t n);
+  // y = factor x, in fp64
+  void (*widen)(const T* x, double factor, double* y, int64_t n);
+  // y = x, rounded
+  void (*narrow)(const double* x, T* y, int64_t n);
   // y += x
   void (*add)(const T* x, T* y, int64_t n);
   // sums += x

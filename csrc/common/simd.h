@@ -23,28 +23,28 @@ SimdLevel simd_level();
 template <typename T>
 using Count = std::conditional_t<sizeof(T) == sizeof(float), int32_t, int64_t>;
 
-// Calls the function template `name` of the level in use, e.g. KDK_SIMD_CALL(epilogues<float>)().
+// Calls a function template of the level in use, e.g. KDK_SIMD_CALL(epilogues<float>)().
 #if defined(KDK_SIMD_X86)
-#define KDK_SIMD_DECLARE(declaration) \
-  namespace baseline {                \
-  declaration                         \
-  }                                   \
-  namespace avx2 {                    \
-  declaration                         \
-  }                                   \
-  namespace avx512 {                  \
-  declaration                         \
+#define KDK_SIMD_DECLARE(...) \
+  namespace baseline {        \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx2 {            \
+  __VA_ARGS__                 \
+  }                           \
+  namespace avx512 {          \
+  __VA_ARGS__                 \
   }
-#define KDK_SIMD_CALL(name)                           \
-  (simd_level() == SimdLevel::kAvx512 ? &avx512::name \
-   : simd_level() == SimdLevel::kAvx2 ? &avx2::name   \
-                                      : &baseline::name)
+#define KDK_SIMD_CALL(...)                                   \
+  (simd_level() == SimdLevel::kAvx512 ? &avx512::__VA_ARGS__ \
+   : simd_level() == SimdLevel::kAvx2 ? &avx2::__VA_ARGS__   \
+                                      : &baseline::__VA_ARGS__)
 #else
-#define KDK_SIMD_DECLARE(declaration) \
-  namespace baseline {                \
-  declaration                         \
+#define KDK_SIMD_DECLARE(...) \
+  namespace baseline {        \
+  __VA_ARGS__                 \
   }
-#define KDK_SIMD_CALL(name) (&baseline::name)
+#define KDK_SIMD_CALL(...) (&baseline::__VA_ARGS__)
 #endif
 
 }  // namespace kdk

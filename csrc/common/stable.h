@@ -9,8 +9,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <initializer_list>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 
@@ -27,6 +29,34 @@ inline int32_t shim_dtype(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
 }
 
+// Bytes of an element of what the kernels allocate.
+inline size_t itemsize(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Double:
+    case ScalarType::Long: return 8;
+    case ScalarType::Float:
+    case ScalarType::Int: return 4;
+    case ScalarType::Half:
+    case ScalarType::BFloat16: return 2;
+    default: return 1;
+  }
+}
+
+// Says how much memory is not there. kdkernels/_allocation.py adds which operator asked, and for
+// what.
+[[noreturn]] inline void refuse_allocation(std::initializer_list<int64_t> sizes, size_t element) {
+  double bytes = static_cast<double>(element);  // may pass the range of integers
+  std::string shape;
+  for (const int64_t size : sizes) {
+    bytes *= static_cast<double>(size);
+    shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+  }
+  char number[64];
+  std::snprintf(number, sizeof number, "%.0f", bytes);
+  throw std::runtime_error("cannot allocate " + std::string(number) + " bytes, shape [" + shape +
+                           "]");
+}
+
 // Returns an uninitialised contiguous tensor, by default on the CPU. It calls the C shim itself:
 // torch::stable::new_empty looks its operator up by name in every call, which shows at small batch.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
@@ -35,9 +65,9 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype,
   for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(sizes.begin()[i], 1))
     strides[i] = stride;
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
-                                                  strides, shim_dtype(dtype), device_type, device,
-                                                  &handle));
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+                               shim_dtype(dtype), device_type, device, &handle) != TORCH_SUCCESS)
+    refuse_allocation(sizes, itemsize(dtype));
   return Tensor(handle);
 }
 

@@ -39,7 +39,7 @@ struct Loss {
 
   template <typename F>
   void stretches(int64_t i, int64_t j0, int64_t n, const F& f) const {
-    if (begin(i, j0, n) < n) f(begin(i, j0, n), n);
+    ranges.compared(i, j0, begin(i, j0, n), n, f);
   }
 
   bool weigh(const Tile<T>& tile) {
@@ -50,9 +50,11 @@ struct Loss {
       const int64_t same = std::clamp(ranges.first[i] - tile.j0, start, n),
                     other = std::clamp(ranges.last[i] - tile.j0, start, n);
       int64_t found = 0;
-      const auto add = [&](int64_t from, int64_t to, bool same_label) {
-        found += kernels.losses(tile.distance.row(row) + from, margin, same_label, to - from,
-                                tile.weight.row(row) + from, &total[i]);
+      const auto add = [&](int64_t first, int64_t last, bool same_label) {
+        ranges.compared(i, tile.j0, first, last, [&](int64_t from, int64_t to) {
+          found += kernels.losses(tile.distance.row(row) + from, margin, same_label, to - from,
+                                  tile.weight.row(row) + from, &total[i]);
+        });
       };
       add(start, same, false);
       add(same, other, true);
@@ -68,12 +70,13 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const Tensor& labels,
                                                const Tensor& references,
                                                const Tensor& reference_labels, bool in_batch,
-                                               double margin, pairs::Distance distance,
-                                               bool need_embeddings, bool need_references) {
+                                               const Optional& exclude, double margin,
+                                               pairs::Distance distance, bool need_embeddings,
+                                               bool need_references) {
   const Tensor x = contiguous_in_type<T>(embeddings),
                r = in_batch ? x : contiguous_in_type<T>(references);
   Sweep<T> sweep(x, labels, r, reference_labels, in_batch, distance, need_embeddings,
-                 need_references);
+                 need_references, exclude);
   Loss<T> loss(sweep.rows.ranges, margin);
   sweep.run(loss);
   const Tensor total = empty({}, scalar_type_of<T>), nonzero = empty({}, ScalarType::Long);
@@ -94,9 +97,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
     Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch,
-    double margin, std::string distance, bool need_embeddings, bool need_references) {
+    Optional exclude, double margin, std::string distance, bool need_embeddings,
+    bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(embeddings, labels, references, reference_labels, in_batch, margin,
+  return run(embeddings, labels, references, reference_labels, in_batch, exclude, margin,
              by_name(pairs::kDistances, distance), need_embeddings, need_references);
 }
 
@@ -106,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def(
       "contrastive_fwd(Tensor embeddings, Tensor labels, Tensor references, Tensor "
-      "reference_labels, bool in_batch, float margin, str distance, bool need_embeddings, bool "
+      "reference_labels, bool in_batch, Tensor? exclude, float margin, str distance, bool "
+      "need_embeddings, bool "
       "need_references) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 

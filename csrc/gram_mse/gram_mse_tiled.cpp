@@ -34,7 +34,8 @@ struct Accumulator {
 
   void finish(const Forward<T>& call) const {
     if (is_row_normalized(options.normalize)) {
-      finish_rows(call, sums.data(), options.normalize == Normalize::kRowL2);
+      const bool l2 = options.normalize == Normalize::kRowL2;
+      *call.loss = static_cast<T>(finish_rows(call.coef, sums.data(), l2));
       return;
     }
     double loss = 0;
@@ -153,15 +154,14 @@ void streamed_backward(const Backward<T>& call, const Options& options) {
 
 }  // namespace
 
-template <typename T>
-void finish_rows(const Forward<T>& call, const double* sums, bool l2) {
+double finish_rows(Matrix<double> coef, const double* sums, bool l2) {
   double loss = 0;
-  for (int64_t i = 0; i < call.student.rows; ++i) {
+  for (int64_t i = 0; i < coef.cols; ++i) {
     const RowResult row = normalized_row(sums + i * kSums, l2);
     loss += row.loss;
-    for (int k = 0; k < kCoefs; ++k) call.coef.row(k)[i] = row.coef[k];
+    for (int k = 0; k < kCoefs; ++k) coef.row(k)[i] = row.coef[k];
   }
-  *call.loss = static_cast<T>(loss);
+  return loss;
 }
 
 void uniform_coef(Matrix<double> coef) {
@@ -169,27 +169,20 @@ void uniform_coef(Matrix<double> coef) {
 }
 
 template <typename T>
-void forward(const Forward<T>& call, const Options& options) {
-  switch (options.algorithm) {
-    case Algorithm::kResident: return resident_forward(call, options);
-    case Algorithm::kStreamed: return streamed_forward(call, options);
-    case Algorithm::kFactored: return factored_forward(call, options);
-  }
+void tiled_forward(const Forward<T>& call, const Options& options) {
+  if (options.algorithm == Algorithm::kResident) return resident_forward(call, options);
+  streamed_forward(call, options);
 }
 
 template <typename T>
-void backward(const Backward<T>& call, const Options& options) {
-  switch (options.algorithm) {
-    case Algorithm::kResident: return resident_backward(call, options);
-    case Algorithm::kStreamed: return streamed_backward(call, options);
-    case Algorithm::kFactored: return factored_backward(call, options);
-  }
+void tiled_backward(const Backward<T>& call, const Options& options) {
+  if (options.algorithm == Algorithm::kResident) return resident_backward(call, options);
+  streamed_backward(call, options);
 }
 
-#define KDK_INSTANTIATE(T)                                              \
-  template void finish_rows<T>(const Forward<T>&, const double*, bool); \
-  template void forward<T>(const Forward<T>&, const Options&);          \
-  template void backward<T>(const Backward<T>&, const Options&);
+#define KDK_INSTANTIATE(T)                                           \
+  template void tiled_forward<T>(const Forward<T>&, const Options&); \
+  template void tiled_backward<T>(const Backward<T>&, const Options&);
 KDK_INSTANTIATE(float)
 KDK_INSTANTIATE(double)
 #undef KDK_INSTANTIATE

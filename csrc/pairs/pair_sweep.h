@@ -15,6 +15,7 @@
 
 #include "../common/gemm.h"
 #include "../common/parallel.h"
+#include "../common/rows_math.h"
 #include "../common/rows_simd.h"
 #include "pair_sweep_simd.h"
 #include "sorted_rows.h"
@@ -90,15 +91,16 @@ struct Sweep {
   Side<T>& references;
   Distance distance;
   TileGrid grid;
-  // The error of a squared distance relative to the squared norms, from vectorised sums of D
-  // products.
-  T tolerance = std::numeric_limits<T>::epsilon() * static_cast<T>(8 + anchors.sorted.x.cols / 8);
+  // The error of a squared distance from products, relative to the squared norms.
+  T tolerance = product_tolerance<T>(anchors.sorted.x.cols);
   const Loops<T>& kernels = loops<T>();
+  // in batch, [B] sorted: squared norms for `distances_wide`, which is taken where they are there
+  std::vector<double> wide_norms;
 
-  // x: [B, D], r: [M, D], both contiguous and in T; in batch, r is x
+  // x: [B, D], r: [M, D], both contiguous and in T; in batch, r is x; exclude: [B]
   Sweep(const Tensor& x, const Tensor& labels, const Tensor& r, const Tensor& reference_labels,
-        bool in_batch, Distance distance_, bool need_x, bool need_r)
-      : rows(x, labels, r, reference_labels, in_batch),
+        bool in_batch, Distance distance_, bool need_x, bool need_r, const Optional& exclude = {})
+      : rows(x, labels, r, reference_labels, in_batch, exclude),
         anchors(rows.anchors, x, need_x),
         others(in_batch ? std::nullopt
                         : std::optional<Side<T>>(std::in_place, rows.references, r, need_r)),
@@ -112,6 +114,17 @@ struct Sweep {
   }
   Sweep(const Sweep&) = delete;
   Sweep& operator=(const Sweep&) = delete;
+
+  // In batch: distances from norms in fp64.
+  void widen_norms() {
+    const SortedRows<T>& sorted = anchors.sorted;
+    wide_norms.resize(sorted.size());
+    parallel_each(sorted.size(), 2.0 * sorted.x.cols, [&](int64_t i) {
+      const T* row = sorted.x.row(i);
+      wide_norms[i] = sorted.finite(i) ? kdk::rows::loops<T>().dot(row, row, sorted.x.cols)
+                                       : std::numeric_limits<double>::quiet_NaN();
+    });
+  }
 
   bool in_batch() const { return rows.ranges.in_batch; }
   bool needs_gradient() const { return anchors.needed || references.needed; }
@@ -224,10 +237,14 @@ struct Sweep {
       std::fill_n(tile.weight.row(i), d.cols, T(0));
       stretches(i, [&](int64_t begin, int64_t end) {
         T* row = d.row(i);
-        const T* norms = references.sorted.norm.data() + tile.j0;
-        if (kernels.distances(row + begin, anchors.sorted.norm[tile.i0 + i], norms + begin,
-                              end - begin, distance) == 0)
-          return;
+        const int64_t first = tile.j0 + begin, n = end - begin;
+        const int64_t found =
+            wide_norms.empty()
+                ? kernels.distances(row + begin, anchors.sorted.norm[tile.i0 + i],
+                                    references.sorted.norm.data() + first, n, distance)
+                : kernels.distances_wide(row + begin, wide_norms[tile.i0 + i],
+                                         wide_norms.data() + first, n, distance);
+        if (found == 0) return;
         for (int64_t j = begin; j < end; ++j) {
           if (!(row[j] < 0)) continue;
           row[j] = from_difference(tile.i0 + i, tile.j0 + j);

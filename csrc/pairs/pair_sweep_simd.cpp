@@ -18,12 +18,14 @@ namespace {
 KDK_HOST_DEVICE float root(float x) { return __builtin_sqrtf(x); }
 KDK_HOST_DEVICE double root(double x) { return __builtin_sqrt(x); }
 
-template <typename T, Distance kDistance>
-int64_t distances_of(T* d, T norm, const T* norms, int64_t n) {
+// The type of the norms is W.
+template <typename T, typename W, Distance kDistance>
+int64_t distances_of(T* d, W norm, const W* norms, int64_t n) {
   Count<T> close = 0;
 #pragma omp simd reduction(+ : close)
   for (int64_t j = 0; j < n; ++j) {
-    const T size = norm + norms[j], d2 = size - T(2) * d[j];
+    const W wide_size = norm + norms[j];
+    const T size = static_cast<T>(wide_size), d2 = static_cast<T>(wide_size - W(2) * d[j]);
     const bool near = d2 <= kClose<T> * size;  // false for NaN, which stays
     const T value = kDistance == Distance::kEuclidean     ? root(d2)
                     : kDistance == Distance::kSqEuclidean ? d2
@@ -34,11 +36,11 @@ int64_t distances_of(T* d, T norm, const T* norms, int64_t n) {
   return close;
 }
 
-template <typename T>
-int64_t distances(T* d, T norm, const T* norms, int64_t n, Distance distance) {
-  const auto run = distance == Distance::kEuclidean     ? distances_of<T, Distance::kEuclidean>
-                   : distance == Distance::kSqEuclidean ? distances_of<T, Distance::kSqEuclidean>
-                                                        : distances_of<T, Distance::kCosine>;
+template <typename T, typename W>
+int64_t distances(T* d, W norm, const W* norms, int64_t n, Distance distance) {
+  const auto run = distance == Distance::kEuclidean     ? distances_of<T, W, Distance::kEuclidean>
+                   : distance == Distance::kSqEuclidean ? distances_of<T, W, Distance::kSqEuclidean>
+                                                        : distances_of<T, W, Distance::kCosine>;
   return run(d, norm, norms, n);
 }
 
@@ -103,6 +105,17 @@ T least_above(const T* d, T sign, T floor, const T* column_floors, T* column_key
   return least;
 }
 
+template <typename T>
+bool any_key_within(const T* d, T sign, T low, T high, int64_t n) {
+  Count<T> found = 0;
+#pragma omp simd reduction(+ : found)
+  for (int64_t j = 0; j < n; ++j) {
+    const T key = sign * d[j];
+    found += (key > low) & (key <= high);
+  }
+  return found > 0;
+}
+
 template <typename T, bool kAdd>
 void transposed(Matrix<const T> from, Matrix<T> to) {
   const auto entries = [&](int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
@@ -138,9 +151,10 @@ void transposed(Matrix<const T> from, Matrix<T> to) {
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {distances<T>,           slopes<T>,      finish<T>,
-                                     subtract_difference<T>, least_above<T>, transposed<T, false>,
-                                     transposed<T, true>};
+  static constexpr Loops<T> table = {
+      distances<T, T>,   distances<T, double>,   slopes<T>,
+      finish<T>,         subtract_difference<T>, least_above<T>,
+      any_key_within<T>, transposed<T, false>,   transposed<T, true>};
   return table;
 }
 

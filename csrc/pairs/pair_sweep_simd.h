@@ -15,6 +15,9 @@ struct Loops {
   // Products d_j = <x, y_j> become distances, except that d_j of a close pair (kClose) becomes -1.
   // Returns how many pairs are close.
   int64_t (*distances)(T* d, T norm, const T* norms, int64_t n, Distance distance);
+  // Does the same with the norms and their sums in fp64. This is for callers that subtract
+  // distances from each other: the rounding of a norm is common to a whole row of them and adds up.
+  int64_t (*distances_wide)(T* d, double norm, const double* norms, int64_t n, Distance distance);
   // weight_j *= slope(d_j). Returns the sum of the weights, and adds weight_j to column_sums_j.
   double (*slopes)(const T* d, T* weight, double* column_sums, int64_t n, Distance distance);
   // out = factor x - sum
@@ -25,6 +28,8 @@ struct Loops {
   // above column_floors_j, column_keys_j becomes the lesser of itself and key_j. column_keys may be
   // null.
   T (*least_above)(const T* d, T sign, T floor, const T* column_floors, T* column_keys, int64_t n);
+  // Whether a key, sign d_j, is above `low` and at most `high`.
+  bool (*any_key_within)(const T* d, T sign, T low, T high, int64_t n);
   // to = from^T, or to += from^T
   void (*transpose)(Matrix<const T> from, Matrix<T> to);
   void (*add_transpose)(Matrix<const T> from, Matrix<T> to);

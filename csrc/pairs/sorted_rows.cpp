@@ -54,17 +54,31 @@ LabelRanges::LabelRanges(const std::vector<int64_t>& anchors,
 
 template <typename T>
 Labelled<T>::Labelled(const Tensor& x, const Tensor& labels, const Tensor& r,
-                      const Tensor& reference_labels, bool in_batch)
+                      const Tensor& reference_labels, bool in_batch, const Optional& exclude)
     : anchors(x, torch::stable::contiguous(labels)),
       others(in_batch ? std::nullopt
                       : std::optional<SortedRows<T>>(std::in_place, r,
                                                      torch::stable::contiguous(reference_labels))),
       references(in_batch ? anchors : *others),
       ranges(anchors.label, references.label, in_batch) {
+  if (exclude) leave_out(torch::stable::contiguous(*exclude));
   const std::vector<T> centre = centre_of<T>(references.x, references.norm, anchors.norm);
   if (centre.empty()) return;
   anchors.subtract(centre);
   if (others) others->subtract(centre);
+}
+
+template <typename T>
+void Labelled<T>::leave_out(const Tensor& exclude) {
+  const int64_t M = references.size();
+  const auto* given = static_cast<const int64_t*>(exclude.const_data_ptr());
+  std::vector<int64_t> position(M);
+  for (int64_t j = 0; j < M; ++j) position[references.row[j]] = j;
+  ranges.excluded.resize(anchors.size());
+  for (int64_t i = 0; i < anchors.size(); ++i) {
+    const int64_t row = given[anchors.row[i]];
+    ranges.excluded[i] = row >= 0 && row < M ? position[row] : -1;
+  }
 }
 
 template struct SortedRows<float>;

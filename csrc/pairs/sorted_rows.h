@@ -37,6 +37,8 @@ struct SortedRows {
 struct LabelRanges {
   bool in_batch;                     // the references are the anchors: none is its own positive
   std::vector<int64_t> first, last;  // of each anchor: references [first, last)
+  // The reference that each anchor leaves out, or -1; empty where none does, and in batch.
+  std::vector<int64_t> excluded;
 
   LabelRanges(const std::vector<int64_t>& anchors, const std::vector<int64_t>& references,
               bool in_batch);
@@ -44,24 +46,31 @@ struct LabelRanges {
   // Returns whether reference j has the label of anchor i, which is also true of the anchor itself.
   bool same(int64_t i, int64_t j) const { return j >= first[i] && j < last[i]; }
 
-  // Calls f(begin, end) for the stretches of columns [0, n) of a tile, whose first one is reference
-  // j0, that hold the positives (same_label) or the negatives of anchor i.
+  // Returns the reference that anchor i is not compared with, or -1.
+  int64_t left_out(int64_t i) const { return in_batch ? i : excluded.empty() ? -1 : excluded[i]; }
+
+  // Calls f(from, to) for the stretches of columns [begin, end) of a tile, whose first one is
+  // reference j0, that anchor i is compared with.
   template <typename F>
-  void stretches(bool same_label, int64_t i, int64_t j0, int64_t n, const F& f) const {
-    const int64_t begin = std::clamp<int64_t>(first[i] - j0, 0, n),
-                  end = std::clamp<int64_t>(last[i] - j0, 0, n);
-    if (!same_label) {
-      if (begin > 0) f(0, begin);
-      if (end < n) f(end, n);
-      return;
-    }
-    const int64_t self = in_batch ? i - j0 : -1;
+  void compared(int64_t i, int64_t j0, int64_t begin, int64_t end, const F& f) const {
+    const int64_t self = left_out(i) - j0;
     if (self < begin || self >= end) {
       if (begin < end) f(begin, end);
       return;
     }
     if (begin < self) f(begin, self);
     if (self + 1 < end) f(self + 1, end);
+  }
+
+  // Calls f(begin, end) for the stretches of columns [0, n) of a tile, whose first one is reference
+  // j0, that hold the positives (same_label) or the negatives of anchor i.
+  template <typename F>
+  void stretches(bool same_label, int64_t i, int64_t j0, int64_t n, const F& f) const {
+    const int64_t begin = std::clamp<int64_t>(first[i] - j0, 0, n),
+                  end = std::clamp<int64_t>(last[i] - j0, 0, n);
+    if (same_label) return compared(i, j0, begin, end, f);
+    compared(i, j0, 0, begin, f);
+    compared(i, j0, end, n, f);
   }
 };
 
@@ -73,11 +82,14 @@ struct Labelled {
   const SortedRows<T>& references;
   LabelRanges ranges;
 
-  // x: [B, D], r: [M, D], both contiguous and in T; labels: [B] and [M], any stride
+  // x: [B, D], r: [M, D], both contiguous and in T; labels: [B] and [M], exclude: [B], any stride
   Labelled(const Tensor& x, const Tensor& labels, const Tensor& r, const Tensor& reference_labels,
-           bool in_batch);
+           bool in_batch, const Optional& exclude);
   Labelled(const Labelled&) = delete;
   Labelled& operator=(const Labelled&) = delete;
+
+ private:
+  void leave_out(const Tensor& exclude);
 };
 
 extern template struct SortedRows<float>;

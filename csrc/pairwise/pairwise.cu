@@ -47,8 +47,9 @@ __device__ __forceinline__ void for_each_value(Accumulators& acc, const F& f) {
   }
 }
 
-// Turns products into similarities or squared distances, and squared distances of close pairs into
-// kMarked. Returns whether a lane of this warp has a close pair.
+// Turns products into similarities or squared distances, and squared distances of close pairs, or
+// of those whose rounding would show in kRbf, into kMarked. Returns whether a lane of this warp has
+// such a pair.
 __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesParams& p, int64_t g,
                                                int64_t i0, int64_t j0) {
   if (p.metric == Metric::kDot) return false;
@@ -65,10 +66,13 @@ __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesPa
     for_each_value(acc, [&](float& value, int k, int c) { value = value * x[k] * y[c]; });
     return false;
   }
+  const float sharpness = p.metric == Metric::kRbf ? p.gamma : 0.0f;
   for_each_value(acc, [&](float& value, int k, int c) {
     // in this order, so that nothing is rounded to the digits of the sum of the norms
     const float d2 = (x[k] - value) + (y[c] - value);
-    value = d2 < (x[k] + y[c]) * kClose<float> ? kMarked : d2;
+    const float size = x[k] + y[c];
+    const bool marked = d2 < size * kClose<float> || is_sharp(d2, size, sharpness);
+    value = marked ? kMarked : d2;
   });
   if (p.in_batch && i0 == j0) {  // itself; NaN stays
     for_each_value(acc, [&](float& value, int k, int c) {

@@ -42,7 +42,14 @@ KDK_HOST_DEVICE bool is_close(T value, T bound, T other) {
   }
 }
 
-// These do the same for a metric that is known at run time and is a distance.
+// Returns whether the rounding of products would show in exp(-gamma d2), for rows whose squared
+// norms add up to `size`; docs/ops/pairwise.md derives the bound. Returns false for NaN.
+template <typename T>
+KDK_HOST_DEVICE bool is_sharp(T d2, T size, T gamma) {
+  return gamma * (size - T(2) * d2) > T(4);
+}
+
+// slope and is_close for a metric that is known at run time and is a distance.
 template <typename T>
 KDK_HOST_DEVICE T slope(Metric metric, T value, T factor) {
   return metric == Metric::kEuclidean     ? slope<Metric::kEuclidean>(value, factor)

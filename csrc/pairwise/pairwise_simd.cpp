@@ -13,6 +13,18 @@ namespace {
 
 using namespace kdk::KDK_SIMD_LEVEL;
 
+template <typename T>
+int64_t mark_sharp(T* d2, T norm, const T* norms, T gamma, int64_t n) {
+  Count<T> sharp = 0;
+#pragma omp simd reduction(+ : sharp)
+  for (int64_t j = 0; j < n; ++j) {
+    const bool marked = is_sharp(d2[j], norm + norms[j], gamma);
+    d2[j] = marked ? T(-1) : d2[j];
+    sharp += marked;
+  }
+  return sharp;
+}
+
 template <typename T, bool kFull>
 void rbf_of(T* d2, T gamma, int64_t count) {
   store<kFull>(d2, exp_of_negative<T>(-gamma * load<kFull>(d2, count)), count);
@@ -82,8 +94,8 @@ void subtract_difference(double factor, const T* x, const T* y, T* sum, int64_t 
 
 template <typename T>
 const Loops<T>& loops() {
-  static constexpr Loops<T> table = {rbf<T>, close<T>, slopes<T>, finish<T>,
-                                     subtract_difference<T>};
+  static constexpr Loops<T> table = {mark_sharp<T>, rbf<T>,    close<T>,
+                                     slopes<T>,     finish<T>, subtract_difference<T>};
   return table;
 }
 

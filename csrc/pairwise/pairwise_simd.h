@@ -12,6 +12,8 @@ namespace kdk::pairwise {
 
 template <typename T>
 struct Loops {
+  // Squared distances d2_j from products become -1 where is_sharp. Returns how many are.
+  int64_t (*mark_sharp)(T* d2, T norm, const T* norms, T gamma, int64_t n);
   // d2_j = exp(-gamma d2_j)
   void (*rbf)(T* d2, T gamma, int64_t n);
   // returns how many of the pairs are close (is_close)

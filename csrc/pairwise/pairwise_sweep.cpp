@@ -53,6 +53,13 @@ struct Forward {
   T gamma;
   Distance distance =
       pair.metric == Metric::kEuclidean ? Distance::kEuclidean : Distance::kSqEuclidean;
+  T largest_norm = pair.metric == Metric::kRbf ? largest(pair.other().norm) : T(0);
+
+  static T largest(const std::vector<T>& norms) {
+    T most = 0;
+    for (const T norm : norms) most = std::max(most, norm);  // which passes NaN by
+    return most;
+  }
 
   // Turns products of rows i0... and j0... into values; in a tile on the diagonal, only those above
   // the diagonal.
@@ -61,8 +68,10 @@ struct Forward {
     for (int64_t i = 0; i < tile.rows; ++i) {
       const int64_t begin = pair.in_batch() && i0 == j0 ? i : 0, n = tile.cols - begin;
       T* row = tile.row(i) + begin;
-      const int64_t close =
-          pairs::loops<T>().distances(row, x.norm[i0 + i], y.norm.data() + j0 + begin, n, distance);
+      const T norm = x.norm[i0 + i], *norms = y.norm.data() + j0 + begin;
+      int64_t close = pairs::loops<T>().distances(row, norm, norms, n, distance);
+      if (pair.metric == Metric::kRbf && is_sharp(T(0), norm + largest_norm, gamma))
+        close += loops<T>().mark_sharp(row, norm, norms, gamma, n);
       for (int64_t j = 0; close > 0 && j < n; ++j) {
         if (row[j] < 0) row[j] = from_difference(i0 + i, j0 + begin + j);
       }

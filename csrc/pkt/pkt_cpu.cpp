@@ -4,6 +4,7 @@
 // columns.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -12,7 +13,10 @@
 #include "../common/gemm.h"
 #include "../common/named.h"
 #include "../common/parallel.h"
+#include "../common/rows_math.h"
+#include "../common/rows_simd.h"
 #include "../common/stable.h"
+#include "../pairs/pair_sweep_simd.h"
 #include "../pairs/tile_grid.h"
 #include "pkt_simd.h"
 
@@ -81,7 +85,7 @@ struct Side {
     }
     norm.resize(B);
     parallel_each(B, 4.0 * D, [&](int64_t i) {
-      norm[i] = std::sqrt(dot(from.row(i), from.row(i), D));
+      norm[i] = no_infinity(std::sqrt(dot(from.row(i), from.row(i), D)));
       self[i] = static_cast<T>(eps / (norm[i] + eps));
       const T scale = static_cast<T>(1 / (norm[i] + eps));
       for (int64_t d = 0; d < D; ++d) to.row(i)[d] = scale * from.row(i)[d];
@@ -109,7 +113,8 @@ struct Sweep {
   int64_t B = student.rows.size(0);
   // both sides' tiles and a panel fit a 2 MiB L2
   pairs::TileGrid grid = pairs::TileGrid::fitted(B, B, true);
-  Scratch<T> scratch{thread_slots() * 2 * grid.tile_size()};
+  int64_t tiles = kernel == Kernel::kStudentT ? 3 : 2;  // K of both sides, and distances
+  Scratch<T> scratch{thread_slots() * tiles * grid.tile_size()};
   const Epilogues<T>& kernels = epilogues<T>();
 
   Sweep(const Tensor& s, const Tensor& t, Kernel kernel_, Divergence divergence_)
@@ -121,43 +126,85 @@ struct Sweep {
 
   static double norm_eps(Divergence d) { return d == Divergence::kKl ? kKlEps : kJeffreysEps; }
 
+  // A pair of the student's rows, within a tile, whose distance comes from their difference.
+  struct Close {
+    int64_t i, j;
+    double distance;  // the root that K is of
+  };
+
   // One tile of K of both sides.
   struct Pair {
     int64_t index, i0, j0;
     bool diagonal;
     Matrix<T> s, t;
     Matrix<const T> rows_i, rows_j;  // of the student
+    // student_t with `distances`: those of the student, infinite of a row with itself and of
+    // `close` pairs
+    Matrix<T> distance;
+    std::vector<Close> close;
   };
 
   template <typename F>
-  void each_tile(double more_ops, const F& f) {
+  void each_tile(double more_ops, bool distances, const F& f) {
     const auto x = student.view(), y = teacher.view();
     const int64_t size = grid.tile_size();
     const double ops = size * (2.0 * (x.cols + y.cols) + 100 + more_ops);
     grid.each(ops, [&](const pairs::Block& block) {
       const auto [i0, rows, j0, cols, diagonal] = block;
-      T* memory = scratch.data() + thread_index() * 2 * size;
-      const Pair pair = {grid.triangle_index(block),
-                         i0,
-                         j0,
-                         diagonal,
-                         Matrix<T>::contiguous(memory, rows, cols),
-                         Matrix<T>::contiguous(memory + size, rows, cols),
-                         x.row_block(i0, rows),
-                         x.row_block(j0, cols)};
+      T* memory = scratch.data() + thread_index() * tiles * size;
+      Pair pair = {grid.triangle_index(block),
+                   i0,
+                   j0,
+                   diagonal,
+                   Matrix<T>::contiguous(memory, rows, cols),
+                   Matrix<T>::contiguous(memory + size, rows, cols),
+                   x.row_block(i0, rows),
+                   x.row_block(j0, cols),
+                   distances ? Matrix<T>::contiguous(memory + 2 * size, rows, cols) : Matrix<T>{},
+                   {}};
       gemm<T>(pair.rows_i, pair.rows_j.t(), pair.s);
       gemm<T>(y.row_block(i0, rows), y.row_block(j0, cols).t(), pair.t);
-      kernels.similarities(pair.s, student.self.data() + i0, student.self.data() + j0, diagonal,
-                           kernel);
-      kernels.similarities(pair.t, teacher.self.data() + i0, teacher.self.data() + j0, diagonal,
-                           kernel);
+      if (kernel == Kernel::kCosine) {
+        kernels.cosines(pair.s, student.self.data() + i0, student.self.data() + j0);
+        kernels.cosines(pair.t, teacher.self.data() + i0, teacher.self.data() + j0);
+      } else {
+        student_t(student, pair, pair.s, distances);
+        student_t(teacher, pair, pair.t, false);
+      }
       f(pair);
     });
   }
 
+  // Inner products of a tile become K. A squared distance that its products leave few digits is
+  // computed again from the rows as they were given.
+  void student_t(const Side<T>& side, Pair& pair, Matrix<T> tile, bool distances) const {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const auto given = matrix<const T>(side.source);
+    for (int64_t i = 0; i < tile.rows; ++i) {
+      T* row = tile.row(i);
+      const int64_t close =
+          pairs::loops<T>().distances(row, side.self[pair.i0 + i], side.self.data() + pair.j0,
+                                      tile.cols, pairs::Distance::kSqEuclidean);
+      const size_t first = pair.close.size();
+      for (int64_t j = 0; close > 0 && j < tile.cols; ++j) {
+        if (!(row[j] < 0)) continue;
+        const double d2 = rows::loops<T>().squared_difference(given.row(pair.i0 + i),
+                                                              given.row(pair.j0 + j), given.cols);
+        row[j] = static_cast<T>(d2);
+        if (distances && !(pair.diagonal && i == j))
+          pair.close.push_back({i, j, std::sqrt(d2 + kDistanceEps)});
+      }
+      kernels.student_t(row, distances ? pair.distance.row(i) : nullptr, tile.cols);
+      if (!distances) continue;
+      for (size_t c = first; c < pair.close.size(); ++c) {
+        pair.distance.row(i)[pair.close[c].j] = kInfinity;
+      }
+      if (pair.diagonal) pair.distance.row(i)[i] = kInfinity;
+    }
+  }
+
   Stretch<T> stretch(int64_t first, const T* r) const {
-    return {{student.self.data() + first, teacher.self.data() + first},
-            {student.inverse.data() + first, teacher.inverse.data() + first},
+    return {{student.inverse.data() + first, teacher.inverse.data() + first},
             r ? r + first : nullptr};
   }
 
@@ -170,7 +217,7 @@ struct Sweep {
   }
 
   void sum_similarities() {
-    each_tile(0, [&](const Pair& pair) {
+    each_tile(0, false, [&](const Pair& pair) {
       for (auto [side, k] : {std::pair{&student, pair.s}, std::pair{&teacher, pair.t}}) {
         add(pair, side->z, [&](double* rows, T* cols) { kernels.sums(k, rows, cols); });
       }
@@ -192,13 +239,13 @@ struct Sweep {
   double loss(std::vector<double>& r, const Matrix<T>* gradient) {
     std::vector<double> losses(grid.triangle());  // of each tile, added in order
     const double more_ops = gradient ? 4.0 * gradient->cols : 0;
-    each_tile(more_ops, [&](const Pair& pair) {
+    each_tile(more_ops, false, [&](const Pair& pair) {
       const auto i = stretch(pair.i0, nullptr), j = stretch(pair.j0, nullptr);
       add(pair, r, [&](double* rows, T* cols) {
         losses[pair.index] = kernels.loss(pair.s, pair.t, i, j, divergence, rows, cols);
       });
       if (!gradient) return;
-      kernels.weights(pair.s, pair.t, i, j, divergence, kernel, pair.diagonal, nullptr, nullptr);
+      kernels.weights(pair.s, pair.t, nullptr, i, j, divergence, nullptr, nullptr);
       add_product(pair, *gradient);
     });
     double total = 0;
@@ -228,16 +275,46 @@ struct Sweep {
     });
   }
 
+  // The sum of the derivatives by the squared distance of a close pair.
+  double close_weight(const Pair& pair, const Close& close, const std::vector<double>& r) const {
+    const auto [i, j, d] = close;
+    const int64_t at[] = {pair.i0 + i, pair.j0 + j};
+    const double k_s = pair.s.row(i)[j], k_t = pair.t.row(i)[j];
+    double g = 0;
+    for (const int64_t n : at) {
+      const double p = k_s / student.z[n], q = k_t / teacher.z[n];
+      g += ((divergence == Divergence::kKl
+                 ? slope<Divergence::kKl, double, double, int64_t>(p, q)
+                 : slope<Divergence::kJeffreys, double, double, int64_t>(p, q)) -
+            r[n]) /
+           student.z[n];
+    }
+    return g * student_t_slope(k_s, d);
+  }
+
+  // The difference of close rows would be lost in weight_i x_i - sum_j w_ij x_j.
+  void add_close(const Pair& pair, const Close& close, double weight, Matrix<T> gradient) const {
+    const auto x = matrix<const T>(student.source);
+    const int64_t i = pair.i0 + close.i, j = pair.j0 + close.j;
+    kernels.subtract_difference(weight, x.row(i), x.row(j), gradient.row(i), x.cols);
+    if (pair.diagonal) return;  // where (j, i) comes too
+    kernels.subtract_difference(weight, x.row(j), x.row(i), gradient.row(j), x.cols);
+  }
+
   void student_t_gradient(const std::vector<double>& r, Matrix<T> gradient) {
     const std::vector<T> narrow(r.begin(), r.end());
     std::vector<double> weight(B);  // sum_j w_ij
-    each_tile(4.0 * gradient.cols, [&](const Pair& pair) {
+    each_tile(4.0 * gradient.cols, true, [&](const Pair& pair) {
+      std::vector<double> of_close;
+      for (const Close& close : pair.close) of_close.push_back(close_weight(pair, close, r));
       add(pair, weight, [&](double* rows, T* cols) {
-        kernels.weights(pair.s, pair.t, stretch(pair.i0, narrow.data()),
-                        stretch(pair.j0, narrow.data()), divergence, kernel, pair.diagonal, rows,
-                        cols);
+        kernels.weights(pair.s, pair.t, &pair.distance, stretch(pair.i0, narrow.data()),
+                        stretch(pair.j0, narrow.data()), divergence, rows, cols);
       });
       add_product(pair, gradient);
+      for (size_t c = 0; c < pair.close.size(); ++c) {
+        add_close(pair, pair.close[c], of_close[c], gradient);
+      }
     });
     const auto x = student.view();
     parallel_each(B, 4.0 * x.cols, [&](int64_t i) {

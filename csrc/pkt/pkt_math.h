@@ -44,4 +44,10 @@ KDK_HOST_DEVICE V slope(V p, V q) {
   }
 }
 
+// dK / d(d^2) of student_t.
+template <typename V>
+KDK_HOST_DEVICE V student_t_slope(V k, V d) {
+  return -k * k / (2 * d);
+}
+
 }  // namespace kdk::pkt

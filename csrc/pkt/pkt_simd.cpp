@@ -27,23 +27,23 @@ inline __attribute__((always_inline)) void add_to(T* sums, Vector<T> x, int64_t 
 }
 
 template <typename T>
-void similarities(Matrix<T> x, const T* self_i, const T* self_j, bool diagonal, Kernel kernel) {
+void cosines(Matrix<T> x, const T* self_i, const T* self_j) {
   for (int64_t i = 0; i < x.rows; ++i) {
     T* row = x.row(i);
     each_vector<T>(x.cols, [&]<bool kFull>(int64_t j, int64_t count) {
       const Vector<T> product = load<kFull>(row + j, count), self = load<kFull>(self_j + j, count);
-      if (kernel == Kernel::kCosine) {
-        store<kFull, T>(row + j, cosine_similarity<T>(product, self_i[i], self), count);
-        return;
-      }
-      Vector<T> d2 = self_i[i] + self - 2 * product;
-      d2 = d2 < T(0) ? Vector<T>{} : d2;
-      store<kFull, T>(row + j, 1 / (1 + root<T>(d2 + static_cast<T>(kDistanceEps))), count);
+      store<kFull, T>(row + j, cosine_similarity<T>(product, self_i[i], self), count);
     });
-    if (diagonal && kernel == Kernel::kStudentT && self_i[i] == self_i[i]) {
-      row[i] = static_cast<T>(1 / (1 + __builtin_sqrt(kDistanceEps)));
-    }
   }
+}
+
+template <typename T>
+void student_t(T* x, T* distance, int64_t n) {
+  each_vector<T>(n, [&]<bool kFull>(int64_t j, int64_t count) {
+    const Vector<T> d = root<T>(load<kFull>(x + j, count) + static_cast<T>(kDistanceEps));
+    store<kFull, T>(x + j, 1 / (1 + d), count);
+    if (distance) store<kFull, T>(distance + j, d, count);
+  });
 }
 
 template <typename T>
@@ -100,13 +100,13 @@ double loss(Matrix<const T> k_s, Matrix<const T> k_t, const Stretch<T>& i, const
   return run(k_s, k_t, i, j, rows, cols);
 }
 
-template <typename T, Divergence kDivergence, Kernel kKernel>
-void weights_of(Matrix<T> k_s, Matrix<const T> k_t, const Stretch<T>& in_i, const Stretch<T>& in_j,
-                bool diagonal, double* rows, T* cols) {
-  constexpr bool kDistance = kKernel == Kernel::kStudentT;
+template <typename T, Divergence kDivergence, bool kDistance>
+void weights_of(Matrix<T> k_s, Matrix<const T> k_t, const Matrix<T>* distance,
+                const Stretch<T>& in_i, const Stretch<T>& in_j, double* rows, T* cols) {
   for (int64_t i = 0; i < k_s.rows; ++i) {
     T* s = k_s.row(i);
     const T* t = k_t.row(i);
+    const T* d = kDistance ? distance->row(i) : nullptr;
     const T inverse_s = in_i.inverse[0][i], inverse_t = in_i.inverse[1][i];
     const T r_i = kDistance ? in_i.r[i] : T(0);
     Vector<T> total{};
@@ -122,10 +122,7 @@ void weights_of(Matrix<T> k_s, Matrix<const T> k_t, const Stretch<T>& in_i, cons
       }
       Vector<T> w = g * inverse_s + across * across_s;
       if constexpr (kDistance) {
-        // dK / d(d^2) = -K^2 / (2 d). d = 1 / K - 1 costs digits only of rows so close that their
-        // d^2, which comes from products, has fewer.
-        w *= a * a * a / (2 * a - 2);
-        if (diagonal && i >= j && i < j + count) w[i - j] = 0;
+        w *= student_t_slope(a, load<kFull>(d + j, count));
         w = within<kFull, T>(w, count, 0);
         total += w;
         if (cols) add_to<kFull, T>(cols + j, w, count);
@@ -137,23 +134,30 @@ void weights_of(Matrix<T> k_s, Matrix<const T> k_t, const Stretch<T>& in_i, cons
 }
 
 template <typename T>
-void weights(Matrix<T> k_s, Matrix<const T> k_t, const Stretch<T>& i, const Stretch<T>& j,
-             Divergence divergence, Kernel kernel, bool diagonal, double* rows, T* cols) {
+void weights(Matrix<T> k_s, Matrix<const T> k_t, const Matrix<T>* distance, const Stretch<T>& i,
+             const Stretch<T>& j, Divergence divergence, double* rows, T* cols) {
   constexpr auto kKl = Divergence::kKl, kJeffreys = Divergence::kJeffreys;
-  constexpr auto kCosine = Kernel::kCosine, kStudentT = Kernel::kStudentT;
   const auto run =
-      kernel == kCosine
-          ? (divergence == kKl ? weights_of<T, kKl, kCosine> : weights_of<T, kJeffreys, kCosine>)
-          : (divergence == kKl ? weights_of<T, kKl, kStudentT>
-                               : weights_of<T, kJeffreys, kStudentT>);
-  run(k_s, k_t, i, j, diagonal, rows, cols);
+      distance ? (divergence == kKl ? weights_of<T, kKl, true> : weights_of<T, kJeffreys, true>)
+               : (divergence == kKl ? weights_of<T, kKl, false> : weights_of<T, kJeffreys, false>);
+  run(k_s, k_t, distance, i, j, rows, cols);
+}
+
+template <typename T>
+void subtract_difference(double factor, const T* x, const T* y, T* sum, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const double difference = static_cast<double>(x[j]) - static_cast<double>(y[j]);
+    sum[j] = static_cast<T>(static_cast<double>(sum[j]) - factor * difference);
+  }
 }
 
 }  // namespace
 
 template <typename T>
 const Epilogues<T>& epilogues() {
-  static constexpr Epilogues<T> table = {similarities<T>, sums<T>, loss<T>, weights<T>};
+  static constexpr Epilogues<T> table = {cosines<T>, student_t<T>, sums<T>,
+                                         loss<T>,    weights<T>,   subtract_difference<T>};
   return table;
 }
 

@@ -218,22 +218,34 @@ __global__ void __launch_bounds__(kThreads)
   for (int mask = 16; mask > 0; mask /= 2) sums.add(from_lane(sums, mask), p.subtract_entropy);
   if (lane != 0) return;
   const int64_t counting = counting_keys(p.num_keys, p.K);
+  const bool own = p.own_student != nullptr;
+  if (own) {
+    SoftmaxSums<float> one;
+    one.student = {p.own_student[query], 1};
+    if (p.teacher) one.teacher = {p.own_teacher[query], 1};
+    sums.add(one, p.subtract_entropy);
+  }
+  const bool no_key = !own && p.positives == nullptr &&
+                      (counting <= 0 || (counting == 1 && p.exclude && p.exclude[query] == 0));
   RowResult<float> result;
   if (p.teacher) {
-    const bool own = p.own_student != nullptr;
-    if (own) {
-      sums.add({{p.own_student[query], 1}, {p.own_teacher[query], 1}, 0}, p.subtract_entropy);
-    }
-    const bool no_key =
-        !own && (counting <= 0 || (counting == 1 && p.exclude && p.exclude[query] == 0));
     result = row_result(sums, p.subtract_entropy, no_key);
   } else {
-    const bool counts = p.positives[query] >= 0 && p.positives[query] < counting;
-    result = row_result(sums.student, counts ? p.positive[query] : kNaN);
+    float positive = own ? p.own_student[query] : 0.0f;
+    if (p.positives != nullptr) {
+      const bool counts = p.positives[query] >= 0 && p.positives[query] < counting;
+      positive = counts ? p.positive[query] : kNaN;
+    }
+    result = row_result(sums.student, positive, no_key);
   }
   p.loss[query] = result.loss;
   p.lse_student[query] = result.lse_student;
   p.lse_teacher[query] = result.lse_teacher;
+  if (p.softmax == nullptr) return;
+  p.softmax[query] = no_key ? 0.0f : sums.student.max;
+  p.softmax[p.B + query] = no_key ? 0.0f : 1 / sums.student.sum;
+  p.softmax[2 * p.B + query] = no_key || !p.teacher ? 0.0f : sums.teacher.max;
+  p.softmax[3 * p.B + query] = no_key || !p.teacher ? 0.0f : 1 / sums.teacher.sum;
 }
 
 // What the derivatives by a row's logits depend on. Rows without a query get zeros.

@@ -33,6 +33,7 @@ struct Operands {
         teacher_key_scale(contiguous(given.teacher_key_scale)),
         positives(contiguous(given.positives)),
         exclude(contiguous(given.exclude)),
+        excludes_by_mask(exclude && exclude->scalar_type() == ScalarType::Bool),
         own_student(contiguous(own_student_)),
         own_teacher(contiguous(own_teacher_)),
         counting(counting_keys(given)),
@@ -54,7 +55,9 @@ struct Operands {
             teacher.has_value(),
             !teacher_keys,
             data<int64_t>(positives),
-            data<int64_t>(exclude),
+            excludes_by_mask ? nullptr : data<int64_t>(exclude),
+            excludes_by_mask ? data<bool>(exclude) : nullptr,
+            excludes_by_mask ? exclude->size(1) : 0,
             data<T>(own_student),
             data<T>(own_teacher),
             subtract_entropy};
@@ -67,8 +70,9 @@ struct Operands {
   }
 
   Tensor student, keys;
-  Optional teacher, teacher_keys, key_scale, teacher_key_scale, positives, exclude, own_student,
-      own_teacher;
+  Optional teacher, teacher_keys, key_scale, teacher_key_scale, positives, exclude;
+  bool excludes_by_mask;
+  Optional own_student, own_teacher;
   int64_t counting;
   bool subtract_entropy;
 };

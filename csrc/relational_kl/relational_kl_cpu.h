@@ -22,15 +22,23 @@ struct Problem {
   Side<T> student, teacher;
   bool has_teacher;
   bool shared;                         // both sides have the same keys
-  const int64_t* positives;            // [B], where there is no teacher
+  const int64_t* positives;            // [B] or null, where there is no teacher
   const int64_t* exclude;              // [B] or null
+  const bool* mask;                    // [B, mask_stride] or null: true where a key does not count
+  int64_t mask_stride;                 // at least as many as there are keys
   const T *own_student, *own_teacher;  // [B] or null: one more logit per row and side
   bool subtract_entropy;
 
   int64_t rows() const { return student.rows.rows; }
   int64_t keys() const { return student.keys.rows; }
-  // Whether row i names a key in the teacher's place; one that does not makes its row NaN.
-  bool has_positive(int64_t i) const { return positives[i] >= 0 && positives[i] < keys(); }
+  // Returns whether the positive that row i names is no key, which makes the row NaN.
+  bool names_no_key(int64_t i) const {
+    return positives && (positives[i] < 0 || positives[i] >= keys());
+  }
+  // Returns the mask of row i from key k0 on, or null.
+  const bool* masked(int64_t i, int64_t k0) const {
+    return mask ? mask + i * mask_stride + k0 : nullptr;
+  }
 };
 
 template <typename T>

@@ -191,6 +191,7 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
   const Tensor weights = device.empty({multiply ? rows : 0, stride}, dtype_of(math));
   const Tensor maxima = device.empty({multiply ? key_tiles : 0, rows}, ScalarType::Float);
   const Tensor positive = device.empty({call.teacher ? 0 : B}, ScalarType::Float);
+  const Tensor softmax = device.empty({4, multiply ? step : 0}, ScalarType::Float);
   const Optional own[2] = {contiguous(own_student), contiguous(own_teacher)};
   for (int64_t first = 0; first < B; first += step) {
     const int64_t count = std::min(step, B - first);
@@ -219,13 +220,12 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
     merge.positives = sweep.positives;
     merge.teacher = call.teacher;
     merge.subtract_entropy = given.subtract_entropy;
-    if (own[0]) {
-      merge.own_student = data_of<const float>(*own[0]) + first;
-      merge.own_teacher = data_of<const float>(*own[1]) + first;
-    }
+    if (own[0]) merge.own_student = data_of<const float>(*own[0]) + first;
+    if (own[1]) merge.own_teacher = data_of<const float>(*own[1]) + first;
     merge.loss = data_of<float>(loss) + first;
     merge.lse_student = data_of<float>(lse_student) + first;
     merge.lse_teacher = data_of<float>(lse_teacher) + first;
+    merge.softmax = multiply ? data_of<float>(softmax) : nullptr;
     launch_relational_kl_merge(merge, device.stream());
     if (!multiply) continue;
     DifferenceParams difference{};
@@ -240,9 +240,9 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
     difference.stride = stride;
     difference.rows = sweep.operand.rows;
     difference.maxima = sums.maxima;
-    difference.lse_student = merge.lse_student;
-    difference.lse_teacher = merge.lse_teacher;
+    difference.softmax = merge.softmax;
     difference.positives = sweep.positives;
+    difference.teacher = call.teacher;
     difference.scale = sweep.scale[0];
     launch_relational_kl_difference(difference, math, device.stream());
     if (split)

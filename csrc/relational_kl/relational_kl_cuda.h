@@ -43,7 +43,7 @@ struct SweepParams {
   int64_t all;               // number of all keys
   const int64_t* num_keys;   // [], how many of them count; null for all
   const int64_t* exclude;    // [B] or null
-  const int64_t* positives;  // [B], where there is no teacher
+  const int64_t* positives;  // [B] or null, where there is no teacher
   bool teacher, subtract_entropy;
   int tiles;
 };
@@ -67,6 +67,7 @@ struct MergeParams {
   bool teacher, subtract_entropy;
   const float *own_student, *own_teacher;   // [B] or null
   float *loss, *lse_student, *lse_teacher;  // [B]
+  float* softmax;  // [4, B], of the student and of the teacher the maximum and 1 / sum; or null
 };
 
 // A launch multiplies the student's softmax less the teacher's with the keys. There are few tiles
@@ -78,9 +79,10 @@ struct DifferenceParams {
   const void* weights;  // as WeightsParams has them
   int64_t stride, rows;
   const float* maxima;
-  const float *lse_student, *lse_teacher;  // [B]
-  const int64_t* positives;                // [B], subtracted in the teacher's place; or null
-  const float* scale;                      // [K] or null
+  const float* softmax;      // as MergeParams has it: a rounded lse would be common to a row
+  const int64_t* positives;  // [B], subtracted in the teacher's place; or null
+  const float* scale;        // [K] or null
+  bool teacher;
 };
 
 // A launch makes dout times the derivatives by both sides' logits, in the operand's rows. With

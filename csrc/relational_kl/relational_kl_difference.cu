@@ -15,17 +15,28 @@ class DifferenceLoader {
   using Tile = OperandTile<kMath, Along::kContraction>;
   using T = typename Tile::T;
   static constexpr int kBytes = 2 * kTileBytes;
+  // Registers for both the maximum and the sum: beside weights of 16 bits the rounding of a
+  // log-sum-exp, which is common to a row, is nothing.
+  static constexpr bool kExact = sizeof(T) == 4;
 
   __device__ __forceinline__ DifferenceLoader(const DifferenceParams& p, int64_t query0, int64_t k0)
-      : p_(p), load_k_(k0), finish_k_(k0), teacher_(p.positives == nullptr) {
+      : p_(p), load_k_(k0), finish_k_(k0), teacher_(p.teacher) {
     KDK_UNROLL
     for (int c = 0; c < Tile::kCopies; ++c) {
       const int64_t query = query0 + Tile::row(c);
       there_[c] = query < p.product.M;
       const int64_t i = there_[c] ? query : 0;
       row_[c] = teacher_ ? i / kGroup * 2 * kGroup + i % kGroup : i;
-      lse_[c][0] = p.lse_student[i];
-      lse_[c][1] = teacher_ ? p.lse_teacher[i] : 0.0f;
+      for (int side = 0; side < 2; ++side) {
+        const float max = p.softmax[2 * side * p.product.M + i],
+                    inverse = p.softmax[(2 * side + 1) * p.product.M + i];
+        if constexpr (kExact) {
+          shift_[c][side] = max;
+          inverse_[c][side] = inverse;
+        } else {
+          shift_[c][side] = max - std::log(inverse);
+        }
+      }
     }
   }
 
@@ -55,8 +66,10 @@ class DifferenceLoader {
     for (int c = 0; c < Tile::kCopies; ++c) {
       if (finish_k_ % kTile == 0) {
         KDK_UNROLL
-        for (int side = 0; side < 2; ++side)
-          factor_[c][side] = softmax_exp(most_[c][side] - lse_[c][side]);
+        for (int side = 0; side < 2; ++side) {
+          factor_[c][side] = softmax_exp(most_[c][side] - shift_[c][side]);
+          if constexpr (kExact) factor_[c][side] *= inverse_[c][side];
+        }
       }
       auto& student = *reinterpret_cast<Chunk<T>*>(Tile::place(stage, c));
       auto weights = student;
@@ -81,7 +94,8 @@ class DifferenceLoader {
   int64_t load_k_, finish_k_;
   bool teacher_, there_[Tile::kCopies];
   int64_t row_[Tile::kCopies];
-  float lse_[Tile::kCopies][2], most_[Tile::kCopies][2], factor_[Tile::kCopies][2];
+  float shift_[Tile::kCopies][2], inverse_[kExact ? Tile::kCopies : 1][2];
+  float most_[Tile::kCopies][2], factor_[Tile::kCopies][2];
 };
 
 // Takes the positive key of each row away; of a row without one everything is NaN.

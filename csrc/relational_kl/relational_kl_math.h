@@ -37,9 +37,11 @@ KDK_HOST_DEVICE RowResult<T> row_result(const SoftmaxSums<T>& sums, bool subtrac
           sums.teacher.max + log_teacher};
 }
 
-// Returns the result of a row that has a positive key in place of a teacher.
+// Returns the result of a row without a teacher, from the logit of its positive key, or from 0
+// where it has none: its loss is the log-sum-exp then.
 template <typename T>
-KDK_HOST_DEVICE RowResult<T> row_result(const SoftmaxSum<T>& student, T positive) {
+KDK_HOST_DEVICE RowResult<T> row_result(const SoftmaxSum<T>& student, T positive, bool no_key) {
+  if (no_key) return {};
   const T log_student = std::log(student.sum);
   return {student.max - positive + log_student, student.max + log_student, T(0)};
 }

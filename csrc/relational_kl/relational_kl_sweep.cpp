@@ -3,6 +3,10 @@
 // weights in place, and multiplies the weights at once with the same keys. The forward keeps a
 // running maximum per row: what was summed before is rescaled where it grows. Pieces of the key
 // axis have maxima of their own and are merged in order.
+//
+// Where both sides' sums are of one size, as they are when the student approaches the teacher, the
+// teacher's weights are taken from the student's before the product: rounding errors are then as
+// small as the difference.
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -38,6 +42,10 @@ void each_stretch(int64_t exclude, int64_t k0, int64_t n, const F& f) {
 // One row's sums over the keys of a piece.
 struct Running : SoftmaxSums<double> {
   double positive = kNotANumber;  // logit of the positive key
+  bool difference = false;        // of weighted keys: the student's less the teacher's
+
+  // Whether neither side's sum is more than twice that of the other.
+  bool alike() const { return student.sum <= 2 * teacher.sum && teacher.sum <= 2 * student.sum; }
 };
 
 // Scratch memory of a thread: a tile of logits per side.
@@ -75,7 +83,8 @@ class Sweep {
       : problem_(problem), i0_(i0), rows_(rows), running_(running) {}
 
   // Sums over keys first ... end go to `running`, and weighted sums of the student's keys to
-  // by_student and by_teacher [rows, D] unless null.
+  // by_student and by_teacher [rows, D] unless null. Of a row with `difference`, that by the
+  // teacher is taken from that by the student.
   void run(int64_t first, int64_t end, const Tiles<T>& tiles, const Matrix<T>* by_student,
            const Matrix<T>* by_teacher) const {
     for (int64_t k0 = first; k0 < end; k0 += kKeys) {
@@ -90,9 +99,22 @@ class Sweep {
         Running& row = running_[i];
         const Running before = row;
         weigh(i, k0, n, a.row(i), b.data ? b.row(i) : nullptr, row);
+        if (by_student && b.data) {
+          row.difference = row.alike();
+          if (row.difference) epilogues<T>().add_scaled(b.row(i), T(-1), a.row(i), n);
+        }
         if (!rescale) continue;
-        shrink_row(*by_student, i, before.student.factor(row.student.max));
-        if (b.data) shrink_row(*by_teacher, i, before.teacher.factor(row.teacher.max));
+        const double student = before.student.factor(row.student.max);
+        shrink_row(*by_student, i, student);
+        if (!b.data) continue;
+        const double teacher = before.teacher.factor(row.teacher.max);
+        // what was, and what is, taken from the sum by the student
+        const double taken = (before.difference ? student : 0) - (row.difference ? teacher : 0);
+        if (taken != 0) {
+          epilogues<T>().add_scaled(by_teacher->row(i), static_cast<T>(taken), by_student->row(i),
+                                    by_student->cols);
+        }
+        shrink_row(*by_teacher, i, teacher);
       }
       if (!by_student) continue;
       const auto keys = problem_.student.keys.row_block(k0, n);
@@ -111,6 +133,11 @@ class Sweep {
   void weigh(int64_t i, int64_t k0, int64_t n, T* a, T* b, Running& row) const {
     const auto& kernels = epilogues<T>();
     const int64_t exclude = problem_.exclude ? problem_.exclude[i0_ + i] : -1;
+    const bool* masked = problem_.masked(i0_ + i, k0);
+    if (masked && !mask_out(masked, a, n)) {
+      std::fill_n(a, n, T(0));
+      return;
+    }
     double most_student = row.student.max, most_teacher = row.teacher.max;
     each_stretch(exclude, k0, n, [&](int64_t j, int64_t count) {
       const T* scale = from(problem_.student.scale, k0 + j);
@@ -119,7 +146,7 @@ class Sweep {
       scale = from(problem_.teacher.scale, k0 + j);
       most_teacher = std::max<double>(most_teacher, kernels.maximum(b + j, scale, count));
     });
-    if (!problem_.has_teacher) {
+    if (problem_.positives) {
       const int64_t at = problem_.positives[i0_ + i] - k0;
       if (at >= 0 && at < n) row.positive = a[at];
     }
@@ -143,6 +170,17 @@ class Sweep {
     }
   }
 
+  // Makes the logits of masked keys minus infinity. Returns whether a key is left.
+  static bool mask_out(const bool* masked, T* a, int64_t n) {
+    int64_t left = n;
+    for (int64_t j = 0; j < n; ++j) {
+      if (!masked[j]) continue;
+      a[j] = -std::numeric_limits<T>::infinity();
+      --left;
+    }
+    return left > 0;
+  }
+
   const Problem<T>& problem_;
   int64_t i0_, rows_;
   Running* running_;
@@ -151,8 +189,10 @@ class Sweep {
 // Sums over a row's own logits, if it has any.
 template <typename T>
 SoftmaxSums<double> start(const Problem<T>& problem, int64_t i) {
-  if (problem.own_student == nullptr) return {};
-  return {{problem.own_student[i], 1}, {problem.own_teacher[i], 1}, 0};
+  SoftmaxSums<double> sums;
+  if (problem.own_student) sums.student = {problem.own_student[i], 1};
+  if (problem.own_teacher) sums.teacher = {problem.own_teacher[i], 1};
+  return sums;
 }
 
 }  // namespace
@@ -184,16 +224,18 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
   });
   parallel_each(B, gradient ? 2.0 * sides * cut.pieces * D : 100.0, [&](int64_t i) {
     SoftmaxSums<double> all = start(problem, i);
-    double positive = kNotANumber;
+    double positive = problem.positives     ? kNotANumber
+                      : problem.own_student ? problem.own_student[i]
+                                            : 0;
     for (int64_t piece = 0; piece < cut.pieces; ++piece) {
       const Running& row = running[piece * B + i];
       all.add(row, problem.subtract_entropy);
-      if (!has_teacher && problem.positives[i] / (cut.steps * kKeys) == piece)
+      if (problem.positives && problem.positives[i] / (cut.steps * kKeys) == piece)
         positive = row.positive;
     }
-    const bool no_key = has_teacher && all.student.sum == 0;
+    const bool no_key = problem.positives == nullptr && all.student.sum == 0;
     const auto result = has_teacher ? row_result(all, problem.subtract_entropy, no_key)
-                                    : row_result(all.student, positive);
+                                    : row_result(all.student, positive, no_key);
     residuals.loss[i] = static_cast<T>(result.loss);
     residuals.lse_student[i] = static_cast<T>(result.lse_student);
     residuals.lse_teacher[i] = static_cast<T>(result.lse_teacher);
@@ -207,10 +249,13 @@ void forward(const Problem<T>& problem, const Residuals<T>& residuals, const Mat
       if (q != 0) kernels.add_scaled(part(0, piece).row(i), static_cast<T>(q), to, D);
       if (!has_teacher) continue;
       const double p = row.teacher.factor(all.teacher.max) / all.teacher.sum;
-      if (p != 0) kernels.add_scaled(part(1, piece).row(i), static_cast<T>(-p), to, D);
+      const double by_teacher = (row.difference ? q : 0) - p;
+      if (by_teacher != 0) {
+        kernels.add_scaled(part(1, piece).row(i), static_cast<T>(by_teacher), to, D);
+      }
     }
-    if (has_teacher) return;
-    if (!problem.has_positive(i)) {
+    if (problem.positives == nullptr) return;
+    if (problem.names_no_key(i)) {
       std::fill_n(to, D, static_cast<T>(kNotANumber));
       return;
     }
@@ -237,7 +282,7 @@ std::pair<Matrix<T>, Matrix<T>> derivatives(const Problem<T>& problem,
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = i0 + i;
     T factor = dout[row * dout_stride];
-    if (!problem.has_teacher && !problem.has_positive(row)) factor = static_cast<T>(kNotANumber);
+    if (problem.names_no_key(row)) factor = static_cast<T>(kNotANumber);
     const Row<T> of{residuals.lse_student[row], residuals.lse_teacher[row], residuals.loss[row],
                     factor, problem.subtract_entropy};
     if (problem.student.scale) kernels.multiply(a.row(i), problem.student.scale + k0, n);
@@ -246,8 +291,12 @@ std::pair<Matrix<T>, Matrix<T>> derivatives(const Problem<T>& problem,
       kernels.derivatives(a.row(i), b.row(i), n, of);
     } else {
       kernels.softmax(a.row(i), n, of.lse_student, factor);
-      const int64_t at = problem.positives[row] - k0;
+      const int64_t at = problem.positives ? problem.positives[row] - k0 : -1;
       if (at >= 0 && at < n) a.row(i)[at] -= factor;
+      const bool* masked = problem.masked(row, k0);
+      for (int64_t j = 0; masked && j < n; ++j) {
+        if (masked[j]) a.row(i)[j] = 0;
+      }
     }
     const int64_t excluded = problem.exclude ? problem.exclude[row] - k0 : -1;
     if (excluded >= 0 && excluded < n) {

@@ -25,7 +25,9 @@ class Pairs {
       : sweep_(x, zeros(x.size(0)), x, zeros(x.size(0)), true, distance, need, need),
         workspaces_(sweep_),
         kept_(keep ? x.size(0) * x.size(0) : 0),
-        close_(keep ? sweep_.grid.triangle() : 0) {}
+        close_(keep ? sweep_.grid.triangle() : 0) {
+    sweep_.widen_norms();
+  }
 
   int64_t rows() const { return sweep_.anchors.sorted.size(); }
   Matrix<T> kept() const { return Matrix<T>::contiguous(kept_.data(), rows(), rows()); }

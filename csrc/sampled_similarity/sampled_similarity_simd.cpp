@@ -4,6 +4,8 @@
 // fp-contract: fast, since products are only added up.
 #include "sampled_similarity_simd.h"
 
+#include <type_traits>
+
 #include "../common/lanes.h"
 
 namespace kdk::sampled_similarity::KDK_SIMD_LEVEL {
@@ -24,13 +26,48 @@ Vector<T> load(const T* p) {
   return *reinterpret_cast<const Vector<T>*>(p);
 }
 
+// Vectors of as many narrower numbers as there are lanes of T.
+template <typename T>
+struct Narrow {
+  static constexpr int kCount = Lanes<T>::kCount;
+  typedef uint16_t Shorts __attribute__((vector_size(kCount * 2), aligned(2)));
+  typedef uint32_t Words __attribute__((vector_size(kCount * 4)));
+  typedef float Floats __attribute__((vector_size(kCount * 4), aligned(4)));
+};
+
+// Loads as many numbers of the bank.
+template <typename T, typename E>
+Vector<T> load_wide(const E* p) {
+  using Floats = typename Narrow<T>::Floats;
+  using Shorts = typename Narrow<T>::Shorts;
+  using Words = typename Narrow<T>::Words;
+  if constexpr (std::is_same_v<T, E>) {
+    return load(p);
+  } else if constexpr (std::is_same_v<E, float>) {
+    return __builtin_convertvector(*reinterpret_cast<const Floats*>(p), Vector<T>);
+  } else {
+    const Words bits = __builtin_convertvector(*reinterpret_cast<const Shorts*>(p), Words);
+    return __builtin_convertvector((widened<Floats>(E{}, bits)), Vector<T>);
+  }
+}
+
+template <typename T, typename E>
+T widen(E x) {
+  if constexpr (std::is_floating_point_v<E>) {
+    return x;
+  } else {
+    return widened<float>(x, static_cast<uint32_t>(x.bits));
+  }
+}
+
 // Fetches `columns` numbers of a row that is read soon, where there is one: nothing else tells the
 // processor where the next row lies.
-template <typename T>
-void fetch(const T* bank, const int64_t* index, int64_t k, int64_t n, int64_t D, int64_t columns) {
+template <typename E>
+void fetch(const E* bank, int64_t stride, const int64_t* index, int64_t k, int64_t n,
+           int64_t columns) {
   if (k >= n) return;
-  const auto* row = reinterpret_cast<const char*>(bank + index[k] * D);
-  for (int64_t byte = 0; byte < columns * int64_t(sizeof(T)); byte += kLine) {
+  const auto* row = reinterpret_cast<const char*>(bank + index[k] * stride);
+  for (int64_t byte = 0; byte < columns * int64_t(sizeof(E)); byte += kLine) {
     __builtin_prefetch(row + byte);
   }
 }
@@ -43,67 +80,68 @@ T sum_of(Vector<T> lanes) {
 }
 
 // Computes the inner products of x with kRows rows.
-template <int kRows, typename T>
-void dots_of(const T* x, const T* const* rows, int64_t D, T* out) {
+template <int kRows, typename T, typename E>
+void dots_of(const T* x, const E* const* rows, int64_t D, T* out) {
   constexpr int kCount = Lanes<T>::kCount;
   Vector<T> sums[kRows] = {};
   int64_t d = 0;
   for (; d + kCount <= D; d += kCount) {
     const Vector<T> of_x = load(x + d);
-    for (int r = 0; r < kRows; ++r) sums[r] += of_x * load(rows[r] + d);
+    for (int r = 0; r < kRows; ++r) sums[r] += of_x * load_wide<T>(rows[r] + d);
   }
   for (int r = 0; r < kRows; ++r) out[r] = sum_of<T>(sums[r]);
   for (; d < D; ++d) {
-    for (int r = 0; r < kRows; ++r) out[r] += x[d] * rows[r][d];
+    for (int r = 0; r < kRows; ++r) out[r] += x[d] * widen<T>(rows[r][d]);
   }
 }
 
-template <typename T>
-void dots(const T* x, const T* bank, const int64_t* index, int64_t n, int64_t D, T* out) {
+template <typename T, typename E>
+void dots(const T* x, const E* bank, int64_t stride, const int64_t* index, int64_t n, int64_t D,
+          T* out) {
   int64_t k = 0;
   for (; k + kTogether <= n; k += kTogether) {
-    const T* rows[kTogether];
+    const E* rows[kTogether];
     for (int r = 0; r < kTogether; ++r) {
-      fetch(bank, index, k + kAhead + r, n, D, D);
-      rows[r] = bank + index[k + r] * D;
+      fetch(bank, stride, index, k + kAhead + r, n, D);
+      rows[r] = bank + index[k + r] * stride;
     }
     dots_of<kTogether>(x, rows, D, out + k);
   }
   for (; k < n; ++k) {
-    const T* row = bank + index[k] * D;
+    const E* row = bank + index[k] * stride;
     dots_of<1>(x, &row, D, out + k);
   }
 }
 
 // Computes `kVectors` vectors of the sum, from column d on.
-template <int kVectors, typename T>
-void sum_columns(const T* weights, const T* bank, const int64_t* index, int64_t n, int64_t D,
+template <int kVectors, typename T, typename E>
+void sum_columns(const T* weights, const E* bank, int64_t stride, const int64_t* index, int64_t n,
                  int64_t d, T* out) {
   constexpr int kCount = Lanes<T>::kCount;
   Vector<T> sums[kVectors] = {};
   for (int64_t k = 0; k < n; ++k) {
-    fetch(bank + d, index, k + kAhead, n, D, kVectors * kCount);
-    const T* row = bank + index[k] * D + d;
-    for (int v = 0; v < kVectors; ++v) sums[v] += weights[k] * load(row + v * kCount);
+    fetch(bank + d, stride, index, k + kAhead, n, kVectors * kCount);
+    const E* row = bank + index[k] * stride + d;
+    for (int v = 0; v < kVectors; ++v) sums[v] += weights[k] * load_wide<T>(row + v * kCount);
   }
   for (int v = 0; v < kVectors; ++v) {
     *reinterpret_cast<Vector<T>*>(out + d + v * kCount) = sums[v];
   }
 }
 
-template <typename T>
-void weighted_sum(const T* weights, const T* bank, const int64_t* index, int64_t n, int64_t D,
-                  T* out) {
+template <typename T, typename E>
+void weighted_sum(const T* weights, const E* bank, int64_t stride, const int64_t* index, int64_t n,
+                  int64_t D, T* out) {
   constexpr int kCount = Lanes<T>::kCount;
   int64_t d = 0;
   for (; d + kColumns * kCount <= D; d += kColumns * kCount) {
-    sum_columns<kColumns>(weights, bank, index, n, D, d, out);
+    sum_columns<kColumns>(weights, bank, stride, index, n, d, out);
   }
-  for (; d + kCount <= D; d += kCount) sum_columns<1>(weights, bank, index, n, D, d, out);
+  for (; d + kCount <= D; d += kCount) sum_columns<1>(weights, bank, stride, index, n, d, out);
   for (int64_t j = d; j < D; ++j) out[j] = 0;
   for (int64_t k = 0; d < D && k < n; ++k) {
-    const T* row = bank + index[k] * D;
-    for (int64_t j = d; j < D; ++j) out[j] += weights[k] * row[j];
+    const E* row = bank + index[k] * stride;
+    for (int64_t j = d; j < D; ++j) out[j] += weights[k] * widen<T>(row[j]);
   }
 }
 
@@ -117,13 +155,18 @@ bool all_finite(const T* x, int64_t n) {
 
 }  // namespace
 
-template <typename T>
-const Loops<T>& loops() {
-  static constexpr Loops<T> table = {dots<T>, weighted_sum<T>, all_finite<T>};
+template <typename T, typename E>
+const Loops<T, E>& loops() {
+  static constexpr Loops<T, E> table = {dots<T, E>, weighted_sum<T, E>, all_finite<T>};
   return table;
 }
 
-template const Loops<float>& loops<float>();
-template const Loops<double>& loops<double>();
+template const Loops<float, float>& loops<float, float>();
+template const Loops<float, Half>& loops<float, Half>();
+template const Loops<float, BFloat16>& loops<float, BFloat16>();
+template const Loops<double, double>& loops<double, double>();
+template const Loops<double, float>& loops<double, float>();
+template const Loops<double, Half>& loops<double, Half>();
+template const Loops<double, BFloat16>& loops<double, BFloat16>();
 
 }  // namespace kdk::sampled_similarity::KDK_SIMD_LEVEL

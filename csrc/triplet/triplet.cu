@@ -90,20 +90,59 @@ __device__ __forceinline__ Search search_of(const MineParams& p, int side, int64
 struct Candidate {
   int64_t label, row;  // row is -1 if there is none
   float norm;
+  int64_t left_out;  // of an anchor: the row that it is not compared with, or -1
 };
 
 __device__ __forceinline__ Candidate candidate(const SortedRows& rows, int64_t i) {
-  if (i >= rows.x.rows) return {0, -1, 0};
-  return {rows.label[i], rows.row[i], rows.norm[i]};
+  if (i >= rows.x.rows) return {0, -1, 0, -1};
+  return {rows.label[i], rows.row[i], rows.norm[i], -1};
 }
 
-// Looks at one entry of the product from `anchor`.
-__device__ __forceinline__ void look(Search& search, bool in_batch, int side,
-                                     const Candidate& anchor, const Candidate& other, float dot) {
+__device__ __forceinline__ Candidate anchor_at(const MineParams& p, const SortedRows& rows,
+                                               int64_t i) {
+  Candidate anchor = candidate(rows, i);
+  if (p.in_batch) anchor.left_out = anchor.row;
+  if (p.exclude != nullptr) anchor.left_out = p.exclude[anchor.row];
+  return anchor;
+}
+
+// Turns a warp's products of sorted anchor i with the references from j0 on, four to each lane,
+// into squared distances. Those of close rows come from differences, which the lanes share:
+// products would rank them by their rounding.
+template <typename T>
+__device__ __forceinline__ Float4 distances(const MineParams& p, const Candidate& anchor,
+                                            const Candidate (&across)[4], Float4 products,
+                                            int64_t i, int64_t j0) {
+  const int lane = threadIdx.x % 32;
+  const T* x = row_of<T>(p.anchors.x, 0, i);
+  KDK_UNROLL
+  for (int e = 0; e < 4; ++e) {
+    const float size = anchor.norm + across[e].norm;
+    float d2 = size - 2.0f * products.x[e];
+    const bool pair = across[e].row >= 0 && across[e].row != anchor.left_out;
+    unsigned close = __ballot_sync(kWarp, pair && d2 < size * kClose<float>);
+    for (; close != 0; close &= close - 1) {
+      const int of = lowest_bit(close);
+      const T* r = row_of<T>(p.references.x, 0, j0 + 4 * of + e);
+      float sum = 0;
+      for (int64_t d = lane; d < p.anchors.x.cols; d += 32) {
+        const float difference = to_float(x[d]) - to_float(r[d]);
+        sum += difference * difference;
+      }
+      sum = warp_sum(sum);
+      if (lane == of) d2 = sum;
+    }
+    // no NaN: what is forced says it
+    products.x[e] = d2 > 0 ? (d2 < kLargest ? d2 : kLargest) : 0;
+  }
+  return products;
+}
+
+// Looks at one squared distance from `anchor`.
+__device__ __forceinline__ void look(Search& search, int side, const Candidate& anchor,
+                                     const Candidate& other, float d2) {
   const bool same = anchor.label == other.label;
-  if (other.row < 0 || same != (side == kPositive) || (in_batch && anchor.row == other.row)) return;
-  float d2 = anchor.norm + other.norm - 2.0f * dot;
-  d2 = d2 > 0 ? (d2 < kLargest ? d2 : kLargest) : 0;  // no NaN: what is forced says it
+  if (other.row < 0 || same != (side == kPositive) || other.row == anchor.left_out) return;
   search.see(d2, forced(anchor.norm) + forced(other.norm), other.row);
 }
 
@@ -137,29 +176,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   KDK_UNROLL
   for (int e = 0; e < 4; ++e) across[e] = candidate(r, j0 + 4 * lane + e);
   for (int row = threadIdx.x / 32; row < kTile && i0 + row < B; row += kRowsPerBlock) {
-    const Candidate anchor = candidate(x, i0 + row);
-    const auto dots = *reinterpret_cast<const Float4*>(staged(shared, row, 4 * lane));
+    const Candidate anchor = anchor_at(p, x, i0 + row);
+    auto* four = reinterpret_cast<Float4*>(staged(shared, row, 4 * lane));
+    const Float4 d2 = distances<Element<kMath>>(p, anchor, across, *four, i0 + row, j0);
+    *four = d2;
     for (int side = first_side; side < 2; ++side) {
       bool active;
       Search search = search_of(p, side, i0 + row, active);
       if (!active) continue;
       KDK_UNROLL
-      for (int e = 0; e < 4; ++e) look(search, p.in_batch, side, anchor, across[e], dots.x[e]);
+      for (int e = 0; e < 4; ++e) look(search, side, anchor, across[e], d2.x[e]);
       const Winner found = lane_min<1, 16>(search.winner());
       if (lane == 0 && found != kNoWinner) improve(p.winners[side] + i0 + row, found);
     }
   }
   if (!p.in_batch || i0 == j0) return;
+  __syncthreads();
   // above the diagonal every row is within the batch; two threads have a column, every other row
   const int column = threadIdx.x % kTile;
   if (j0 + column >= M) return;
-  const Candidate anchor = candidate(r, j0 + column);
+  const Candidate anchor = anchor_at(p, r, j0 + column);
   for (int side = first_side; side < 2; ++side) {
     bool active;
     Search search = search_of(p, side, j0 + column, active);
     if (!active) continue;
     for (int row = threadIdx.x / kTile; row < kTile; row += kThreads / kTile)
-      look(search, true, side, anchor, candidate(x, i0 + row), *staged(shared, row, column));
+      look(search, side, anchor, candidate(x, i0 + row), *staged(shared, row, column));
     const Winner found = search.winner();
     if (found != kNoWinner) improve(p.winners[side] + j0 + column, found);
   }

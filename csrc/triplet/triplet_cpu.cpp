@@ -17,19 +17,19 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const Tensor& labels,
                                                const Tensor& references,
                                                const Tensor& reference_labels, bool in_batch,
-                                               Strategy positives, Strategy negatives,
-                                               Distance distance) {
+                                               const Optional& exclude, Strategy positives,
+                                               Strategy negatives, Distance distance) {
   const int64_t B = embeddings.size(0), D = embeddings.size(1);
   const Tensor positive = empty({B}, ScalarType::Long), negative = empty({B}, ScalarType::Long);
   const Tensor d_ap = empty({B}, scalar_type_of<T>), d_an = empty({B}, scalar_type_of<T>);
   const Tensor x = contiguous_in_type<T>(embeddings),
                r = in_batch ? x : contiguous_in_type<T>(references);
-  const Labelled<T> sorted(x, labels, r, reference_labels, in_batch);
+  const Labelled<T> sorted(x, labels, r, reference_labels, in_batch, exclude);
   Search<T> p(true, positives == Strategy::kEasiest, B),
       n(false, negatives != Strategy::kEasiest, B);
-  mine(Miner<T>(sorted), positives, negatives, p, n);
   const auto* rows = static_cast<const T*>(x.const_data_ptr());
   const auto* other_rows = static_cast<const T*>(r.const_data_ptr());
+  mine(Miner<T>(sorted, rows, other_rows), positives, negatives, p, n);
   parallel_each(B, 4.0 * D, [&](int64_t i) {
     const int64_t row = sorted.anchors.row[i];
     const bool valid = p.best[i].row >= 0 && n.best[i].row >= 0;
@@ -118,11 +118,11 @@ std::tuple<Tensor, Tensor> bwd(const Tensor& dd_ap, const Tensor& dd_an, const T
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(Tensor embeddings, Tensor labels,
                                                        Tensor references, Tensor reference_labels,
-                                                       bool in_batch, std::string positives,
-                                                       std::string negatives,
+                                                       bool in_batch, Optional exclude,
+                                                       std::string positives, std::string negatives,
                                                        std::string distance) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(embeddings, labels, references, reference_labels, in_batch,
+  return run(embeddings, labels, references, reference_labels, in_batch, exclude,
              by_name(kStrategies, positives), by_name(kStrategies, negatives),
              by_name(pairs::kDistances, distance));
 }
@@ -143,7 +143,7 @@ std::tuple<Tensor, Tensor> triplet_bwd(Tensor dd_ap, Tensor dd_an, Tensor embedd
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def(
       "triplet_fwd(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, "
-      "bool in_batch, "
+      "bool in_batch, Tensor? exclude, "
       "str positives, str negatives, str distance) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "triplet_bwd(Tensor dd_ap, Tensor dd_an, Tensor embeddings, Tensor references, Tensor "

@@ -23,7 +23,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
     Tensor sorted,            // [M, D] in the order of their labels
     Tensor reference_labels,  // [M] int64, sorted
     Tensor reference_order,   // [M] int64
-    bool in_batch, std::string positives, std::string negatives, std::string distance, bool ieee) {
+    bool in_batch,
+    Optional exclude,  // [B] int64, in the caller's order
+    std::string positives, std::string negatives, std::string distance, bool ieee) {
   const Device device(embeddings);
   const int64_t B = embeddings.size(0), M = references.size(0);
   const Tensor positive = device.empty({B}, ScalarType::Long),
@@ -50,12 +52,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
   if (!in_batch)
     launch_triplet_prepare({candidates, {nullptr, nullptr}, {}}, math, device.stream());
 
+  const Optional left_out = contiguous(exclude);
   // a semi-hard positive is the farthest within its bound, a semi-hard negative the nearest beyond
   const int sign[2] = {p == Strategy::kEasiest ? 1 : -1, n == Strategy::kEasiest ? -1 : 1};
   const auto mine = [&](int positive_sign, int negative_sign, int bound) {
-    MineParams params{
-        anchors, candidates, in_batch, {positive_sign, negative_sign}, {winner[0], winner[1]},
-        bound,   0};
+    MineParams params{anchors,
+                      candidates,
+                      in_batch,
+                      {positive_sign, negative_sign},
+                      {winner[0], winner[1]},
+                      bound,
+                      0,
+                      left_out ? data_of<const int64_t>(*left_out) : nullptr};
     if (bound >= 0) params.bound_sign = sign[bound];
     launch_triplet_mine(params, math, device.stream());
   };
@@ -111,7 +119,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
   m.def(
       "triplet_fwd(Tensor embeddings, Tensor labels, Tensor order, Tensor references, Tensor "
       "sorted, "
-      "Tensor reference_labels, Tensor reference_order, bool in_batch, str positives, str "
+      "Tensor reference_labels, Tensor reference_order, bool in_batch, Tensor? exclude, str "
+      "positives, str "
       "negatives, "
       "str "
       "distance, bool ieee) -> (Tensor, Tensor, Tensor, Tensor)");

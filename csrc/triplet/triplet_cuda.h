@@ -35,6 +35,9 @@ struct MineParams {
   // Only rows beyond the winner of side `bound`, which was found with `bound_sign`, count. If it is
   // -1, all rows count.
   int bound, bound_sign;
+  // [B], in the caller's order: the reference that each anchor leaves out, in the caller's order,
+  // or one that there is not; null where none does
+  const int64_t* exclude;
 };
 
 struct DistancesParams {

@@ -38,14 +38,13 @@ struct Shared {
   };
 };
 
-// An anchor with its row of distances. Its positives are numbered, without itself.
+// An anchor with its row of distances. Its positives are numbered, without one that it leaves out.
 struct Anchor {
   float *d, *w;  // [stride]; w is null where no gradient is needed
   int64_t begin, end, M;
-  int64_t self;  // its column; -1 if it has none
+  int64_t self;  // the column of the positive that it leaves out; -1 if there is none
 
   __device__ __forceinline__ int64_t positives() const { return end - begin - (self >= 0); }
-  __device__ __forceinline__ int64_t negatives() const { return M - (end - begin); }
   __device__ __forceinline__ int64_t column(int64_t positive) const {
     const int64_t j = begin + positive;
     return j + (self >= 0 && j >= self);
@@ -303,13 +302,18 @@ __global__ void __launch_bounds__(kThreads, 4)
   KDK_UNROLL
   for (int side = 0; side < 2; ++side)
     clear_semaphores(p.semaphores[side], p.semaphore_count[side]);
-  const Anchor anchor{chunk.d + i * chunk.stride,
-                      p.weights == nullptr ? nullptr : p.weights + i * chunk.stride,
-                      p.begin[row],
-                      p.end[row],
-                      chunk.references.x.rows,
-                      chunk.in_batch ? row : -1};
-  const int64_t P = anchor.positives(), N = anchor.negatives();
+  const int64_t begin = p.begin[row], end = p.end[row], M = chunk.references.x.rows;
+  // The reference that is left out is one of the positives, or a negative, the distance to which
+  // becomes +infinity: comparing columns wherever distances are loaded would take registers that
+  // there are none of. The barrier before the first use is that of the loop.
+  const int64_t left_out = chunk.in_batch ? row : p.exclude != nullptr ? p.exclude[row] : -1;
+  const bool positive = left_out >= begin && left_out < end, negative = left_out >= 0 && !positive;
+  float* const d = chunk.d + i * chunk.stride;
+  if (negative && t == 0) d[left_out] = kInfinity;
+  const Anchor anchor{d,     p.weights == nullptr ? nullptr : p.weights + i * chunk.stride,
+                      begin, end,
+                      M,     positive ? left_out : -1};
+  const int64_t P = anchor.positives(), N = M - (end - begin) - negative;
   const bool any = P > 0 && N > 0;
   Found found;
   for (int64_t first = 0; any && first < P; first += threads()) {

@@ -13,12 +13,12 @@ namespace {
 template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(
     const Tensor& embeddings, const Tensor& labels, const Tensor& references,
-    const Tensor& reference_labels, bool in_batch, bool semihard, const Options& options,
-    pairs::Distance distance, bool need_embeddings, bool need_references) {
+    const Tensor& reference_labels, bool in_batch, const Optional& exclude, bool semihard,
+    const Options& options, pairs::Distance distance, bool need_embeddings, bool need_references) {
   const Tensor x = contiguous_in_type<T>(embeddings),
                r = in_batch ? x : contiguous_in_type<T>(references);
   Sweep<T> sweep(x, labels, r, reference_labels, in_batch, distance, need_embeddings,
-                 need_references);
+                 need_references, exclude);
   const Positives<T> positives(sweep, semihard);
   auto [sum, dx, dr] =
       semihard ? with_semihard(sweep, positives, options) : with_all(sweep, positives, options);
@@ -37,12 +37,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fwd(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
     Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch,
-    std::string negatives, double margin, bool soft, std::string distance, bool need_embeddings,
-    bool need_references) {
+    Optional exclude, std::string negatives, double margin, bool soft, std::string distance,
+    bool need_embeddings, bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(embeddings, labels, references, reference_labels, in_batch, negatives == "semihard",
-             {margin, soft}, by_name(pairs::kDistances, distance), need_embeddings,
-             need_references);
+  return run(embeddings, labels, references, reference_labels, in_batch, exclude,
+             negatives == "semihard", {margin, soft}, by_name(pairs::kDistances, distance),
+             need_embeddings, need_references);
 }
 
 }  // namespace
@@ -51,7 +51,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def(
       "triplet_all_fwd(Tensor embeddings, Tensor labels, Tensor references, Tensor "
-      "reference_labels, bool in_batch, str negatives, float margin, bool soft, str distance, bool "
+      "reference_labels, bool in_batch, Tensor? exclude, str negatives, float margin, bool soft, "
+      "str distance, bool "
       "need_embeddings, bool need_references) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 

@@ -27,9 +27,8 @@ struct Sum {
 };
 
 // The positives of all anchors. Those of an anchor that takes part in the sweep have slots
-// offset[i]... in the order of the references from ranges.first[i] on, one of them the anchor
-// itself where the references are the anchors; the first count[i] of the same slots hold the lists
-// by distance.
+// offset[i]... in the order of the references from ranges.first[i] on, the one that it leaves out
+// included; the first count[i] of the same slots hold the lists by distance.
 template <typename T>
 struct Positives {
   std::vector<int64_t> offset;    // [B + 1]
@@ -48,14 +47,19 @@ struct Positives {
     std::vector<int64_t> broken(M + 1);  // references before j that are not finite
     for (int64_t j = 0; j < M; ++j) broken[j + 1] = broken[j] + !references.finite(j);
     for (int64_t i = 0; i < B; ++i) {
-      const int64_t size = ranges.last[i] - ranges.first[i], P = size - ranges.in_batch,
-                    N = M - size;
+      const int64_t out = ranges.left_out(i);
+      const bool out_is_positive = out >= 0 && ranges.same(i, out),
+                 out_is_negative = out >= 0 && !out_is_positive,
+                 out_is_broken = out >= 0 && !references.finite(out);
+      const int64_t size = ranges.last[i] - ranges.first[i], P = size - out_is_positive,
+                    N = M - size - out_is_negative;
       offset[i + 1] = offset[i];
       if (P < 1 || N < 1) continue;
       triplets += chosen ? P : P * N;
-      nan = nan || !anchors.finite(i) || broken[M] > 0;
-      const int64_t broken_negatives =
-          broken[M] - (broken[ranges.last[i]] - broken[ranges.first[i]]);
+      nan = nan || !anchors.finite(i) || broken[M] > out_is_broken;
+      const int64_t broken_negatives = broken[M] -
+                                       (broken[ranges.last[i]] - broken[ranges.first[i]]) -
+                                       (out_is_negative && out_is_broken);
       // no other anchor has a triplet with a loss above 0
       if (anchors.finite(i) && !(chosen && broken_negatives > 0)) offset[i + 1] += size;
     }
@@ -72,6 +76,14 @@ struct Positives {
   double ops(double each) const { return each * offset.back() / std::max<size_t>(count.size(), 1); }
 
  private:
+  // Whether row i of the n rows of a label measures its distance to row j, and not j that to i: a
+  // row measures those to the next half of the others, around the end. So all rows have as much to
+  // do, also where nearly all rows have one label.
+  static bool measures(int64_t i, int64_t j, int64_t n) {
+    const int64_t ahead = 2 * (j > i ? j - i : j - i + n);
+    return ahead < n || (ahead == n && i < j);
+  }
+
   void measure(const Sweep<T>& sweep) {
     constexpr T kNone = std::numeric_limits<T>::quiet_NaN();
     const LabelRanges& ranges = sweep.rows.ranges;
@@ -81,11 +93,12 @@ struct Positives {
       const int64_t first = ranges.first[i];
       for (int64_t j = first; j < ranges.last[i]; ++j) {
         T& d = distance[offset[i] + j - first];
-        if (!sweep.rows.references.finite(j) || (ranges.in_batch && i == j)) {
+        if (!sweep.rows.references.finite(j) || j == ranges.left_out(i)) {
           d = kNone;
         } else if (!ranges.in_batch) {
           d = sweep.from_difference(i, j);
-        } else if (i < j) {  // a finite row of a label whose rows take part does so too
+        } else if (measures(i - first, j - first, ranges.last[i] - first)) {
+          // a finite row of a label whose rows take part does so too
           d = distance[offset[j] + i - first] = sweep.from_difference(i, j);
         }
       }

@@ -110,8 +110,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
     Tensor references,        // [M, D]
     Tensor reference_labels,  // [M] int64, sorted
     Tensor reference_order,   // [M] int64
-    bool in_batch, std::string negatives, double margin, bool soft, std::string distance,
-    bool need_embeddings, bool need_references, bool ieee) {
+    bool in_batch,
+    Optional exclude,  // [B] int64, sorted references of sorted anchors
+    std::string negatives, double margin, bool soft, std::string distance, bool need_embeddings,
+    bool need_references, bool ieee) {
   const Device device(embeddings);
   const int64_t B = embeddings.size(0), M = references.size(0);
   if (B == 0 || M == 0) {
@@ -147,6 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
   WeighParams params{};
   params.begin = data_of<const int64_t>(ranges);
   params.end = params.begin + B;
+  params.exclude = exclude ? data_of<const int64_t>(*exclude) : nullptr;
   params.place = candidates.place();
   params.form = negatives == "semihard" ? (soft ? Form::kSoftSemihard : Form::kSemihard)
                                         : (soft ? Form::kSoftplus : Form::kHinge);
@@ -184,7 +187,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_cuda, m) {
   m.def(
       "triplet_all_fwd(Tensor embeddings, Tensor labels, Tensor order, Tensor references, Tensor "
-      "reference_labels, Tensor reference_order, bool in_batch, str negatives, float margin, bool "
+      "reference_labels, Tensor reference_order, bool in_batch, Tensor? exclude, str negatives, "
+      "float margin, bool "
       "soft, "
       "str distance, bool need_embeddings, bool need_references, bool ieee) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");

@@ -54,6 +54,7 @@ enum class Form { kHinge, kSoftplus, kSemihard, kSoftSemihard };
 struct WeighParams {
   DistancesParams chunk;       // d becomes the weights in flagged tiles
   const int64_t *begin, *end;  // [B]
+  const int64_t* exclude;      // [B], sorted references; null where no anchor leaves one out
   const int64_t* place;        // [M]
   Form form;
   float margin;

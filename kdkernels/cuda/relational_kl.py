@@ -17,6 +17,8 @@ _ops = torch.ops.kdkernels_cuda
 def supports(*args: Any) -> str | None:
     """Why an operator's arguments cannot be handled; None if they can."""
     first = args[0]  # the student, or the gradient of its loss
+    if any(getattr(x, "dtype", None) == torch.bool for x in args):
+        return "its kernels exclude one key per row, by index, and take no mask"
     return refuse_fp64(first) or too_small(first)
 
 

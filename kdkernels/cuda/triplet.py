@@ -25,6 +25,7 @@ def triplet_fwd(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
+    exclude: Tensor | None,  # [B] int64
     positives: str,
     negatives: str,
     distance: str,
@@ -43,7 +44,7 @@ def triplet_fwd(
         sorted_references = references[reference_order]
     return _ops.triplet_fwd(
         x, labels, order, references, sorted_references, reference_labels, reference_order,
-        in_batch, positives, negatives, distance, ieee(),
+        in_batch, exclude, positives, negatives, distance, ieee(),
     )  # fmt: skip
 
 

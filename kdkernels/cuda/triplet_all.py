@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels._gpu import sorted_exclude
 from kdkernels.cuda._common import ieee
 from kdkernels.cuda.triplet import supports
 
@@ -20,6 +21,7 @@ def triplet_all_fwd(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
+    exclude: Tensor | None,  # [B] int64
     negatives: str,
     margin: float,
     soft: bool,
@@ -31,7 +33,9 @@ def triplet_all_fwd(
     reference_labels, reference_order = (
         (labels, order) if in_batch else reference_labels.sort(stable=True)
     )
+    if exclude is not None:
+        exclude = sorted_exclude(exclude, order, reference_order)
     return _ops.triplet_all_fwd(
-        embeddings, labels, order, references, reference_labels, reference_order, in_batch,
+        embeddings, labels, order, references, reference_labels, reference_order, in_batch, exclude,
         negatives, margin, soft, distance, need_embeddings, need_references, ieee(),
     )  # fmt: skip

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import kdkernels as kd
 from kdkernels.demo.data import Data
 from kdkernels.demo.models import EVALUATION_BATCH, ConvNet, Outputs
-from kdkernels.reference import gram_mse as reference
 
 
 @dataclass(frozen=True)
@@ -89,8 +88,8 @@ class ReferenceSimilarity(Criterion):
         self.weight = weight
 
     def forward(self, student: Outputs, teacher: Outputs, labels: Tensor, index: Tensor) -> Tensor:
-        squares = reference.gram_mse(student.features.flatten(1), teacher.features.flatten(1))
-        return self.weight * squares / len(student.features) ** 2
+        s, t = (side.features.flatten(1) for side in (student, teacher))
+        return self.weight * kd.reference.gram_mse(s, t)
 
 
 class OnFeatures(Criterion):

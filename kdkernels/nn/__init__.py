@@ -3,12 +3,15 @@
 
 Where public implementations of a loss disagree, `preset` names whose meaning is computed. A module
 multiplies by its `weight`, treats the teacher as a constant and keeps all of its state in
-`state_dict`; the mathematics is in `kdkernels.ops`.
+`state_dict`; the mathematics is in `kdkernels.ops`. Student, teacher, keys and linear layers may
+have different floating dtypes: what meets is computed in the wider one, and a gradient comes back
+in the dtype of its own tensor.
 """
 
 from kdkernels.nn.code_cache import CodeCache, encode_dataset, fingerprint
 from kdkernels.nn.comparative import ComparativeLoss
 from kdkernels.nn.contrastive import ContrastiveLoss
+from kdkernels.nn.contrastive_learning import CLIPLoss, NTXentLoss, SupConLoss
 from kdkernels.nn.correlation_congruence import CorrelationCongruenceLoss
 from kdkernels.nn.correlation_distance import CorrelationDistanceLoss
 from kdkernels.nn.crd import CRDLoss
@@ -33,6 +36,7 @@ __all__ = [
     "BatchAllTripletLoss",
     "BatchHardTripletLoss",
     "BatchSemiHardTripletLoss",
+    "CLIPLoss",
     "CRDLoss",
     "CodeCache",
     "ComparativeLoss",
@@ -44,12 +48,14 @@ __all__ = [
     "IntraUtteranceSimilarityLoss",
     "KeyQueue",
     "LSHFeatureMimickingLoss",
+    "NTXentLoss",
     "PKTLoss",
     "PairDistillationLoss",
     "RKDLoss",
     "RelationalRepresentationLoss",
     "SimilarityDistillationLoss",
     "SimilarityPreservingLoss",
+    "SupConLoss",
     "TripletDistillationLoss",
     "encode_dataset",
     "fingerprint",

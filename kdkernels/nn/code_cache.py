@@ -53,13 +53,14 @@ class CodeCache:
         samples: How many samples the data set has.
 
     Attributes:
-        codes: uint8 [samples, ceil(N / 8)].
+        codes: uint8 [samples, ceil(N / 8)], mapped. Indexing the cache copies what it reads.
         weight, bias: [N, D] and [N], as they were.
         teacher: The fingerprint of the teacher.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not such a file, truncated, or it does not match what it is used with.
+        RuntimeError: by indexing, where the file has become shorter since.
 
     Example:
         >>> cache = CodeCache("train.codes", criterion=criterion, teacher=teacher)
@@ -77,9 +78,10 @@ class CodeCache:
         self.path = Path(path).resolve()
         header = _read_header(self.path)
         N, D = header["bits"], header["dim"]
-        memory = torch.from_file(
-            str(self.path), shared=False, size=header["bytes"], dtype=torch.uint8
-        )
+        self._bytes = header["bytes"]
+        with self.path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), self._bytes, access=mmap.ACCESS_COPY)
+        memory = torch.frombuffer(self._map, dtype=torch.uint8)
 
         def part(name: str, dtype: torch.dtype, *shape: int) -> Tensor:
             first, count = header["offsets"][name], dtype.itemsize
@@ -88,18 +90,36 @@ class CodeCache:
             return memory[first : first + count].view(dtype).view(shape)
 
         dtype = DTYPES[header["dtype"]]
-        self.weight = part("weight", dtype, N, D)
-        self.bias = part("bias", dtype, N)
-        self.codes = part("codes", torch.uint8, header["samples"], (N + 7) // 8)
+        self.weight = part("weight", dtype, N, D).clone()
+        self.bias = part("bias", dtype, N).clone()
+        self._codes = part("codes", torch.uint8, header["samples"], (N + 7) // 8)
         self.teacher: str = header["teacher"]
         self._refuse_mismatch(criterion, teacher, samples)
 
     def __len__(self) -> int:
-        return len(self.codes)
+        return len(self._codes)
+
+    @property
+    def codes(self) -> Tensor:
+        """All codes, read from the file where they are used. Prefer indexing the cache, which looks
+        after the file."""
+        self._refuse_cut()
+        return self._codes
 
     def __getitem__(self, samples: Any) -> Tensor:
         """Codes of a sample (an int), or of several (a slice, a list or an integer tensor)."""
-        return self.codes[samples.cpu() if isinstance(samples, Tensor) else samples]
+        codes = self.codes[samples.cpu() if isinstance(samples, Tensor) else samples]
+        # a view would be read later, when the file may be shorter
+        return codes.clone() if isinstance(samples, (int, slice)) else codes
+
+    def _refuse_cut(self) -> None:
+        """To read what a file had when it was mapped, and has no more, would end the process."""
+        size = self._map.size()
+        if size < self._bytes:
+            raise RuntimeError(
+                f"{self.path} has been cut to {size} bytes since it was opened, expected "
+                f"{self._bytes}: its codes can no longer be read"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return CodeCache, (str(self.path),)

@@ -33,6 +33,8 @@ class ContrastiveLoss(nn.Module):
         margin: Distance beyond which pairs of different labels cost nothing; not negative.
         distance: "euclidean", "sqeuclidean" or "cosine", as in `kdkernels.contrastive_loss`.
         normalize_embeddings: Unit rows first.
+        ignore_index: Label of rows of both sides that do not count, an integer. None: every label
+            is a class, -1 too.
         reduction: "mean" (over all pairs), "mean_nonzero" (over losses > 0) or "sum", which is what
             the paper minimises.
         backend: See `kdkernels.explain`.
@@ -41,6 +43,10 @@ class ContrastiveLoss(nn.Module):
         - embeddings: [B, D]; labels: [B], any integer dtype.
         - references: [M, D], and reference_labels: [M]: the other side of every pair in place of
           the batch; they receive gradients if they ask for them.
+        - exclude: one reference per row that it is not compared with, integer [B], -1 for none: the
+          row's own copy, where the references hold the batch. Only with references.
+        - sample_mask: which rows of the embeddings count, bool [B], as in
+          `kdkernels.contrastive_loss`. None: all.
         - output: scalar, fp32 (fp64 for fp64 embeddings).
 
     Raises:
@@ -50,6 +56,8 @@ class ContrastiveLoss(nn.Module):
     Example:
         >>> criterion = kd.nn.ContrastiveLoss(margin=1.0)
         >>> loss = criterion(embeddings, labels)
+        >>> # cross-batch memory: the batch is at `places` of the bank already
+        >>> loss = criterion(embeddings, labels, bank, bank_labels, exclude=places)
 
     Reference:
         Hadsell, Chopra and LeCun, Dimensionality Reduction by Learning an Invariant Mapping, CVPR
@@ -63,6 +71,7 @@ class ContrastiveLoss(nn.Module):
         margin: float = 1.0,
         distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
         normalize_embeddings: bool = True,
+        ignore_index: int | None = None,
         reduction: Literal["mean", "mean_nonzero", "sum"] = "mean",
         backend: Backend = "auto",
     ) -> None:
@@ -74,6 +83,7 @@ class ContrastiveLoss(nn.Module):
         self.margin = _checks.not_negative("margin", margin)
         self.distance = distance
         self.normalize_embeddings = _checks.flag("normalize_embeddings", normalize_embeddings)
+        self.ignore_index = _checks.ignore_index(ignore_index)
         self.reduction = reduction
         self.backend = backend
 
@@ -83,6 +93,9 @@ class ContrastiveLoss(nn.Module):
         labels: Tensor,  # [B]
         references: Tensor | None = None,  # [M, D]
         reference_labels: Tensor | None = None,  # [M]
+        *,
+        exclude: Tensor | None = None,  # [B]
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
         return self.weight * contrastive_loss(
             embeddings,
@@ -92,6 +105,9 @@ class ContrastiveLoss(nn.Module):
             margin=self.margin,
             distance=self.distance,
             normalize_embeddings=self.normalize_embeddings,
+            exclude=exclude,
+            sample_mask=sample_mask,
+            ignore_index=self.ignore_index,
             reduction=self.reduction,
             backend=self.backend,
         )
@@ -99,6 +115,6 @@ class ContrastiveLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"weight={self.weight:g}, margin={self.margin:g}, distance={self.distance!r}, "
-            f"normalize_embeddings={self.normalize_embeddings}, reduction={self.reduction!r}, "
-            f"backend={self.backend!r}"
+            f"normalize_embeddings={self.normalize_embeddings}, ignore_index={self.ignore_index}, "
+            f"reduction={self.reduction!r}, backend={self.backend!r}"
         )

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.nn._arguments import Features
+from kdkernels.ops import _rows
 from kdkernels.ops.gram_mse import MAX_ORDER, gram_mse
 
 _WEIGHTS = {"paper": 0.003, "torchdistill": 0.003, "repdistiller": 0.02}
@@ -50,8 +52,12 @@ class CorrelationCongruenceLoss(nn.Module):
             choose.
 
     Shape:
-        - student: [B, ...], flattened to [B, student_dim].
-        - teacher: [B, ...], flattened to [B, teacher_dim], same B and dtype. Detached.
+        - student: [B, ...], flattened to [B, student_dim]; for "paper" also a list, tuple or dict
+          of such tensors, one per layer, whose losses are summed.
+        - teacher: [B, ...], flattened to [B, teacher_dim], same B, and the same layers. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. But for "paper" their number is read, for which a GPU is
+          waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Attributes:
@@ -103,19 +109,35 @@ class CorrelationCongruenceLoss(nn.Module):
 
     def forward(
         self,
-        student: Tensor,  # [B, ...]
-        teacher: Tensor,  # [B, ...]
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
-        _checks.features("student", student)
-        _checks.features("teacher", teacher)
-        s, t = _arguments.flat_pair("", student, teacher.detach())
+        layers = _arguments.pairs(student, teacher)
+        if self.embed_student is not None and len(layers) > 1:
+            raise ValueError(
+                f"student must be one layer with preset={self.preset!r}, which trains a linear "
+                f"layer for it: take a module per layer, got {len(layers)}"
+            )
+        losses = [self._of_rows(*_arguments.flat_pair(*pair), sample_mask) for pair in layers]
+        return self.weight * sum(losses[1:], losses[0])
+
+    def _of_rows(
+        self,
+        s: Tensor,  # [B, D_s]
+        t: Tensor,  # [B, D_t]
+        sample_mask: Tensor | None,  # [B]
+    ) -> Tensor:
+        if self.preset != "paper":  # a linear layer multiplies what rows hold with gradients of 0
+            s, t = _rows.select(sample_mask, student=s, teacher=t)
         if self.embed_student is not None and self.embed_teacher is not None:
             s, t = (
                 _embed("student", self.embed_student, s),
                 _embed("teacher", self.embed_teacher, t),
             )
         if self.preset == "repdistiller":
-            return self.weight * _neighbour_products(s, t)
+            return _neighbour_products(s, t)
         polynomial: dict[str, Any] = {
             "kernel": "rbf_taylor",
             "gamma": self.gamma,
@@ -123,9 +145,9 @@ class CorrelationCongruenceLoss(nn.Module):
             "backend": self.backend,
         }
         if self.preset == "paper":
-            return self.weight * gram_mse(s, t, normalize="feature", **polynomial)
+            return gram_mse(s, t, normalize="feature", sample_mask=sample_mask, **polynomial)
         squares = gram_mse(s, t, normalize="none", reduction="sum", **polynomial)
-        return self.weight * _root(squares) / max(s.shape[0] ** 2, 1)
+        return _root(squares) / max(s.shape[0] ** 2, 1)
 
     def extra_repr(self) -> str:
         text = f"weight={self.weight:g}, preset={self.preset!r}"
@@ -156,7 +178,7 @@ def _embed(
     if x.shape[1] != linear.in_features:
         expected = f"{linear.in_features} features per sample ({name}_dim)"
         raise ValueError(f"{name} must have {expected}, got {x.shape[1]}")
-    return linear(x)
+    return _arguments.embedded(linear, x)
 
 
 def _neighbour_products(

@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
+from kdkernels._similarity import no_infinity, norms
+from kdkernels.nn import _arguments
+from kdkernels.nn._arguments import Features
+from kdkernels.ops import _rows
 from kdkernels.ops.correlation import correlation
 
 RANKS = ("none", "hard", "soft")
@@ -63,8 +67,12 @@ class CorrelationDistanceLoss(nn.Module):
         backend: Of the values' correlation; see `kdkernels.explain`.
 
     Shape:
-        - student: logits, [B, C].
-        - teacher: logits, [B, C], same dtype. Detached.
+        - student: logits, [B, C], or maps, [B, C, H, W], each pixel of which is a row; or a list,
+          tuple or dict of such tensors, one per head, whose losses are summed.
+        - teacher: the same heads, of the same shapes. Detached.
+        - sample_mask: which rows count, bool [B], or [B, H, W] for maps; the loss is that of these
+          rows alone, and the others may hold anything. Their number is read, for which a GPU is
+          waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:
@@ -108,7 +116,25 @@ class CorrelationDistanceLoss(nn.Module):
         if self.rank == "soft":
             _soft_rank()
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B] or [B, H, W]
+    ) -> Tensor:
+        losses = []
+        for suffix, *sides in _arguments.pairs(student, teacher):
+            rows = _arguments.logit_rows(suffix, *sides)
+            mask = _arguments.row_mask(sample_mask, suffix, sides[0])
+            losses.append(self._of_rows(*_rows.select(mask, student=rows[0], teacher=rows[1])))
+        return sum(losses[1:], losses[0])
+
+    def _of_rows(
+        self,
+        student: Tensor,  # [B, C]
+        teacher: Tensor,  # [B, C]
+    ) -> Tensor:
         loss = self.value_weight * correlation(
             student, teacher, temperature=self.temperature, centered=_PRESETS[self.preset].centered,
             backend=self.backend,
@@ -154,5 +180,5 @@ def _pearson(
     b: Tensor,  # [B, C]
 ) -> Tensor:  # [B]
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-    norms = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
-    return (a * b).sum(1) / (norms + _EPS)
+    size = no_infinity(norms(a) * norms(b))
+    return (a * b).sum(1) / (size + _EPS)

@@ -13,7 +13,7 @@ from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
 from kdkernels.nn._state import ProcessState, once
 from kdkernels.nn.key_queue import MOST
-from kdkernels.ops import _key_bank
+from kdkernels.ops import _key_bank, _rows
 from kdkernels.ops.noise_contrastive import NoiseContrastive, move_rows, noise_contrastive
 
 
@@ -63,6 +63,9 @@ class CRDLoss(ProcessState):
           authors' code does without its "exact" mode. To leave the class of the
           sample out, as that mode does, draw them where labels are known.
         - update: False computes the loss and leaves the memories and partitions as they are.
+        - sample_mask: which samples count, bool [B]: the step is that of the batch without the
+          others, which may hold anything and enter no memory. Their number is read, for which a GPU
+          is waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for a module in fp64).
 
     Attributes:
@@ -147,12 +150,22 @@ class CRDLoss(ProcessState):
         negatives: Tensor | None = None,  # [B, num_negatives]
         *,
         update: bool = True,
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
         _checks.labels("index", index, "student", student)
+        student, teacher, index = _rows.select(
+            sample_mask, student=student, teacher=teacher, index=index.long()
+        )
+        if negatives is not None:
+            (negatives,) = _rows.select(sample_mask, negatives=negatives)
         moves = _checks.flag("update", update) and self.training
-        s = _arguments.unit_rows(self.embed_student(student), self.student_memory)
-        t = _arguments.unit_rows(self.embed_teacher(teacher), self.teacher_memory)
+        s = _arguments.unit_rows(
+            _arguments.embedded(self.embed_student, student), self.student_memory
+        )
+        t = _arguments.unit_rows(
+            _arguments.embedded(self.embed_teacher, teacher), self.teacher_memory
+        )
         of_student, of_teacher = self.step(
             (s, t, index),
             lambda drawn: self._losses(s, t, index, drawn if negatives is None else negatives),
@@ -169,7 +182,7 @@ class CRDLoss(ProcessState):
         negatives: Tensor,  # [B, num_negatives]
     ) -> tuple[NoiseContrastive, NoiseContrastive]:
         self._check(index, negatives)
-        rows = torch.cat([index[:, None].long(), negatives.long()], 1)
+        rows = torch.cat([index[:, None], negatives.long()], 1)
         options = {"temperature": self.temperature, "backend": self.backend}
         partitions = once(self.log_partitions)
         return (
@@ -189,7 +202,6 @@ class CRDLoss(ProcessState):
             move_rows(self.teacher_memory, index, t, self.momentum)
             self.log_partitions.copy_(torch.stack([loss.log_partition for loss in losses]))
 
-        index = index.long()
         overwritten = {"student_memory": index, "teacher_memory": index, "log_partitions": None}
         self.move(overwritten, write)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.nn._arguments import Features
 from kdkernels.ops.correlation import correlation
 
 _TEMPERATURES = {"imagenet": 1.0, "cifar": 4.0}
@@ -38,9 +39,13 @@ class DISTLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: logits, [B, C]. A batch of one has no relations within classes: that term is
-          constant.
-        - teacher: logits, [B, C], same dtype. Detached.
+        - student: logits, [B, C], or maps, [B, C, H, W], each pixel of which is a row; or a list,
+          tuple or dict of such tensors, one per head, whose losses are summed. One row has no
+          relations within classes: that term is constant.
+        - teacher: the same heads, of the same shapes. Detached.
+        - sample_mask: which rows count, bool [B], or [B, H, W] for maps; the loss is that of these
+          rows alone, and the others may hold anything. Their number is read, for which a GPU is
+          waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 logits).
 
     Raises:
@@ -73,11 +78,22 @@ class DISTLoss(nn.Module):
         self.temperature = _checks.positive("temperature", chosen)
         self.backend = backend
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return self.weight * correlation(
-            student, teacher, temperature=self.temperature, row_weight=self.beta,
-            column_weight=self.gamma, backend=self.backend,
-        )  # fmt: skip
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B] or [B, H, W]
+    ) -> Tensor:
+        losses = [
+            correlation(
+                *_arguments.logit_rows(suffix, s, t), temperature=self.temperature,
+                row_weight=self.beta, column_weight=self.gamma,
+                sample_mask=_arguments.row_mask(sample_mask, suffix, s), backend=self.backend,
+            )
+            for suffix, s, t in _arguments.pairs(student, teacher)
+        ]  # fmt: skip
+        return self.weight * sum(losses[1:], losses[0])
 
     def extra_repr(self) -> str:
         return (

@@ -3,40 +3,41 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdkernels import _checks
-from kdkernels._dispatch import Backend, requested_backend
-from kdkernels.nn import _arguments, _temperature
+from kdkernels._dispatch import Backend
 from kdkernels.nn._state import once
+from kdkernels.nn._temperature import TemperedLoss
 from kdkernels.nn.key_queue import KeyQueue
 from kdkernels.ops.info_nce import info_nce
 
 
-class InfoNCELoss(nn.Module):
+class InfoNCELoss(TemperedLoss):
     r"""Each query shall pick its positive out of all keys, by similarity.
 
     The mean of -log softmax(sim(query, keys) / temperature)[positive]. See `kdkernels.info_nce`.
-    Three uses:
+    `NTXentLoss`, `SupConLoss` and `CLIPLoss` are uses of it with names of their own. Others:
 
     - In the batch: `criterion(student, teacher)`, query i belongs to key i.
     - With other negatives, or with keys that belong to several queries: `keys` holds them all, and
       `positives` says which is whose.
     - With a queue: `keys` are the batch's, constants; they enter the queue first, and its keys are
       what a query picks from. So the queue's size counts the batch.
+    - With a bank of negatives only, as MoCo has it, where the batch's other keys are none:
 
-    The last one is the loss of DisCo and of DistilCSE's contrastive distillation. Their code trains
-    scale = exp(logit_scale) from exp(1), which is one over the temperature here, without a bound,
-    keeps 65536 keys beside the batch of B, and starts with none:
+          loss = criterion(queries, queue.keys, own_keys=keys)
+          queue.enqueue(keys)
+
+    The third one is the loss of DisCo and of DistilCSE's contrastive distillation. Their code
+    trains scale = exp(logit_scale) from exp(1), which is one over the temperature here, without a
+    bound, keeps 65536 keys beside the batch of B, and starts with none:
 
         InfoNCELoss(temperature=math.exp(-1), learn_temperature=True, min_temperature=0,
                     queue=KeyQueue(65536 + B, dim, init="empty"))
 
-    with the projection of the student, which is the user's. MoCo's differs: there the queue holds
-    negatives only, and the other keys of the batch are none.
+    with the projection of the student, which is the user's.
 
     For two views of each image, without the other view's key of the image among a query's
     negatives: the first call computes with its keys and does not keep them, see `update`,
@@ -63,6 +64,7 @@ class InfoNCELoss(nn.Module):
         - queries: [B, D]; keys: [K, D]. Both receive gradients if they ask for them.
         - positives: the key of each query, integer [B]; None where query i belongs to key i, and
           keys from B on are negatives of all. With a queue keys are [B, D], and positives None.
+        - key_labels, own_keys, exclude: as in `kdkernels.info_nce`; None with a queue.
         - update: False computes the same value, from a copy of the queue's keys, and leaves the
           queue as it is. Nothing without a queue.
         - output: scalar, fp32 (fp64 for fp64).
@@ -97,30 +99,14 @@ class InfoNCELoss(nn.Module):
         queue: KeyQueue | None = None,
         backend: Backend = "auto",
     ) -> None:
-        super().__init__()
-        requested_backend(backend)  # an unknown name raises here, not in the first step
-        self.weight = _arguments.weight(weight)
-        self.temperature = _checks.positive("temperature", temperature)
-        self.normalize = _checks.flag("normalize", normalize)
-        self.backend = backend
+        super().__init__(
+            weight, temperature, learn_temperature, min_temperature, normalize, backend
+        )
         if queue is not None and not isinstance(queue, KeyQueue):
             raise TypeError(f"queue must be a KeyQueue or None, got {type(queue).__name__}")
         if queue is not None and queue.student_keys is not None:
             raise ValueError("queue must keep one side, got one with student_dim")
         self.queue = queue
-        self.min_temperature = _checks.not_negative("min_temperature", min_temperature)
-        self.log_temperature: nn.Parameter | None = None
-        if _checks.flag("learn_temperature", learn_temperature):
-            if self.temperature < self.min_temperature:
-                raise ValueError(
-                    f"temperature must be at least min_temperature, {self.min_temperature:g}, "
-                    f"where it is learned, got {self.temperature:g}"
-                )
-            self.log_temperature = _temperature.parameter(self.temperature)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        _temperature.with_dimension(state_dict, f"{prefix}log_temperature")
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
         self,
@@ -128,63 +114,45 @@ class InfoNCELoss(nn.Module):
         keys: Tensor,  # [K, D]
         positives: Tensor | None = None,  # [B]
         *,
+        key_labels: Tensor | None = None,  # [K]
+        own_keys: Tensor | None = None,  # [B, D]
+        exclude: Tensor | None = None,  # [B] or [B, K]
         update: bool = True,
     ) -> Tensor:
         _checks.flag("update", update)
+        options = {"key_labels": key_labels, "own_keys": own_keys, "exclude": exclude}
         if self.queue is not None:
-            return self.weight * self._queued(queries, keys, positives, update)
-        positives = _by_order(queries, keys) if positives is None else positives
-        return self.weight * self._loss(queries, keys, positives)
+            for name, given in {"positives": positives, **options}.items():
+                if given is not None:
+                    raise ValueError(f"{name} must be None with a queue: query i belongs to key i")
+            return self.weight * self._queued(queries, keys, update)
+        if positives is None and key_labels is None and own_keys is None:
+            positives = _by_order(queries, keys)
+        return self.weight * info_nce(queries, keys, positives, **options, **self._options())
 
-    def _loss(
-        self, queries: Tensor, keys: Tensor, positives: Tensor, num_keys: Tensor | None = None
-    ) -> Tensor:
-        temperature: float | Tensor = self.temperature
-        if self.log_temperature is not None:
-            temperature = _temperature.of(self.log_temperature, self.min_temperature)
-        return info_nce(
-            queries,
-            keys,
-            positives,
-            temperature=temperature,
-            normalize=self.normalize,
-            num_keys=num_keys,
-            backend=self.backend,
-        )
-
-    def _queued(
-        self, queries: Tensor, keys: Tensor, positives: Tensor | None, update: bool
-    ) -> Tensor:
+    def _queued(self, queries: Tensor, keys: Tensor, update: bool) -> Tensor:
         queue, first = self.queue, _by_order(queries, keys)
-        if positives is not None:
-            raise ValueError("positives must be None with a queue: query i belongs to key i")
         if keys.shape[0] != queries.shape[0]:
             raise ValueError(
                 f"keys must have {queries.shape[0]} rows like queries with a queue, "
                 f"got {keys.shape[0]}"
             )
 
+        def of(bank: Tensor, places: Tensor, num_keys: Tensor) -> Tensor:
+            return info_nce(queries, bank, places, num_keys=num_keys, **self._options())
+
         def loss(places: Tensor | None) -> Tensor:
             if places is not None:
-                return self._loss(queries, queue.keys, places, queue.num_keys)
+                return of(queue.keys, places, queue.num_keys)
             if self.training:
-                return self._loss(queries, *queue.after(keys))
+                return of(*queue.after(keys))
             with torch.no_grad():
                 kept = torch.cat([keys.to(queue.keys.dtype), queue.keys])
-            return self._loss(queries, kept, once(first), queue.num_keys + len(keys))
+            return of(kept, once(first), queue.num_keys + len(keys))
 
         moves = self.training and update
         enqueue = (lambda: queue.enqueue(keys)) if moves else None
         return queue.step((queries, keys), loss, first=enqueue)
-
-    def extra_repr(self) -> str:
-        learned = self.log_temperature is not None
-        bound = f", min_temperature={self.min_temperature:g}" if learned else ""
-        return (
-            f"weight={self.weight:g}, temperature={self.temperature:g}, "
-            f"learn_temperature={learned}{bound}, normalize={self.normalize}, "
-            f"backend={self.backend!r}"
-        )
 
 
 def _by_order(queries: Tensor, keys: Tensor) -> Tensor:  # [B]

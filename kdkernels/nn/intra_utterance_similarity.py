@@ -37,12 +37,15 @@ class IntraUtteranceSimilarityLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: [utterances, frames, D_s], or a list or tuple of such tensors, one per layer.
-        - teacher: [utterances, frames, D_t], as many layers, same dtype. Detached. Where the
-          networks differ in frame rate, pool one of them first.
+        - student: [utterances, frames, D_s], or a list, tuple or dict of such tensors, one per
+          layer.
+        - teacher: [utterances, frames, D_t], as many layers, or the same keys of a dict. Detached.
+          Where the networks differ in frame rate, pool one of them first.
+        - frame_mask: which frames count, bool [utterances, frames], for utterances of different
+          lengths. The value of an utterance is that of its frames that count, with their number in
+          the place of `frames`; an utterance without one is left out of the mean. The other frames
+          may hold anything. None: all.
         - output: scalar, fp32 (fp64 for fp64 features).
-
-    Every frame counts; utterances of different lengths need one call each, or batches by length.
 
     Raises:
         TypeError, ValueError: an argument does not fit, by name; from `forward` too.
@@ -67,11 +70,22 @@ class IntraUtteranceSimilarityLoss(nn.Module):
         self.algorithm = algorithm
         self.backend = backend
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        frame_mask: Tensor | None = None,  # [utterances, frames]
+    ) -> Tensor:
         losses = []
         for suffix, s, t in _arguments.pairs(student, teacher):
             _check_frames(suffix, s, t)
-            losses.append(gram_mse(s, t, algorithm=self.algorithm, backend=self.backend))
+            _checks.sample_mask(frame_mask, f"student{suffix}", s, name="frame_mask")
+            losses.append(
+                gram_mse(
+                    s, t, algorithm=self.algorithm, sample_mask=frame_mask, backend=self.backend
+                )
+            )
         return self.weight * sum(losses[1:], losses[0])
 
     def extra_repr(self) -> str:
@@ -80,6 +94,7 @@ class IntraUtteranceSimilarityLoss(nn.Module):
 
 def _check_frames(suffix: str, student: Tensor, teacher: Tensor) -> None:
     for name, x in (("student", student), ("teacher", teacher)):
+        _checks.features(name + suffix, x)
         if x.dim() != 3:
             raise ValueError(
                 f"{name}{suffix} must be [utterances, frames, features], got shape {list(x.shape)}"
@@ -88,3 +103,4 @@ def _check_frames(suffix: str, student: Tensor, teacher: Tensor) -> None:
         if student.shape[axis] != teacher.shape[axis]:
             expected = f"{student.shape[axis]} {unit} like student{suffix}"
             raise ValueError(f"teacher{suffix} must have {expected}, got {teacher.shape[axis]}")
+    _checks.same_device(f"teacher{suffix}", teacher, f"student{suffix}", student)

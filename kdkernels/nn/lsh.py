@@ -185,13 +185,18 @@ class LSHFeatureMimickingLoss(nn.Module):
         sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
         _checks.features("student", student)
+        if teacher is not None:
+            _checks.features("teacher", teacher)
         self._check(teacher, codes, sample_mask)
         if sample_mask is not None:
-            _checks.sample_mask(sample_mask, "student", student)
+            _checks.sample_mask(sample_mask, "student", student.flatten(1))
         s = student.flatten(1)
         width = self.dim if self.adapter is None else self.adapter.in_features
         _width("student", s, width)
-        s = s if self.adapter is None else self.adapter(s)
+        s = s if self.adapter is None else _arguments.embedded(self.adapter, s)
+        # here and not in each term, so that the gradient is rounded once
+        others = (x.dtype for x in (teacher, self.hash_weight) if x is not None)
+        s = s.to(_checks.common_dtype(s.dtype, *others))
         loss: Tensor | None = None
         if "l2" in self.form:
             loss = _squared_difference(s, teacher, sample_mask, self.dim)
@@ -270,12 +275,10 @@ def _squared_difference(
     """Mean over the features of the samples that count, 0 if none does."""
     s, t = _arguments.flat_pair("", student, teacher.detach())
     _width("teacher", t, width)
-    _checks.same_device("teacher", t, "student", s)
-    t, s = _checks.same_dtype("teacher", t, "student", s)
     acc = _checks.accumulation_dtype(s.dtype)
     difference = s.to(acc) - t.to(acc)
     count: int | Tensor = max(len(s), 1)
     if sample_mask is not None:
-        difference = torch.where(sample_mask[:, None], difference, 0.0)
+        difference = torch.where(_arguments.keepable(sample_mask)[:, None], difference, 0.0)
         count = sample_mask.sum().clamp_min(1)
     return difference.square().sum() / (count * width)

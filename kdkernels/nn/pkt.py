@@ -12,6 +12,7 @@ from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
 from kdkernels.nn._arguments import Features
+from kdkernels.ops import _rows
 from kdkernels.ops.pkt import pkt
 
 
@@ -52,9 +53,12 @@ class PKTLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: [B, ...], or a list or tuple of such tensors, one per layer.
-        - teacher: the same number of layers with the same B and dtype; other dimensions are free.
-          Detached.
+        - student: [B, ...], or a list, tuple or dict of such tensors, one per layer.
+        - teacher: the same number of layers, or keys of a dict, with the same B; other dimensions
+          are free. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Their number is read, for which a GPU is waited for, and
+          `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Raises:
@@ -81,14 +85,20 @@ class PKTLoss(nn.Module):
         self.weight = _arguments.weight(_PRESETS[preset].weight if weight is None else weight)
         self.backend = backend
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
         chosen = _PRESETS[self.preset]
         options: dict[str, Any] = {"divergence": chosen.divergence, "backend": self.backend}
-        losses = [
-            pkt(*_arguments.flat_pair(*pair), kernel=kernel, **options)
-            for pair in _arguments.pairs(student, teacher)
-            for kernel in chosen.kernels
-        ]
+        losses = []
+        for pair in _arguments.pairs(student, teacher):
+            s, t = _arguments.flat_pair(*pair)
+            s, t = _rows.select(sample_mask, student=s, teacher=t)
+            losses += [pkt(s, t, kernel=kernel, **options) for kernel in chosen.kernels]
         return self.weight * sum(losses[1:], losses[0])
 
     def extra_repr(self) -> str:

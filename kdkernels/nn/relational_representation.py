@@ -14,6 +14,7 @@ from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
 from kdkernels.nn._state import once
 from kdkernels.nn.key_queue import MOST, KeyQueue
+from kdkernels.ops import _rows
 from kdkernels.ops.relational_kl import DIVERGENCES, relational_kl
 
 
@@ -65,6 +66,9 @@ class RelationalRepresentationLoss(nn.Module):
         - student: [B, ...], teacher: [B, ...], flattened. The teacher is detached.
         - update: False computes the same value, from a copy of the keys where the batch enters
           first, and leaves the queue as it is: see `InfoNCELoss` for two views.
+        - sample_mask: which samples count, bool [B]: the step is that of the batch without the
+          others, which may hold anything and enter no queue. Their number is read, for which a GPU
+          is waited for, and `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for a module in fp64).
 
     Attributes:
@@ -134,12 +138,18 @@ class RelationalRepresentationLoss(nn.Module):
         teacher: Tensor,  # [B, ...]
         *,
         update: bool = True,
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
+        student, teacher = _rows.select(sample_mask, student=student, teacher=teacher)
         # keys are left as they are: those of init="columns" have no unit norm
-        s = _arguments.unit_rows(self.embed_student(student), self.queue.keys)
+        s = _arguments.unit_rows(_arguments.embedded(self.embed_student, student), self.queue.keys)
         with torch.no_grad():
-            t = once(_arguments.unit_rows(self.embed_teacher(teacher), self.queue.keys))
+            t = once(
+                _arguments.unit_rows(
+                    _arguments.embedded(self.embed_teacher, teacher), self.queue.keys
+                )
+            )
         before = PRESETS[self.preset].enqueue_first
         moves = _checks.flag("update", update) and self.training
         if before and self.training and not update:

@@ -6,13 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
+from kdkernels._similarity import unit
 from kdkernels.nn import _arguments
 from kdkernels.nn._arguments import Features
+from kdkernels.ops import _rows
 from kdkernels.ops.rkd import rkd_angle, rkd_distance
 
 
@@ -67,9 +68,12 @@ class RKDLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: [B, ...], or a list or tuple of such tensors, one per layer.
-        - teacher: the same number of layers with the same B and dtype; other dimensions are free.
-          Detached.
+        - student: [B, ...], or a list, tuple or dict of such tensors, one per layer.
+        - teacher: the same number of layers, or keys of a dict, with the same B; other dimensions
+          are free. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Their number is read, for which a GPU is waited for, and
+          `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Raises:
@@ -109,11 +113,19 @@ class RKDLoss(nn.Module):
             raise ValueError("angle_weight must be above 0 where distance_weight is 0, got 0")
         self.backend = backend
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
         losses = []
         for pair in _arguments.pairs(student, teacher):
-            sides = zip(_arguments.flat_pair(*pair), _PRESETS[self.preset].unit, strict=True)
-            s, t = (F.normalize(x, dim=1) if unit else x for x, unit in sides)
+            s, t = _arguments.flat_pair(*pair)
+            s, t = _rows.select(sample_mask, student=s, teacher=t)
+            sides = zip((s, t), _PRESETS[self.preset].unit, strict=True)
+            s, t = (unit(x) if divide else x for x, divide in sides)
             for function, weight in (
                 (rkd_distance, self.distance_weight),
                 (rkd_angle, self.angle_weight),

@@ -14,6 +14,7 @@ from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
 from kdkernels.nn._state import once
 from kdkernels.nn.key_queue import MOST, KeyQueue
+from kdkernels.ops import _rows
 from kdkernels.ops.best_ranked import best_ranked
 from kdkernels.ops.relational_kl import relational_kl
 
@@ -88,6 +89,10 @@ class SimilarityDistillationLoss(nn.Module):
         - student: [B, student_dim], teacher: [B, teacher_dim]. The teacher is detached.
         - update: False computes the same value and leaves the queue as it is: see `InfoNCELoss` for
           two views.
+        - sample_mask: which samples count, bool [B]: the step is that of the batch without the
+          others, which may hold anything and enter no queue. Their number is read, for which a GPU
+          is waited for, and `torch.compile(fullgraph=True)` refuses it. None: all. Not for
+          "sskd", whose rows belong together.
         - output: scalar, fp32 (fp64 for fp64).
 
     Attributes:
@@ -166,8 +171,12 @@ class SimilarityDistillationLoss(nn.Module):
         teacher: Tensor,  # [B, ...]
         *,
         update: bool = True,
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
         student, teacher = _arguments.flat_pair("", student, teacher)
+        if self.queue is None and sample_mask is not None:
+            raise ValueError(f"sample_mask must be None for preset {self.preset!r}, got a mask")
+        student, teacher = _rows.select(sample_mask, student=student, teacher=teacher)
         moves = _checks.flag("update", update) and self.training
         return self.weight * (
             self._among_views(student, teacher)

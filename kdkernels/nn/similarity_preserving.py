@@ -60,9 +60,11 @@ class SimilarityPreservingLoss(nn.Module):
         backend: See `kdkernels.explain`.
 
     Shape:
-        - student: [B, ...], or a list or tuple of such tensors, one per layer.
-        - teacher: the same number of layers with the same B and dtype; other dimensions are free.
-          Detached.
+        - student: [B, ...], or a list, tuple or dict of such tensors, one per layer.
+        - teacher: the same number of layers, or keys of a dict, with the same B; other dimensions
+          are free. Detached.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. None: all.
         - output: scalar, fp32 (fp64 for fp64 features).
 
     Raises:
@@ -96,12 +98,19 @@ class SimilarityPreservingLoss(nn.Module):
         self.backend = backend
         choose_algorithm(1, 1, 1, normalize=self.normalize, kernel="linear", algorithm=algorithm)
 
-    def forward(self, student: Features, teacher: Features) -> Tensor:
+    def forward(
+        self,
+        student: Features,
+        teacher: Features,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
         losses = [
             gram_mse(
                 *_arguments.flat_pair(*pair),
                 normalize=self.normalize,
                 algorithm=self.algorithm,
+                sample_mask=sample_mask,
                 backend=self.backend,
             )
             for pair in _arguments.pairs(student, teacher)

@@ -6,11 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.ops import _rows
 from kdkernels.ops._labelled import DISTANCES
 from kdkernels.ops.triplet_loss import ONE, REDUCTIONS, triplet_loss
 
@@ -43,6 +45,7 @@ class _MinedTripletLoss(nn.Module):
         soft: bool | None = None,
         distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
         normalize_embeddings: bool | None = None,
+        ignore_index: int | None = None,
         reduction: Reduction | None = None,
         weight: float = 1.0,
         backend: Backend = "auto",
@@ -64,6 +67,7 @@ class _MinedTripletLoss(nn.Module):
         self.normalize_embeddings = _checks.flag(
             "normalize_embeddings", chosen("normalize_embeddings", normalize_embeddings)
         )
+        self.ignore_index = _checks.ignore_index(ignore_index)
         self.reduction = chosen("reduction", reduction)
         # of several triplets per anchor there are sums only
         one_per_anchor = self.mining in ONE
@@ -79,16 +83,30 @@ class _MinedTripletLoss(nn.Module):
         labels: Tensor,  # [B]
         references: Tensor | None = None,  # [M, D]
         reference_labels: Tensor | None = None,  # [M]
+        *,
+        exclude: Tensor | None = None,  # [B]
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
+        in_batch = references is None and reference_labels is None and exclude is None
+        if self.self_positive and not in_batch:
+            raise ValueError(
+                f"references must be left out with preset={self.preset!r}, and exclude, since it "
+                "mines within the batch"
+            )
+        over_batch, ignore_index, index = self.reduction == "mean_batch", self.ignore_index, None
+        if over_batch or self.self_positive:  # how many rows count, or which, matters here too
+            _checks.matrix("embeddings", embeddings)
+            _checks.labels("labels", labels, "embeddings", embeddings)
+            _checks.sample_mask(sample_mask, "embeddings", embeddings)
+            mask = _rows.of_label(labels.to(torch.int64), sample_mask, ignore_index)
+            B, index, sample_mask = embeddings.shape[0], _rows.counting(mask), None
+            if exclude is not None:
+                _checks.labels("exclude", exclude, "embeddings", embeddings)
+                (exclude,) = _rows.take(index, exclude)
+            embeddings, labels = _rows.take(index, embeddings, labels)
         if self.self_positive:
-            if references is not None or reference_labels is not None:
-                raise ValueError(
-                    f"references must be left out with preset={self.preset!r}, "
-                    "which mines within the batch"
-                )
             # references are never taken for the anchors themselves: each anchor finds itself there
-            references, reference_labels = embeddings, labels
-        over_batch = self.reduction == "mean_batch"
+            references, reference_labels, ignore_index = embeddings, labels, None
         loss = triplet_loss(
             embeddings,
             labels,
@@ -99,18 +117,24 @@ class _MinedTripletLoss(nn.Module):
             soft=self.soft,
             distance=self.distance,
             normalize_embeddings=self.normalize_embeddings,
+            exclude=exclude,
+            sample_mask=sample_mask,
+            ignore_index=ignore_index,
             reduction="sum" if over_batch else self.reduction,
             backend=self.backend,
         )
         if over_batch:
             loss = loss / max(embeddings.shape[0], 1)
+        elif self.self_positive and self.reduction == "none":
+            loss = _rows.put_back(loss, index, B)
         return self.weight * loss
 
     def extra_repr(self) -> str:
         return (
             f"preset={self.preset!r}, margin={self.margin:g}, soft={self.soft}, "
             f"distance={self.distance!r}, normalize_embeddings={self.normalize_embeddings}, "
-            f"reduction={self.reduction!r}, weight={self.weight:g}, backend={self.backend!r}"
+            f"ignore_index={self.ignore_index}, reduction={self.reduction!r}, "
+            f"weight={self.weight:g}, backend={self.backend!r}"
         )
 
 
@@ -164,8 +188,11 @@ class BatchHardTripletLoss(_MinedTripletLoss):
         soft: Softplus in place of the hinge.
         distance: "euclidean", "sqeuclidean" or "cosine", as in `kdkernels.triplet_loss`.
         normalize_embeddings: Unit rows first.
+        ignore_index: Label of rows that do not count: neither as anchors nor as positives nor as
+            negatives, of the batch or of the references. An integer; None: every label is a class,
+            -1 too.
         reduction: Of `kdkernels.triplet_loss`: "mean_nonzero", "mean" (over the anchors kept),
-            "sum", "none"; or "mean_batch", the sum over B.
+            "sum", "none"; or "mean_batch", the sum over B, less the rows that do not count.
         weight: Factor of the loss.
         backend: See `kdkernels.explain`.
 
@@ -173,6 +200,10 @@ class BatchHardTripletLoss(_MinedTripletLoss):
         - embeddings: [B, D]; labels: [B], any integer dtype.
         - references: [M, D], and reference_labels: [M]: where positives and negatives come from in
           place of the batch; they receive gradients if they ask for them.
+        - exclude: one reference per row that it is not compared with, integer [B], -1 for none: the
+          row's own copy, where the references hold the batch. Only with references.
+        - sample_mask: which rows of the embeddings count, bool [B], as in `kdkernels.triplet_loss`.
+          None: all.
         - output: scalar, or [B] for "none"; fp32 (fp64 for fp64 embeddings).
 
     Raises:
@@ -182,6 +213,8 @@ class BatchHardTripletLoss(_MinedTripletLoss):
     Example:
         >>> criterion = kd.nn.BatchHardTripletLoss(margin=0.3)
         >>> loss = criterion(embeddings, labels)
+        >>> # cross-batch memory: the batch is at `places` of the bank already
+        >>> loss = criterion(embeddings, labels, bank, bank_labels, exclude=places)
 
     Reference:
         Hermans, Beyer and Leibe, In Defense of the Triplet Loss for Person Re-Identification, 2017,
@@ -230,7 +263,8 @@ class BatchSemiHardTripletLoss(_MinedTripletLoss):
 
     Args:
         preset: See above; the arguments left at None come from it.
-        margin, soft, distance, normalize_embeddings, weight, backend: As in `BatchHardTripletLoss`.
+        margin, soft, distance, normalize_embeddings, ignore_index, weight, backend: As in
+            `BatchHardTripletLoss`.
         reduction: As in `BatchHardTripletLoss`; with the last two presets "mean" (over pairs of
             anchor and positive that have a negative), "mean_nonzero" or "sum".
 
@@ -289,7 +323,7 @@ class BatchAllTripletLoss(_MinedTripletLoss):
         margin: Not negative; also added under `soft`.
         soft: Softplus in place of the hinge; its time grows with the number of triplets, that of
             the hinge with the number of pairs.
-        distance, normalize_embeddings, weight, backend: As in `BatchHardTripletLoss`.
+        distance, normalize_embeddings, ignore_index, weight, backend: As in `BatchHardTripletLoss`.
         reduction: "mean_nonzero", "mean" (over all triplets) or "sum".
 
     Shape:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
 from kdkernels.nn import _arguments
+from kdkernels.ops import _rows
 from kdkernels.ops.contrastive import contrastive_loss
 from kdkernels.ops.triplet_distillation import NEGATIVES, triplet_distillation
 
@@ -29,11 +30,16 @@ class TripletDistillationLoss(nn.Module):
         weight: Factor of the loss.
         margin: Not negative; tied to the scale of the logits.
         negatives: "random", or our extensions "hardest" and "semihard".
+        ignore_index: Label of samples that do not count, an integer. None: every label is a class,
+            -1 too.
         backend: See `kdkernels.explain`.
 
     Shape:
         - student, teacher: [B, D]; the teacher is detached.
         - labels: [B], any integer dtype.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Their number is read, for which a GPU is waited for, and
+          `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64).
 
     Raises:
@@ -51,6 +57,7 @@ class TripletDistillationLoss(nn.Module):
         *,
         margin: float = 5.0,
         negatives: Literal["random", "hardest", "semihard"] = "random",
+        ignore_index: int | None = None,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
@@ -59,6 +66,7 @@ class TripletDistillationLoss(nn.Module):
         self.weight = _arguments.weight(weight)
         self.margin = _checks.not_negative("margin", margin)
         self.negatives = negatives
+        self.ignore_index = _checks.ignore_index(ignore_index)
         self.backend = backend
 
     def forward(
@@ -67,6 +75,8 @@ class TripletDistillationLoss(nn.Module):
         teacher: Tensor,
         labels: Tensor,
         generator: torch.Generator | None = None,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
     ) -> Tensor:
         return self.weight * triplet_distillation(
             student,
@@ -74,13 +84,17 @@ class TripletDistillationLoss(nn.Module):
             labels,
             margin=self.margin,
             negatives=self.negatives,
+            sample_mask=sample_mask,
+            ignore_index=self.ignore_index,
             generator=generator,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        choices = f"negatives={self.negatives!r}, backend={self.backend!r}"
-        return f"weight={self.weight:g}, margin={self.margin:g}, {choices}"
+        choices = f"negatives={self.negatives!r}, ignore_index={self.ignore_index}"
+        return (
+            f"weight={self.weight:g}, margin={self.margin:g}, {choices}, backend={self.backend!r}"
+        )
 
 
 class PairDistillationLoss(nn.Module):
@@ -97,11 +111,16 @@ class PairDistillationLoss(nn.Module):
     Args:
         weight: Factor of the loss.
         margin: Not negative; tied to the scale of the outputs.
+        ignore_index: Label of samples that do not count, an integer. None: every label is a class,
+            -1 too.
         backend: See `kdkernels.explain`.
 
     Shape:
         - student, teacher: [B, D]; the teacher is detached.
         - labels: [B], any integer dtype.
+        - sample_mask: which samples count, bool [B]; the loss is that of the batch without the
+          others, which may hold anything. Their number is read, for which a GPU is waited for, and
+          `torch.compile(fullgraph=True)` refuses it. None: all.
         - output: scalar, fp32 (fp64 for fp64).
 
     Raises:
@@ -114,23 +133,38 @@ class PairDistillationLoss(nn.Module):
     """
 
     def __init__(
-        self, weight: float = 1.0, *, margin: float = 5.0, backend: Backend = "auto"
+        self,
+        weight: float = 1.0,
+        *,
+        margin: float = 5.0,
+        ignore_index: int | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         requested_backend(backend)  # an unknown name raises here, not in the first step
         self.weight = _arguments.weight(weight)
         self.margin = _checks.not_negative("margin", margin)
+        self.ignore_index = _checks.ignore_index(ignore_index)
         self.backend = backend
 
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        *,
+        sample_mask: Tensor | None = None,  # [B]
+    ) -> Tensor:
         _checks.matrix("student", student)
         _checks.matrix("teacher", teacher)
         _checks.same_device("teacher", teacher, "student", student)
         if teacher.shape != student.shape:
             expected = f"shape {list(student.shape)} like student"
             raise ValueError(f"teacher must have {expected}, got {list(teacher.shape)}")
-        teacher, student = _checks.same_dtype("teacher", teacher, "student", student)
         _checks.labels("labels", labels, "student", student)
+        _checks.sample_mask(sample_mask, "student", student)
+        mask = _rows.of_label(labels.to(torch.int64), sample_mask, self.ignore_index)
+        student, teacher, labels = _rows.take(_rows.counting(mask), student, teacher, labels)
         return self.weight * contrastive_loss(
             student,
             labels,
@@ -143,4 +177,7 @@ class PairDistillationLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"weight={self.weight:g}, margin={self.margin:g}, backend={self.backend!r}"
+        return (
+            f"weight={self.weight:g}, margin={self.margin:g}, ignore_index={self.ignore_index}, "
+            f"backend={self.backend!r}"
+        )

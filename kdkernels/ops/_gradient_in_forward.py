@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kdkernels._library import first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import first_order
 
 
-class GradientInForward(torch.autograd.Function):
+class GradientInForward(KernelFunction):
     """Attaches such an operator to autograd: the backward scales what the forward has computed.
 
     `operator(*args)` returns the loss, then results without a derivative (counts), then the

@@ -6,12 +6,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import TensorForm, form
-from kdkernels._similarity import NORM_EPS
+from kdkernels._similarity import NORM_EPS, norms, unit
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -55,30 +54,45 @@ def check_num_keys(num_keys: Any, keys: Tensor) -> None:
         _checks.count("num_keys", num_keys, 1, keys.shape[0])
 
 
+def check_exclude(exclude: Any, rows_name: str, rows: Tensor, keys: Tensor) -> None:
+    """One key per row by index, or a bool mask of rows and keys."""
+    if not isinstance(exclude, Tensor) or exclude.dtype != torch.bool:
+        _checks.labels("exclude", exclude, rows_name, rows)
+        return
+    if exclude.shape != (len(rows), len(keys)):
+        raise ValueError(
+            f"exclude must have shape {[len(rows), len(keys)]}, a row per row of {rows_name} and a "
+            f"column per key, where it is a mask, got {list(exclude.shape)}"
+        )
+    _checks.same_device("exclude", exclude, rows_name, rows)
+
+
 def counting(num_keys: int | Tensor | None, keys: Tensor) -> int:
     """How many keys count, or how many there are where the number lies on a device that would be
     waited for. Refuses a number in a tensor that is out of range."""
     K = keys.shape[0]
     if isinstance(num_keys, Tensor):
-        return _checks.count("num_keys", int(num_keys), 1, K) if _known(num_keys) else K
+        return _checks.count("num_keys", int(num_keys), 1, K) if known(num_keys) else K
     return K if num_keys is None else num_keys
 
 
 def within(name: str, index: Tensor, low: int, K: int) -> None:
     """From `low` to K - 1. Numbers are read where that waits for no device."""
-    if not _known(index) or index.numel() == 0:
+    if not known(index) or index.numel() == 0:
         return
-    least, most = (int(value) for value in index.aminmax())
+    least, most = (int(value) for value in index.long().aminmax())
     if least < low or most >= K:
         raise ValueError(
             f"{name} must be from {low} to {K - 1}, got {least if least < low else most}"
         )
 
 
-def _known(x: Tensor) -> bool:
+def known(x: Tensor) -> bool:
     """Whether reading its numbers waits for no device. A subclass of Tensor may hold none."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return torch.func.debug_unwrap(x, recurse=False) is x  # under torch.vmap it has many
 
 
 def counted(
@@ -111,7 +125,7 @@ def divided(
 ) -> Tensor:  # [B, D]
     """Rows over a temperature, in the accumulation dtype."""
     x = x.to(_checks.accumulation_dtype(x.dtype))
-    x = F.normalize(x, dim=-1, eps=NORM_EPS) if normalize else x
+    x = unit(x) if normalize else x
     return x / (by.where(by > 0, torch.nan) if isinstance(by, Tensor) else by)
 
 
@@ -129,7 +143,7 @@ def scale_of(
         return None
     acc = _checks.accumulation_dtype(keys.dtype)
     with torch.no_grad():
-        return torch.linalg.vector_norm(keys, dim=-1, dtype=acc).clamp_min(NORM_EPS).reciprocal()
+        return norms(keys.to(acc)).clamp_min(NORM_EPS).reciprocal()
 
 
 def form_of_scale(keys: TensorForm | None, normalize: bool) -> TensorForm | None:

@@ -4,21 +4,23 @@ operators that return gradients with a sum."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import form
+from kdkernels._similarity import unit
+from kdkernels.ops import _rows
+from kdkernels.ops._key_bank import within
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
 
 
 def _unit(x: Tensor) -> Tensor:
     """Unit rows in the accumulation dtype, so that half precision rounds no distance."""
-    return F.normalize(x.to(_checks.accumulation_dtype(x.dtype)), dim=-1)
+    return unit(x.to(_checks.accumulation_dtype(x.dtype)))
 
 
 def _check_side(name: str, x: Tensor, labels_name: str, labels: Any) -> None:
@@ -32,9 +34,14 @@ def _check(
     references: Tensor | None,
     reference_labels: Tensor | None,
     distance: str,
+    exclude: Tensor | None,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
 ) -> torch.dtype:
     """The dtype of embeddings and references."""
     _check_side("embeddings", embeddings, "labels", labels)
+    _checks.sample_mask(sample_mask, "embeddings", embeddings)
+    _checks.ignore_index(ignore_index)
     if (references is None) != (reference_labels is None):
         missing = "references" if references is None else "reference_labels"
         raise ValueError(f"{missing} must be given with the other of the two, got None")
@@ -43,9 +50,36 @@ def _check(
         _check_side("references", references, "reference_labels", reference_labels)
         _checks.same_device("references", references, "embeddings", embeddings)
         _checks.same_columns("references", references, "embeddings", embeddings)
-        dtype = _checks.common_dtype("references", references, "embeddings", dtype)
+        dtype = _checks.common_dtype(dtype, references.dtype)
+    if exclude is not None:
+        if references is None:
+            raise ValueError(
+                "exclude must be None without references, since no row meets itself then, "
+                f"got {type(exclude).__name__}"
+            )
+        _checks.labels("exclude", exclude, "embeddings", embeddings)
     _checks.choice("distance", distance, DISTANCES)
     return dtype
+
+
+class LabelledRows(NamedTuple):
+    """Rows as operators take them: those that count, unit rows where asked for, int64 labels.
+
+    None for the references says that they are the embeddings, None for their labels that they are
+    the same tensor: Dynamo passes no tensor to an autograd function twice (torch 2.13).
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    references: Tensor | None
+    reference_labels: Tensor | None
+    exclude: Tensor | None
+    index: Tensor | None  # of the rows in what was given; None where all count
+    reference_index: Tensor | None  # likewise, of the embeddings where they are the references
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return self[:5]
 
 
 def labelled_rows(
@@ -55,30 +89,54 @@ def labelled_rows(
     reference_labels: Tensor | None,  # [M]
     distance: str,
     normalize_embeddings: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The four tensors checked, with unit rows where asked for and int64 labels.
+    exclude: Tensor | None = None,  # [B]
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
+) -> LabelledRows:
+    """The arguments checked, and the rows of both sides that count.
 
-    None for the references says that they are the embeddings, None for their labels that they are
-    the same tensor: Dynamo passes no tensor to an autograd function twice (torch 2.13).
+    `sample_mask` is about the embeddings, `ignore_index` about both sides.
     """
-    dtype = _check(embeddings, labels, references, reference_labels, distance)
-    unit = normalize_embeddings or distance == "cosine"
+    dtype = _check(
+        embeddings, labels, references, reference_labels, distance, exclude, sample_mask,
+        ignore_index,
+    )  # fmt: skip
+    divide = normalize_embeddings or distance == "cosine"
     given_labels, labels = labels, labels.to(torch.int64)
-    shared = reference_labels is None or reference_labels is given_labels
-    reference_labels = None if shared else reference_labels.to(torch.int64)
+    index = _rows.counting(_rows.of_label(labels, sample_mask, ignore_index))
+    same_labels = reference_labels is given_labels and sample_mask is None
+    embeddings, labels = _rows.take(index, embeddings, labels)
     if references is None:
-        return _unit(embeddings) if unit else embeddings, labels, None, reference_labels
+        embeddings = _unit(embeddings) if divide else embeddings
+        return LabelledRows(embeddings, labels, None, None, None, index, index)
+    if exclude is not None:
+        (exclude,) = _rows.take(index, exclude.to(torch.int64))
+        within("exclude", exclude, -1, references.shape[0])
+    reference_index, M = index, references.shape[0]
+    if same_labels:
+        (references,) = _rows.take(index, references)
+        reference_labels = None
+    else:
+        reference_labels = reference_labels.to(torch.int64)
+        reference_index = _rows.counting(_rows.of_label(reference_labels, None, ignore_index))
+        references, reference_labels = _rows.take(reference_index, references, reference_labels)
     embeddings, references = _checks.in_dtype(dtype, embeddings, references)
-    if unit:
+    if divide:
         embeddings, references = _unit(embeddings), _unit(references)
     references = references.view_as(references) if references is embeddings else references
-    return embeddings, labels, references, reference_labels
+    if exclude is not None:
+        exclude = _rows.renumbered(exclude, reference_index, M)
+    return LabelledRows(
+        embeddings, labels, references, reference_labels, exclude, index, reference_index
+    )
 
 
 def both_sides(
-    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(embeddings, labels, references, reference_labels, in_batch), as operators take them."""
+    embeddings: Tensor, labels: Tensor, references: Tensor | None, reference_labels: Tensor | None,
+    exclude: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, Tensor | None]:  # fmt: skip
+    """(embeddings, labels, references, reference_labels, in_batch, exclude), as operators take
+    them."""
     in_batch = references is None
     return (
         embeddings,
@@ -86,6 +144,7 @@ def both_sides(
         embeddings if in_batch else references,
         labels if reference_labels is None else reference_labels,
         in_batch,
+        exclude,
     )
 
 
@@ -96,23 +155,28 @@ def forms_of_both_sides(
     reference_labels: Tensor | None,
     distance: str,
     normalize_embeddings: bool,
+    exclude: Tensor | None,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
 ) -> tuple[Any, ...]:
-    """The forms of `both_sides` of `labelled_rows`."""
-    dtype = _check(embeddings, labels, references, reference_labels, distance)
+    """The forms of `both_sides` of `labelled_rows`, if all rows count."""
+    dtype = _check(
+        embeddings, labels, references, reference_labels, distance, exclude, sample_mask,
+        ignore_index,
+    )  # fmt: skip
     if normalize_embeddings or distance == "cosine":
         dtype = _checks.accumulation_dtype(dtype)
-    x, y, r, r_y = both_sides(embeddings, labels, references, reference_labels)[:4]
+    x, y, r, r_y = both_sides(embeddings, labels, references, reference_labels, exclude)[:4]
     return (
         form(x, dtype=dtype), form(y, dtype=torch.int64), form(r, dtype=dtype),
         form(r_y, dtype=torch.int64), references is None,
+        None if exclude is None else form(exclude, dtype=torch.int64),
     )  # fmt: skip
 
 
 def need_of_both_sides(embeddings: Tensor, references: Tensor | None) -> tuple[bool, bool]:
     """The flags need_embeddings and need_references of operators."""
-    enabled = torch.is_grad_enabled()
-    need_references = enabled and references is not None and references.requires_grad
-    return enabled and embeddings.requires_grad, need_references
+    return _checks.wants_gradient(embeddings), _checks.wants_gradient(references)
 
 
 def differentiable_first(operator: Any) -> Any:
@@ -123,9 +187,11 @@ def differentiable_first(operator: Any) -> Any:
         references: Tensor | None,
         labels: Tensor,
         reference_labels: Tensor | None,
+        exclude: Tensor | None,
         *options: Any,
     ) -> tuple[Tensor, ...]:
-        return operator(*both_sides(embeddings, labels, references, reference_labels), *options)
+        rows = both_sides(embeddings, labels, references, reference_labels, exclude)
+        return operator(*rows, *options)
 
     return call
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from kdkernels import _checks
 
 
-def check_sides(student: Any, teacher: Any) -> torch.dtype:
-    """Two matrices of as many rows; their common dtype."""
+def check_sides(student: Any, teacher: Any, sample_mask: Any) -> torch.dtype:
+    """Two matrices of as many rows, and which rows count; the common dtype."""
     _checks.matrix("student", student)
     _checks.matrix("teacher", teacher)
     _checks.same_device("teacher", teacher, "student", student)
     _checks.same_leading("teacher", teacher, "student", student)
-    return _checks.common_dtype("teacher", teacher, "student", student.dtype)
+    _checks.sample_mask(sample_mask, "student", student)
+    return _checks.common_dtype(student.dtype, teacher.dtype)
 
 
 def choices(student: Tensor, **_: Any) -> dict[str, str]:

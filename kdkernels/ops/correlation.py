@@ -15,6 +15,7 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._library import define_operator
+from kdkernels.ops import _rows
 from kdkernels.ops._gradient_in_forward import GradientInForward
 from kdkernels.ops._two_sides import check_sides, choices, fake
 
@@ -38,9 +39,10 @@ def _check(
     column_weight: float,
     centered: bool,
     eps: float,
+    sample_mask: Tensor | None,
 ) -> tuple[Any, ...]:
     """The dtype of both sides, and the options as the operator takes them."""
-    dtype = check_sides(student, teacher)
+    dtype = check_sides(student, teacher, sample_mask)
     if teacher.shape != student.shape:
         raise ValueError(
             f"teacher must have {student.shape[1]} columns like student, got {teacher.shape[1]}"
@@ -71,6 +73,7 @@ def correlation(
     column_weight: float = 1.0,
     centered: bool = True,
     eps: float = 1e-8,
+    sample_mask: Tensor | None = None,  # [B]
     backend: Backend = "auto",
 ) -> Tensor:
     r"""One minus the correlation of softened predictions, within samples and within classes.
@@ -85,7 +88,7 @@ def correlation(
 
     Args:
         student: Logits, [B, C], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: Logits, [B, C], same dtype and device (under autocast the wider dtype is taken).
+        teacher: Logits, [B, C], on the same device; the wider dtype is taken where they differ.
             Detached.
         temperature: Positive.
         row_weight: Of the samples' correlations over classes, not negative.
@@ -93,6 +96,10 @@ def correlation(
         centered: False leaves the means in, so that rho is a cosine: the value term of R2KD, whose
             absolute value changes nothing, since probabilities are not negative.
         eps: Added to the product of the norms, positive.
+        sample_mask: Which rows count, bool [B]: value and gradient are those of the batch without
+            the other rows, which may hold anything and whose gradient is 0. Their number is read
+            once, for which a GPU is waited for, and `torch.compile(fullgraph=True)` refuses it.
+            None: all rows.
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -100,7 +107,7 @@ def correlation(
         batch of one sample adds temperature^2 column_weight, constant. 0 for an empty batch.
 
     Raises:
-        TypeError: not a floating tensor, dtypes differ, or an option is of another type.
+        TypeError: not a floating tensor, or an option or a mask is of another type.
         ValueError: shapes, devices or options do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
@@ -109,8 +116,9 @@ def correlation(
         arXiv:2205.10536.
     """
     dtype, *options = _check(
-        student, teacher, temperature, row_weight, column_weight, centered, eps
+        student, teacher, temperature, row_weight, column_weight, centered, eps, sample_mask
     )
+    student, teacher = _rows.take(_rows.counting(sample_mask), student, teacher)
     student, teacher = _checks.in_dtype(dtype, student, teacher.detach())
     return GradientInForward.apply(
         _fwd, 1, 1.0, student, teacher, *options, _checks.wants_gradient(student),

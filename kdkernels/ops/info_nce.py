@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""info_nce: the operator of relational_kl with one positive key per row in the teacher's place."""
+"""info_nce: the operator of relational_kl with positive keys in the teacher's place.
+
+One positive key per row, by index or in `own_keys`, is the operator's own case. With labels the
+operator gives the log-sum-exp of each row. The mean logit of the row's positives is subtracted: the
+product of the row and the mean of these keys, of which there is one per label, O(B D + K D).
+"""
 
 from __future__ import annotations
 
@@ -11,44 +16,87 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form
 from kdkernels._key_bank_call import KeyBankCall
-from kdkernels.ops import _key_bank
+from kdkernels._library import autocast_off
+from kdkernels._similarity import unit
+from kdkernels.ops import _key_bank, _rows
 from kdkernels.ops.relational_kl import apply, gradient_choice
 
 
 def _check(
     queries: Tensor,
     keys: Tensor,
-    positives: Tensor,
+    positives: Tensor | None,
+    *,
+    key_labels: Tensor | None,
+    own_keys: Tensor | None,
+    exclude: Tensor | None,
     temperature: float | Tensor,
     normalize: bool,
     num_keys: int | Tensor | None,
+    sample_mask: Tensor | None,
     reduction: str,
 ) -> tuple[torch.dtype, float | Tensor]:
     """Everything but the numbers inside tensors; returns the common dtype and the temperature."""
     _key_bank.check_bank("keys", keys, "queries", queries)
     _key_bank.check_num_keys(num_keys, keys)
-    _checks.labels("positives", positives, "queries", queries)
+    if positives is not None:
+        _checks.labels("positives", positives, "queries", queries)
+    if key_labels is not None:
+        _checks.labels("key_labels", key_labels, "keys", keys)
+        if positives is None:
+            raise ValueError("positives must be the queries' labels with key_labels, got None")
+    if own_keys is not None:
+        _key_bank.check_meeting("own_keys", own_keys, "queries", queries)
+        _checks.same_leading("own_keys", own_keys, "queries", queries)
+        if positives is not None and key_labels is None:
+            raise ValueError(
+                "positives must be None with own_keys, which are the positive ones, or labels "
+                "beside key_labels"
+            )
+    elif positives is None:
+        raise ValueError("positives must say which keys are positive where own_keys is None")
+    if exclude is not None:
+        _key_bank.check_exclude(exclude, "queries", queries, keys)
+    _checks.sample_mask(sample_mask, "queries", queries)
     by = _key_bank.temperature("temperature", temperature, queries)
     _checks.flag("normalize", normalize)
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
-    return _checks.common_dtype("keys", keys, "queries", queries.dtype), by
+    dtypes = [x.dtype for x in (queries, keys, own_keys) if x is not None]
+    return _checks.common_dtype(*dtypes), by
 
 
 def _operator_args(
-    queries: Tensor, keys: Tensor, positives: Tensor, **options: Any
+    queries: Tensor,
+    keys: Tensor,
+    positives: Tensor | None,
+    *,
+    key_labels: Tensor | None,
+    own_keys: Tensor | None,
+    exclude: Tensor | None,
+    **options: Any,
 ) -> tuple[Any, ...]:
-    dtype, by = _check(queries, keys, positives, **options)
-    num_keys = options["num_keys"]
+    dtype, by = _check(
+        queries, keys, positives, key_labels=key_labels, own_keys=own_keys, exclude=exclude,
+        **options,
+    )  # fmt: skip
+    num_keys, acc = options["num_keys"], _checks.accumulation_dtype(dtype)
     bank = _key_bank.form_of_counted(keys, num_keys, dtype)
+    excluded = None
+    if exclude is not None:
+        mask = exclude.dtype == torch.bool
+        shape = (len(queries), bank.shape[0]) if mask else exclude.shape
+        excluded = form(exclude, dtype=torch.bool if mask else torch.int64, shape=shape)
     call = KeyBankCall(
-        form(queries, dtype=_checks.accumulation_dtype(dtype)),
+        form(queries, dtype=acc),
         None,
         bank,
         key_scale=_key_bank.form_of_scale(bank, options["normalize"]),
-        positives=_key_bank.form_of_index(positives),
+        positives=None if key_labels is not None else _key_bank.form_of_index(positives),
+        exclude=excluded,
         num_keys=_key_bank.form_of_index(num_keys if isinstance(num_keys, Tensor) else None),
     )
-    return *call, None, None, _key_bank.divided_wants_gradient(queries, by)
+    own_logit = None if own_keys is None else form(queries, dtype=acc, shape=queries.shape[:1])
+    return *call, own_logit, None, _key_bank.divided_wants_gradient(queries, by)
 
 
 def _choices(queries: Tensor, temperature: float | Tensor, **_: Any) -> dict[str, str]:
@@ -59,24 +107,46 @@ def _choices(queries: Tensor, temperature: float | Tensor, **_: Any) -> dict[str
 def info_nce(
     queries: Tensor,  # [B, D]
     keys: Tensor,  # [K, D]
-    positives: Tensor,  # [B]
+    positives: Tensor | None = None,  # [B]
     *,
+    key_labels: Tensor | None = None,  # [K]
+    own_keys: Tensor | None = None,  # [B, D]
+    exclude: Tensor | None = None,  # [B] or [B, K]
     temperature: float | Tensor = 0.07,
     normalize: bool = True,
     num_keys: int | Tensor | None = None,
+    sample_mask: Tensor | None = None,  # [B]
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
-    r"""Cross-entropy of picking each query's positive out of all keys by similarity.
+    r"""Cross-entropy of picking each query's positives out of all keys by similarity.
 
-    With q = softmax(sim(query, keys) / temperature), a row costs -log q[positive]. The B x K
-    similarities are never in memory: one sweep over the keys gives the loss and the gradient of the
-    queries; the gradient of the keys takes one more in the backward.
+    With q = softmax(sim(query, keys) / temperature), a row costs -log q[positive], or with several
+    positives the mean of -log q over them. The B x K similarities are never in memory: one sweep
+    over the keys gives the loss and the gradient of the queries; the gradient of the keys takes one
+    more in the backward. What is positive:
+
+    - `positives`: one key per query, by index; `torch.arange(B)` where keys are the batch's.
+    - `own_keys`: one key per query that no other query sees, beside a bank of negatives, as MoCo
+      has it.
+    - `positives` and `key_labels`: every key with the label of the query, as in SupCon; `own_keys`
+      are positive too if they are given.
+
+    A sample that is among the keys itself is left out by `exclude`, as in NT-Xent and SupCon:
+
+        info_nce(z, z, torch.arange(2 * N).roll(N), exclude=torch.arange(2 * N))
+        info_nce(z, z, labels, key_labels=labels, exclude=torch.arange(len(z)))
 
     Args:
         queries: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        keys: [K, D], same dtype and device (under autocast the wider dtype is taken), K at least 1.
-        positives: The key of each query, integer [B]; `torch.arange(B)` where keys are the batch's.
+        keys: [K, D], on the same device, K at least 1; the widest dtype is taken where they differ.
+        positives: Integer [B]: the key of each query, or with `key_labels` the query's label. None
+            where `own_keys` are the only positives.
+        key_labels: The label of each key, integer [K].
+        own_keys: [B, D], on the same device: one more key for each query, a positive one.
+        exclude: The keys that do not count for a query, neither as a positive nor as a negative:
+            one by index, integer [B], -1 for none; or any, true in a bool mask [B, K] (false
+            negatives, duplicates), which takes B K bytes, and 4 B K more with `key_labels`.
         temperature: A positive number, or a tensor of shape [] or [1], which gets a gradient of
             its shape if it asks for one. A tensor's value is not looked at; one that is not
             positive makes the loss NaN.
@@ -85,31 +155,139 @@ def info_nce(
         num_keys: How many of the keys count, the first ones, where a queue is not yet full: an
             integer, or an integer tensor without dimensions on the device of the keys, for which
             nothing waits. What lies beyond may be anything, and its gradient is 0.
-        reduction: "mean" and "sum" over rows; "none" gives [B].
+        sample_mask: Which queries count, with their positives, own_keys and exclude, bool [B]. The
+            others may hold anything, cost 0, and their gradient is 0. Nothing waits for a device.
+            The keys are those that are given, whatever the mask says. None: all.
+        reduction: "mean" and "sum" over the rows that count; "none" gives [B].
         backend: See `kdkernels.explain`.
 
     Returns:
-        fp32 (fp64 for fp64 inputs): a scalar, or [B]. 0 for an empty batch.
+        fp32 (fp64 for fp64 inputs): a scalar, or [B]. 0 for an empty batch. A query that no key has
+        the label of costs 0, and counts in the mean.
 
     Raises:
-        TypeError, ValueError: an argument does not fit, by name. Positives and num_keys are looked
-            at only where they lie on the CPU; elsewhere num_keys is taken to lie between 0 and K,
-            and a positive that names no key, or one that does not count, makes the loss NaN.
+        TypeError, ValueError: an argument does not fit, by name. Indices and num_keys are looked at
+            only where they lie on the CPU; elsewhere num_keys is taken to lie between 0 and K, and
+            a positive that names no key, or one that does not count, makes the loss NaN.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
     Reference:
         van den Oord, Li and Vinyals, Representation Learning with Contrastive Predictive Coding,
-        2018, arXiv:1807.03748.
+        2018, arXiv:1807.03748; Chen et al., SimCLR, ICML 2020; He et al., MoCo, CVPR 2020; Khosla
+        et al., Supervised Contrastive Learning, NeurIPS 2020 (its L_out).
     """
-    dtype, by = _check(queries, keys, positives, temperature, normalize, num_keys, reduction)
-    _key_bank.within("positives", positives, 0, _key_bank.counting(num_keys, keys))
+    dtype, by = _check(
+        queries, keys, positives, key_labels=key_labels, own_keys=own_keys, exclude=exclude,
+        temperature=temperature, normalize=normalize, num_keys=num_keys, sample_mask=sample_mask,
+        reduction=reduction,
+    )  # fmt: skip
+    if sample_mask is not None:
+        (queries,) = _rows.zeroed(sample_mask, queries)
+        if own_keys is not None:
+            (own_keys,) = _rows.zeroed(sample_mask, own_keys)
+        if positives is not None:
+            positives = positives.masked_fill(~sample_mask, 0)
+        if exclude is not None:
+            mask = exclude.dtype == torch.bool
+            exclude = (
+                exclude & sample_mask[:, None] if mask else exclude.masked_fill(~sample_mask, -1)
+            )
+    counting = _key_bank.counting(num_keys, keys)
+    if exclude is not None and exclude.dtype != torch.bool:
+        _key_bank.within("exclude", exclude, -1, keys.shape[0])
+        exclude = exclude.long()
+    x = _key_bank.divided(queries.to(dtype), by, normalize)
     keys = _key_bank.counted(keys, num_keys, dtype)
+    if exclude is not None and exclude.dtype == torch.bool:
+        exclude = exclude[:, : keys.shape[0]]
+    named = None
+    if positives is not None and key_labels is None:
+        _key_bank.within("positives", positives, 0, counting)
+        named = _counting_positives(positives.long(), exclude)
+    own_logit = None
+    if own_keys is not None:
+        own_logit = (x * _key_bank.divided(own_keys.to(dtype), 1.0, normalize)).sum(-1)
+    num_keys = num_keys.long() if isinstance(num_keys, Tensor) else None
     call = KeyBankCall(
-        _key_bank.divided(queries.to(dtype), by, normalize),
+        x,
         None,
         keys,
         key_scale=_key_bank.scale_of(keys, normalize),
-        positives=positives.long(),
-        num_keys=num_keys.long() if isinstance(num_keys, Tensor) else None,
+        positives=named,
+        exclude=exclude,
+        num_keys=num_keys,
     )
-    return apply(call, None, None, reduction, backend)
+    if key_labels is None and sample_mask is None:
+        return apply(call, own_logit, None, reduction, backend)
+    losses = apply(call, own_logit, None, "none", backend)
+    if key_labels is not None:
+        labels = key_labels[: len(keys)]
+        losses = _with_labels(losses, call, own_logit, positives, labels, normalize)
+    return _rows.reduced(losses, sample_mask, reduction)
+
+
+def _counting_positives(
+    positives: Tensor,  # [B] int64
+    exclude: Tensor | None,  # [B], or [B, K] bool
+) -> Tensor:  # [B]
+    """-1 in place of a positive that is excluded, or an error where no device is waited for."""
+    if exclude is None:
+        return positives
+    if exclude.dtype == torch.bool:
+        at = positives.clamp(0, exclude.shape[1] - 1)
+        out = exclude.gather(1, at[:, None])[:, 0]
+    else:
+        out = exclude == positives
+    if _key_bank.known(out) and bool(out.any()):
+        row = int(out.nonzero()[0, 0])
+        raise ValueError(f"exclude must leave each query its positive, got that of query {row}")
+    return positives.masked_fill(out, -1)
+
+
+def _with_labels(
+    loss: Tensor,  # [B], of the operator
+    call: KeyBankCall,
+    own_logit: Tensor | None,  # [B]
+    labels: Tensor,  # [B]
+    key_labels: Tensor,  # [K]
+    normalize: bool,
+) -> Tensor:  # [B]
+    """Less the mean logit of the keys that have the label of the row."""
+    with autocast_off(call.keys.device.type):
+        total, count = _sum_of_positives(call, labels.long(), key_labels.long(), normalize)
+    at = (call.student * total).sum(-1)
+    if own_logit is None:
+        return (loss - at / count.clamp_min(1)).where(count > 0, 0.0)
+    return loss + (count * own_logit - at) / (count + 1)
+
+
+def _sum_of_positives(
+    call: KeyBankCall,
+    labels: Tensor,  # [B] int64
+    key_labels: Tensor,  # [K] int64
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:  # [B, D], [B]
+    """Of the keys that have a row's label, in the accumulation dtype, and how many these are."""
+    keys, K = call.keys.to(call.student.dtype), len(key_labels)
+    counts = keys.new_ones(K)
+    if call.num_keys is not None:  # what lies beyond may be anything
+        beyond = torch.arange(K, device=keys.device) >= call.num_keys
+        keys, counts = keys.masked_fill(beyond[:, None], 0.0), counts.masked_fill(beyond, 0.0)
+    if normalize:
+        keys = unit(keys)
+    if call.exclude is not None and call.exclude.dtype == torch.bool:
+        weights = counts * ((labels[:, None] == key_labels) & ~call.exclude)
+        return weights @ keys, weights.sum(-1)
+    # the sum of each label lies where its first key is in the order of labels
+    ordered, _ = key_labels.sort()
+    place = torch.searchsorted(ordered, key_labels)
+    sums = torch.zeros_like(keys).index_add(0, place, keys)
+    counts_of = torch.zeros_like(counts).index_add(0, place, counts)
+    at = torch.searchsorted(ordered, labels).clamp_max(K - 1)
+    found = (ordered[at] == labels).to(keys.dtype)
+    total, count = sums[at] * found[:, None], counts_of[at] * found
+    if call.exclude is None:
+        return total, count
+    k = call.exclude.clamp(0, K - 1)
+    out = counts[k] * ((call.exclude == k) & (key_labels[k] == labels))
+    return total - out[:, None] * keys[k], count - out

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -78,7 +79,7 @@ _bwd = define_operator(
 )
 
 
-class LSHBCEFunction(torch.autograd.Function):
+class LSHBCEFunction(KernelFunction):
     """Attaches the operator pair to autograd, and the reduction to both."""
 
     @staticmethod
@@ -128,7 +129,7 @@ def _check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None)
     _checks.matrix("weight", weight)
     _checks.same_device("weight", weight, name, x)
     _checks.same_columns("weight", weight, name, x)
-    dtype = _checks.common_dtype("weight", weight, name, x.dtype)
+    dtype = _checks.common_dtype(x.dtype, weight.dtype)
     if bias is not None:
         _checks.features("bias", bias, min_dim=1)
         _checks.same_device("bias", bias, name, x)
@@ -137,7 +138,7 @@ def _check_projection(name: str, x: Tensor, weight: Tensor, bias: Tensor | None)
                 f"bias must have shape {list(weight.shape[:1])} like the rows of weight, "
                 f"got {list(bias.shape)}"
             )
-        dtype = _checks.common_dtype("bias", bias, name, dtype)
+        dtype = _checks.common_dtype(dtype, bias.dtype)
     return dtype
 
 
@@ -162,8 +163,7 @@ def _check(
 ) -> torch.dtype:
     """The dtype of student, weight and bias."""
     dtype = _check_projection("student", student, weight, bias)
-    if not isinstance(codes, Tensor):
-        raise TypeError(f"codes must be a torch.Tensor, got {type(codes).__name__}")
+    _checks.tensor("codes", codes)
     if codes.dtype != torch.uint8:
         raise TypeError(f"codes must be packed bits in torch.uint8, got {codes.dtype}")
     _checks.same_device("codes", codes, "student", student)
@@ -173,8 +173,7 @@ def _check(
             f"codes must have shape {[B, _bytes(N)]} (rows of student, 1 bit per row of weight), "
             f"got {list(codes.shape)}"
         )
-    if sample_mask is not None:
-        _checks.sample_mask(sample_mask, "student", student)
+    _checks.sample_mask(sample_mask, "student", student)
     _checks.choice("reduction", reduction, REDUCTIONS)
     return dtype
 
@@ -225,9 +224,9 @@ def lsh_encode(
 
     Args:
         features: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        weight: One direction per row, [N, D], same dtype and device (under autocast the wider
-            dtype is taken).
-        bias: [N], or None for hyperplanes through the origin.
+        weight: One direction per row, [N, D], on the same device.
+        bias: [N], or None for hyperplanes through the origin. The widest dtype of the three is
+            taken where they differ.
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -235,7 +234,7 @@ def lsh_encode(
         different backends. Not differentiable.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor.
         ValueError: shapes or devices do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
@@ -272,9 +271,10 @@ def lsh_bce(
         student: Features, [B, D], fp16, bf16, fp32 or fp64. Any strides.
         codes: The teacher's bits, uint8 [B, ceil(N / 8)], of `lsh_encode` with the same weight and
             bias.
-        weight: One direction per row, [N, D], same dtype and device as student (under autocast the
-            wider dtype is taken). Usually frozen; it receives a gradient if it asks for one.
-        bias: [N] or None; likewise.
+        weight: One direction per row, [N, D], on the same device. Usually frozen; it receives a
+            gradient if it asks for one.
+        bias: [N] or None; likewise. The widest dtype of student, weight and bias is taken where
+            they differ.
         sample_mask: Which samples count, bool [B]; None for all. What the other rows hold does not
             matter.
         reduction: "mean" over all bits of the samples that count, 0 if none does; "sum" over the
@@ -287,8 +287,7 @@ def lsh_bce(
         bits.
 
     Raises:
-        TypeError: not a floating tensor, dtypes differ, codes that are not uint8, a mask that is
-            not bool.
+        TypeError: not a floating tensor, codes that are not uint8, a mask that is not bool.
         ValueError: shapes, devices or options do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, requested_backend
-from kdkernels._similarity import NOISE_EPS
+from kdkernels._similarity import NOISE_EPS, unit
 from kdkernels.ops import sampled_similarity
 from kdkernels.ops._gradient_in_forward import GradientInForward
 
@@ -137,10 +137,10 @@ def move_rows(
 
     Of rows with the same index the last one counts, on every device.
     """
-    index = index.long()
+    index = index.long().contiguous()  # torch.searchsorted warns of strides
     if index.numel() == 0:
         return
     moved = momentum * bank[index] + (1 - momentum) * rows
     order = index.argsort(stable=True)
     last = order[torch.searchsorted(index[order], index, right=True) - 1]
-    bank.index_copy_(0, index, F.normalize(moved, dim=-1)[last].to(bank.dtype))
+    bank.index_copy_(0, index, unit(moved)[last].to(bank.dtype))

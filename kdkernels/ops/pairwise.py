@@ -15,7 +15,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, TensorForm, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
 
 PRODUCTS = ("dot", "cosine")  # metrics whose gradient does not need their value
 METRICS = (*PRODUCTS, "euclidean", "sqeuclidean", "rbf")
@@ -54,7 +55,7 @@ _bwd = define_operator(
 )
 
 
-class PairwiseFunction(torch.autograd.Function):
+class PairwiseFunction(KernelFunction):
     """Attaches the operator pair to autograd."""
 
     @staticmethod
@@ -84,7 +85,7 @@ def _check(x: Tensor, y: Tensor | None, metric: str, gamma: float) -> tuple[torc
         _checks.same_device("y", y, "x", x)
         _checks.same_groups("y", y, "x", x)
         _checks.same_columns("y", y, "x", x)
-        dtype = _checks.common_dtype("y", y, "x", dtype)
+        dtype = _checks.common_dtype(dtype, y.dtype)
     _checks.choice("metric", metric, METRICS)
     return dtype, _checks.positive("gamma", gamma)
 
@@ -134,16 +135,16 @@ def pairwise(
 
     Args:
         x, y: [..., N, D] and [..., M, D], fp16, bf16, fp32 or fp64, with the same leading
-            dimensions. Without y (or with y = x, the same tensor) the rows of x are compared with
-            each other: half of the work, an exactly symmetric result, exact zeros on the diagonal
-            of distances.
+            dimensions; the wider dtype is taken where they differ. Without y (or with y = x, the
+            same tensor) the rows of x are compared with each other: half of the work, an exactly
+            symmetric result, exact zeros on the diagonal of distances.
         metric: One of the table.
         gamma: Of `rbf`; positive, finite.
         backend: See `kdkernels.explain`.
 
     Returns:
-        [..., N, M] in the dtype of x, as `torch.cdist` and `torch.matmul` return it; sums are in
-        fp32 (fp64 for fp64). Distances to and from a row with a squared norm that is not below a
+        [..., N, M] in the dtype of x and y, as `torch.cdist` and `torch.matmul` return it; sums are
+        in fp32 (fp64 for fp64). Distances to and from a row with a squared norm that is not below a
         quarter of the largest number of that accumulation, infinity and NaN included, are NaN.
 
     Raises:

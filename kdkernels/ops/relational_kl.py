@@ -15,10 +15,11 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
+from kdkernels._function import KernelFunction, keep_for_backward
 from kdkernels._key_bank_call import KeyBankCall
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._library import define_operator, first_order
 from kdkernels._similarity import NORM_EPS
-from kdkernels.ops import _key_bank
+from kdkernels.ops import _key_bank, _rows
 
 DIVERGENCES = ("kl", "cross_entropy")
 CLAMPED = 0.999  # of NORM_EPS / norm: from here on the norm was clamped, up to rounding
@@ -31,7 +32,10 @@ CLAMPED = 0.999  # of NORM_EPS / norm: from here on the norm was clamped, up to 
 # without dimensions, on the device; None: all), less the key `exclude` of the row (-1: none).
 # own_student and own_teacher [B], where given, are one more logit of each row on each side. The
 # teacher's probabilities are p = softmax(b). Where teacher is None, p is 1 at the row's key
-# `positives`. Results of the forward, the same for every backend; fp64 for fp64 inputs, else fp32:
+# `positives`; where that is None too, at own_student; with neither, p is 0, so that the loss is
+# the log-sum-exp of a. There `exclude` may be a bool mask [B, K] of keys that do not count, which
+# holds no row's positive. Results of the forward, the same for every backend; fp64 for fp64 inputs,
+# else fp32:
 #   loss         [B]     sum_k p_k c_k with c = subtract_entropy log p - log softmax(a)
 #   dloss        [B, D]  its derivative by the student; empty (0) unless need_student
 #   lse_student  [B]     log-sum-exp of a
@@ -101,19 +105,21 @@ def _through_norms(
 
 def _by_own_logits(
     own_student: Tensor,  # [B]
-    own_teacher: Tensor,  # [B]
+    own_teacher: Tensor | None,  # [B]; None: the student's is the positive one
     loss: Tensor,  # [B]
     lse_student: Tensor,  # [B]
     lse_teacher: Tensor,  # [B]
     subtract_entropy: bool,
-) -> tuple[Tensor, Tensor]:  # [B], [B]
+) -> tuple[Tensor, Tensor | None]:  # [B], [B]
     """Derivatives of the loss by these logits, which enter it like those of any key."""
+    if own_teacher is None:
+        return (own_student - lse_student).expm1(), None
     log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
     p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
     return log_q.exp() - p, p * (c - loss)
 
 
-class RelationalKLFunction(torch.autograd.Function):
+class RelationalKLFunction(KernelFunction):
     """Attaches the operator pair to autograd, and norms of keys and the reduction to both."""
 
     @staticmethod
@@ -164,7 +170,9 @@ class RelationalKLFunction(torch.autograd.Function):
             by_logits = _by_own_logits(
                 own_student, own_teacher, loss, lse_student, lse_teacher, call.subtract_entropy
             )
-            by_own_student, by_own_teacher = (dout * derivative for derivative in by_logits)
+            by_own_student, by_own_teacher = (
+                None if derivative is None else dout * derivative for derivative in by_logits
+            )
         return by_own_student, by_own_teacher, None, None, None, None, *grads
 
 
@@ -181,6 +189,7 @@ def _check(
     divergence: str,
     exclude: Tensor | None,
     num_keys: int | Tensor | None,
+    sample_mask: Tensor | None,
     reduction: str,
 ) -> tuple[torch.dtype, float | Tensor, float | Tensor]:
     """Everything but the numbers inside tensors; returns the common dtype and both temperatures."""
@@ -209,14 +218,9 @@ def _check(
     _checks.choice("reduction", reduction, _key_bank.REDUCTIONS)
     if exclude is not None:
         _checks.labels("exclude", exclude, "student", student)
-    dtype = student.dtype
-    others = {
-        "teacher": teacher, "keys": keys, "teacher_keys": teacher_keys, "own_keys": own_keys
-    }  # fmt: skip
-    for name, x in others.items():
-        if x is not None:
-            dtype = _checks.common_dtype(name, x, "student", dtype)
-    return dtype, by_student, by_teacher
+    _checks.sample_mask(sample_mask, "student", student)
+    given = (x for x in (student, teacher, keys, teacher_keys, own_keys) if x is not None)
+    return _checks.common_dtype(*(x.dtype for x in given)), by_student, by_teacher
 
 
 def apply(
@@ -228,7 +232,7 @@ def apply(
 ) -> Tensor:
     """The loss, from the arguments of the forward operator."""
     others = call.teacher, call.keys, call.teacher_keys
-    sweep_again = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in others)
+    sweep_again = any(map(_checks.wants_gradient, others))
     return RelationalKLFunction.apply(
         own_student, own_teacher, _checks.wants_gradient(call.student), sweep_again, reduction,
         requested_backend(backend), *call,
@@ -288,6 +292,7 @@ def relational_kl(
     divergence: Literal["kl", "cross_entropy"] = "kl",
     exclude: Tensor | None = None,  # [B]
     num_keys: int | Tensor | None = None,
+    sample_mask: Tensor | None = None,  # [B]
     reduction: Literal["mean", "sum", "none"] = "mean",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -304,7 +309,8 @@ def relational_kl(
 
     Args:
         student: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: [B, E], same dtype and device (under autocast the widest dtype is taken).
+        teacher: [B, E], on the same device. Of student, teacher and all keys the widest dtype is
+            taken where they differ.
         keys: [K, D], a queue or a batch, with K of at least 1; any K.
         teacher_keys: [K, E], or None where both sides share the keys and D = E.
         own_keys: [B, E], one more key per row that no other row sees, as SEED has its teacher's
@@ -321,7 +327,10 @@ def relational_kl(
         num_keys: How many of the keys count, the first ones, where a queue is not yet full: an
             integer, or an integer tensor without dimensions on the device of the keys, for which
             nothing waits. What lies beyond may be anything, and its gradient is 0.
-        reduction: "mean" and "sum" over rows; "none" gives [B].
+        sample_mask: Which rows of student, teacher, own_keys and exclude count, bool [B]. The other
+            rows may hold anything, cost 0, and their gradient is 0. Nothing waits for a device. The
+            keys are those that are given, whatever the mask says. None: all rows.
+        reduction: "mean" and "sum" over the rows that count; "none" gives [B].
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -341,8 +350,14 @@ def relational_kl(
         student, teacher, keys, teacher_keys, own_keys=own_keys,
         student_temperature=student_temperature, teacher_temperature=teacher_temperature,
         normalize=normalize, divergence=divergence, exclude=exclude, num_keys=num_keys,
-        reduction=reduction,
+        sample_mask=sample_mask, reduction=reduction,
     )  # fmt: skip
+    if sample_mask is not None:
+        student, teacher = _rows.zeroed(sample_mask, student, teacher)
+        if own_keys is not None:
+            (own_keys,) = _rows.zeroed(sample_mask, own_keys)
+        if exclude is not None:
+            exclude = exclude.masked_fill(~sample_mask, -1)
     _key_bank.counting(num_keys, keys)
     if exclude is not None:
         _key_bank.within("exclude", exclude, -1, keys.shape[0])
@@ -365,4 +380,7 @@ def relational_kl(
         num_keys=num_keys.long() if isinstance(num_keys, Tensor) else None,
         subtract_entropy=divergence == "kl",
     )
-    return apply(call, own_student, own_teacher, reduction, backend)
+    if sample_mask is None:
+        return apply(call, own_student, own_teacher, reduction, backend)
+    losses = apply(call, own_student, own_teacher, "none", backend)
+    return _rows.reduced(losses, sample_mask, reduction)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._library import define_operator
+from kdkernels.ops import _rows
 from kdkernels.ops._gradient_in_forward import GradientInForward
 from kdkernels.ops._two_sides import check_sides
 
@@ -50,27 +50,32 @@ _fwd = define_operator(
 
 def _need(student: Tensor, teacher: Tensor) -> tuple[bool, bool]:
     """The flags need_student and need_teacher."""
-    enabled = torch.is_grad_enabled()
-    return enabled and student.requires_grad, enabled and teacher.requires_grad
+    return _checks.wants_gradient(student), _checks.wants_gradient(teacher)
 
 
 def _operator_args(relation: str) -> Any:
-    def operator_args(student: Tensor, teacher: Tensor) -> tuple[Any, ...]:
-        dtype = check_sides(student, teacher)
+    def operator_args(
+        student: Tensor, teacher: Tensor, sample_mask: Tensor | None
+    ) -> tuple[Any, ...]:
+        dtype = check_sides(student, teacher, sample_mask)
         sides = (student, teacher)
         return *(form(x, dtype=dtype) for x in sides), relation, *_need(student, teacher)
 
     return operator_args
 
 
-def _choices(student: Tensor, teacher: Tensor) -> dict[str, str]:
+def _choices(student: Tensor, teacher: Tensor, **_: Any) -> dict[str, str]:
     sides = ("student", "teacher")
     asking = [name for name, need in zip(sides, _need(student, teacher), strict=True) if need]
     return {"gradient": f"in the forward, of {' and '.join(asking) or 'neither side'}"}
 
 
-def _call(student: Tensor, teacher: Tensor, relation: str, backend: str) -> Tensor:
-    student, teacher = _checks.in_dtype(check_sides(student, teacher), student, teacher)
+def _call(
+    student: Tensor, teacher: Tensor, sample_mask: Tensor | None, relation: str, backend: str
+) -> Tensor:
+    dtype = check_sides(student, teacher, sample_mask)
+    student, teacher = _rows.take(_rows.counting(sample_mask), student, teacher)
+    student, teacher = _checks.in_dtype(dtype, student, teacher)
     if teacher is student:  # Dynamo passes no tensor to a Function twice (torch 2.13)
         teacher = student.view_as(student)
     return GradientInForward.apply(
@@ -84,6 +89,7 @@ def rkd_distance(
     student: Tensor,  # [B, D_s]
     teacher: Tensor,  # [B, D_t]
     *,
+    sample_mask: Tensor | None = None,  # [B]
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Difference between the distances within a batch of student and teacher features.
@@ -100,22 +106,26 @@ def rkd_distance(
 
     Args:
         student: Features, [B, D_s], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: Features, [B, D_t], same dtype and device (under autocast the wider dtype is
-            taken). Receives a gradient, at the price of a second call, only if it requires one.
+        teacher: Features, [B, D_t], on the same device; the wider dtype is taken where they
+            differ. Receives a gradient, at the price of a second call, only if it requires one.
+        sample_mask: Which rows count, bool [B]: value and gradient are those of the batch without
+            the other rows, which may hold anything and whose gradient is 0. Their number is read
+            once, for which a GPU is waited for, and `torch.compile(fullgraph=True)` refuses it.
+            None: all rows.
         backend: See `kdkernels.explain`.
 
     Returns:
         fp32 (fp64 for fp64 inputs) scalar. 0 for fewer than two rows.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor, or a mask that is not bool.
         ValueError: shapes or devices do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
     Reference:
         Park, Kim, Lu and Cho, Relational Knowledge Distillation, CVPR 2019, arXiv:1904.05068.
     """
-    return _call(student, teacher, "distance", backend)
+    return _call(student, teacher, sample_mask, "distance", backend)
 
 
 @explained_by(_operator_args("angle"), _choices)
@@ -123,6 +133,7 @@ def rkd_angle(
     student: Tensor,  # [B, D_s]
     teacher: Tensor,  # [B, D_t]
     *,
+    sample_mask: Tensor | None = None,  # [B]
     backend: Backend = "auto",
 ) -> Tensor:
     r"""Difference between the angles within a batch of student and teacher features.
@@ -137,19 +148,23 @@ def rkd_angle(
 
     Args:
         student: Features, [B, D_s], fp16, bf16, fp32 or fp64. Any strides.
-        teacher: Features, [B, D_t], same dtype and device (under autocast the wider dtype is
-            taken). Receives a gradient, at the price of a second call, only if it requires one.
+        teacher: Features, [B, D_t], on the same device; the wider dtype is taken where they
+            differ. Receives a gradient, at the price of a second call, only if it requires one.
+        sample_mask: Which rows count, bool [B]: value and gradient are those of the batch without
+            the other rows, which may hold anything and whose gradient is 0. Their number is read
+            once, for which a GPU is waited for, and `torch.compile(fullgraph=True)` refuses it.
+            None: all rows.
         backend: See `kdkernels.explain`.
 
     Returns:
         fp32 (fp64 for fp64 inputs) scalar. 0 for fewer than two rows.
 
     Raises:
-        TypeError: not a floating tensor, or dtypes differ.
+        TypeError: not a floating tensor, or a mask that is not bool.
         ValueError: shapes or devices do not fit, naming the argument.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
     Reference:
         Park, Kim, Lu and Cho, Relational Knowledge Distillation, CVPR 2019, arXiv:1904.05068.
     """
-    return _call(student, teacher, "angle", backend)
+    return _call(student, teacher, sample_mask, "angle", backend)

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
 from kdkernels.ops import _key_bank
 
-# The operators know x [B, D] and bank [N, D] of one dtype and indices [B, K] int64:
+# The operators know x [B, D], bank [N, D] of the dtype of x or a narrower one, and indices [B, K]
+# int64:
 #   scores [B, K]  <x_i, bank[indices_ik]>, fp32, fp64 for fp64
 #   dx     [B, D]  sum over k of dscores_ik bank[indices_ik], in the dtype of x
 # An index that names no row makes its score, and the row's gradient, NaN.
@@ -47,7 +49,7 @@ sampled_similarity_bwd = define_operator(
 )
 
 
-class SampledSimilarityFunction(torch.autograd.Function):
+class SampledSimilarityFunction(KernelFunction):
     """Attaches the operator pair to autograd."""
 
     @staticmethod
@@ -63,7 +65,7 @@ class SampledSimilarityFunction(torch.autograd.Function):
 
 
 def _check(x: Tensor, bank: Tensor, indices: Tensor) -> torch.dtype:
-    """Everything but the numbers inside tensors; returns the dtype of x and bank."""
+    """Everything but the numbers inside tensors; returns the wider dtype of x and bank."""
     _key_bank.check_bank("bank", bank, "x", x)
     _checks.integer("indices", indices)
     _checks.same_device("indices", indices, "x", x)
@@ -72,24 +74,25 @@ def _check(x: Tensor, bank: Tensor, indices: Tensor) -> torch.dtype:
             f"indices must have shape [{x.shape[0]}, K], a row per row of x, "
             f"got {list(indices.shape)}"
         )
-    if bank.requires_grad and torch.is_grad_enabled():
+    if _checks.wants_gradient(bank):
         raise ValueError(
             "bank must not require a gradient, which is implemented for x only: detach it, or index"
             " it in torch"
         )
-    return _checks.common_dtype("bank", bank, "x", x.dtype)
+    return _checks.common_dtype(x.dtype, bank.dtype)
 
 
 def prepared(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Arguments of the forward operator."""
+    """Arguments of the forward operator. The bank keeps its dtype: its rows are widened as they are
+    read."""
     dtype = _check(x, bank, indices)
     _key_bank.within("indices", indices, 0, bank.shape[0])
-    return *_checks.in_dtype(dtype, x, bank), indices.long()
+    return x.to(dtype), bank, indices.long()
 
 
 def _operator_args(x: Tensor, bank: Tensor, indices: Tensor) -> tuple[Any, ...]:
     dtype = _check(x, bank, indices)
-    return form(x, dtype=dtype), form(bank, dtype=dtype), form(indices, dtype=torch.int64)
+    return form(x, dtype=dtype), form(bank), form(indices, dtype=torch.int64)
 
 
 def _choices(**_: Any) -> dict[str, str]:
@@ -112,8 +115,9 @@ def sampled_similarity(
 
     Args:
         x: [B, D], fp16, bf16, fp32 or fp64. Any strides.
-        bank: [N, D] with N of at least 1, same dtype and device (under autocast the wider dtype is
-            taken). A constant: one that asks for a gradient is refused.
+        bank: [N, D] with N of at least 1, on the same device; products are in the wider dtype where
+            they differ. Only rows that are named are read and widened, whatever the dtype. A
+            constant: one that asks for a gradient is refused.
         indices: Rows of the bank, integer [B, K], in any order and as often as they like.
         backend: See `kdkernels.explain`.
 

@@ -7,14 +7,16 @@ triplets; nothing of size B x M is written. Derivation: docs/ops/triplet.md.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._library import define_operator, first_order, keep_for_backward
+from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._library import define_operator, first_order
+from kdkernels._mined_triplets import MinedTriplets
 from kdkernels.ops._labelled import both_sides, forms_of_both_sides, labelled_rows
 
 STRATEGIES = ("hardest", "semihard", "easiest")
@@ -24,6 +26,7 @@ STRATEGIES = ("hardest", "semihard", "easiest")
 #   negative  [B] int64  likewise, -1 at the same anchors
 #   d_ap      [B]        distance to the positive from the difference of the two rows; 0 where -1
 #   d_an      [B]        likewise
+# `exclude` [B] int64 names one reference per anchor that is not chosen, or none by -1; None: none.
 # positives="paired" makes row i of the references the positive of anchor i, whatever its label.
 # Ties go to the lowest row. With `in_batch` the references are the embeddings.
 # A row whose squared norm is not below a quarter of the largest number has distances NaN. NaN is
@@ -53,7 +56,7 @@ _fwd = define_operator(
     "triplet",
     "fwd",
     "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch, "
-    "str positives, str negatives, str distance, str backend) "
+    "Tensor? exclude, str positives, str negatives, str distance, str backend) "
     "-> (Tensor positive, Tensor negative, Tensor d_ap, Tensor d_an)",
     _fwd_fake,
 )
@@ -67,7 +70,7 @@ _bwd = define_operator(
 )
 
 
-class TripletFunction(torch.autograd.Function):
+class TripletFunction(KernelFunction):
     """Attaches the operator pair to autograd."""
 
     @staticmethod
@@ -77,12 +80,13 @@ class TripletFunction(torch.autograd.Function):
         labels: Tensor,
         references: Tensor | None,
         reference_labels: Tensor | None,
+        exclude: Tensor | None,
         positives: str,
         negatives: str,
         distance: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rows = both_sides(embeddings, labels, references, reference_labels)
+        rows = both_sides(embeddings, labels, references, reference_labels, exclude)
         results = _fwd(*rows, positives, negatives, distance, backend)
         inputs = (embeddings,) if references is None else (embeddings, references)
         keep_for_backward(ctx, *inputs, *results)
@@ -107,18 +111,8 @@ class TripletFunction(torch.autograd.Function):
             dx if need_embeddings else None,
             None,
             dr if need_references else None,
-            *(None,) * 5,
+            *(None,) * 6,
         )
-
-
-class MinedTriplets(NamedTuple):
-    """Triplets of rows: anchors and their labels' order is that of the batch; [K] each."""
-
-    anchors: Tensor  # int64, rows of the embeddings
-    positives: Tensor  # int64, rows of the references (the embeddings where there are none)
-    negatives: Tensor  # int64, likewise
-    d_ap: Tensor  # distance of anchor and positive
-    d_an: Tensor  # distance of anchor and negative
 
 
 def _check_strategies(positives: str, negatives: str) -> None:
@@ -139,10 +133,14 @@ def _operator_args(
     negatives: str,
     distance: str,
     normalize_embeddings: bool,
+    exclude: Tensor | None,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
 ) -> tuple[Any, ...]:
     rows = forms_of_both_sides(
-        embeddings, labels, references, reference_labels, distance, normalize_embeddings
-    )
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings, exclude,
+        sample_mask, ignore_index,
+    )  # fmt: skip
     _check_strategies(positives, negatives)
     return *rows, positives, negatives, distance
 
@@ -162,6 +160,9 @@ def mine_triplets(
     negatives: Literal["hardest", "semihard", "easiest"] = "hardest",
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
     normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,  # [B]
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
     backend: Backend = "auto",
 ) -> MinedTriplets:
     r"""One triplet per anchor: its positive (same label) and its negative (another label).
@@ -183,9 +184,18 @@ def mine_triplets(
         labels: [B], any integer dtype, any values.
         references, reference_labels: Where positives and negatives come from, [M, D] and [M]: a
             memory bank, the teacher, another modality. None: the batch itself, where an anchor is
-            not its own positive.
+            not its own positive. The wider dtype is taken where the references have another one.
         distance: "euclidean", its square, or "cosine" (1 - cosine; normalises in any case).
         normalize_embeddings: Divide each row by its norm first, clamped at 1e-12.
+        exclude: One reference per row that is neither its positive nor its negative, integer [B],
+            -1 for none: the row's own copy, where the references hold it. Only with references.
+        sample_mask: Which rows of the embeddings count, bool [B]: value and gradient are those of
+            the batch without the other rows, which may hold anything and whose gradient is 0. The
+            number of rows that count is read, for which a GPU is waited for, and
+            `torch.compile(fullgraph=True)` refuses it. None: all rows.
+        ignore_index: Label of rows of both sides that do not count, an integer: they are neither
+            anchors nor positives nor negatives, and the number of those that count is read
+            likewise. None: every label is a class, -1 too.
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -196,7 +206,8 @@ def mine_triplets(
 
     Raises:
         TypeError: labels that are not integers, embeddings that are not floating point.
-        ValueError: shapes, devices or options do not fit, naming the argument.
+        ValueError: shapes, devices or options do not fit, naming the argument. Indices are looked
+            at only where they lie on the CPU; elsewhere one that names no reference excludes none.
         BackendUnavailableError: `backend` cannot run this call, with the reason.
 
     Reference:
@@ -205,13 +216,22 @@ def mine_triplets(
     """
     with torch.no_grad():
         rows = labelled_rows(
-            embeddings, labels, references, reference_labels, distance, normalize_embeddings
-        )
+            embeddings, labels, references, reference_labels, distance, normalize_embeddings,
+            exclude, sample_mask, ignore_index,
+        )  # fmt: skip
         _check_strategies(positives, negatives)
         positive, negative, d_ap, d_an = _fwd(
-            *both_sides(*rows), positives, negatives, distance, requested_backend(backend)
+            *both_sides(*rows.tensors), positives, negatives, distance, requested_backend(backend)
         )
+
+    def given(at: Tensor, index: Tensor | None) -> Tensor:
+        return at if index is None else index[at]
+
     anchors = (positive >= 0).nonzero().squeeze(1)
     return MinedTriplets(
-        anchors, positive[anchors], negative[anchors], d_ap[anchors], d_an[anchors]
+        given(anchors, rows.index),
+        given(positive[anchors], rows.reference_index),
+        given(negative[anchors], rows.reference_index),
+        d_ap[anchors],
+        d_an[anchors],
     )

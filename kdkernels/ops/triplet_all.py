@@ -13,6 +13,7 @@ from kdkernels.ops._labelled import summed_fake
 
 # negatives="all": each positive of an anchor with each negative. "semihard": each positive with the
 # nearest negative strictly beyond it, or where there is none with the farthest.
+# `exclude` [B] int64 names one reference per anchor that is in none of its triplets, or none by -1.
 # Results of the operator, the same for every backend; fp64 for fp64 inputs, else fp32:
 #   total        []      sum of max(u, 0), or of log(1 + e^u) if soft, with
 #                        u = d(anchor, positive) - d(anchor, negative) + margin
@@ -25,7 +26,7 @@ triplet_all_fwd = define_operator(
     "triplet_all",
     "fwd",
     "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch, "
-    "str negatives, float margin, bool soft, str distance, bool need_embeddings, "
+    "Tensor? exclude, str negatives, float margin, bool soft, str distance, bool need_embeddings, "
     "bool need_references, str backend) -> "
     "(Tensor total, Tensor nonzero, Tensor valid, Tensor dembeddings, Tensor dreferences)",
     summed_fake(counts=2),

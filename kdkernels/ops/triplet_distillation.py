@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
+from kdkernels.ops import _rows
 from kdkernels.ops.triplet import TripletFunction
 
 NEGATIVES = ("random", "hardest", "semihard")
@@ -26,6 +27,8 @@ def _check(
     labels: Tensor,
     margin: float,
     negatives: str,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
     generator: torch.Generator | None,
 ) -> torch.dtype:
     """The dtype of both sides."""
@@ -36,8 +39,10 @@ def _check(
         raise ValueError(
             f"teacher must have shape {list(student.shape)} like student, got {list(teacher.shape)}"
         )
-    dtype = _checks.common_dtype("teacher", teacher, "student", student.dtype)
+    dtype = _checks.common_dtype(student.dtype, teacher.dtype)
     _checks.labels("labels", labels, "student", student)
+    _checks.sample_mask(sample_mask, "student", student)
+    _checks.ignore_index(ignore_index)
     _checks.not_negative("margin", margin)
     _checks.choice("negatives", negatives, NEGATIVES)
     if generator is not None and not isinstance(generator, torch.Generator):
@@ -52,7 +57,7 @@ def _operator_args(
     y = form(labels, dtype=torch.int64)
     mined = "hardest" if negatives == "random" else negatives
     sides = form(teacher, dtype=dtype), y, form(student, dtype=dtype), y
-    return *sides, False, "paired", mined, "euclidean"
+    return *sides, False, None, "paired", mined, "euclidean"
 
 
 def _choices(negatives: str, **_: Any) -> dict[str, str]:
@@ -67,6 +72,8 @@ def triplet_distillation(
     *,
     margin: float = 5.0,
     negatives: Literal["random", "hardest", "semihard"] = "random",
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
     generator: torch.Generator | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -83,13 +90,20 @@ def triplet_distillation(
     the teacher is detached.
 
     Args:
-        student, teacher: Outputs, [B, D] of one dtype, fp16, bf16, fp32 or fp64.
+        student, teacher: Outputs, [B, D], fp16, bf16, fp32 or fp64; the wider dtype is taken where
+            they differ.
         labels: [B], any integer dtype.
         margin: Not negative; it is tied to the scale of the outputs, which are not normalised.
         negatives: "random": uniformly among the rows of other classes, as the authors do; each
             component of a difference is shifted by 1e-6 there, as in
             `torch.nn.TripletMarginLoss`. "hardest", the nearest row of another class, and
             "semihard", the nearest one farther than the positive, are extensions of this package.
+        sample_mask: Which samples count, bool [B]: value and gradient are those of the batch
+            without the other samples, whose rows on both sides may hold anything. The number of
+            samples that count is read, for which a GPU is waited for, and
+            `torch.compile(fullgraph=True)` refuses it. None: all.
+        ignore_index: Label of samples that do not count, an integer; their number is read likewise.
+            None: every label is a class, -1 too.
         generator: Source of the random negatives; None takes torch's default.
         backend: What mines "hardest" and "semihard"; see `kdkernels.explain`.
 
@@ -106,9 +120,13 @@ def triplet_distillation(
         arXiv:2004.08116.
     """
     margin = _checks.not_negative("margin", margin)
-    dtype = _check(student, teacher, labels, margin, negatives, generator)
-    anchors, rows = _checks.in_dtype(dtype, teacher.detach(), student)
+    dtype = _check(
+        student, teacher, labels, margin, negatives, sample_mask, ignore_index, generator
+    )
     y = labels.to(torch.int64)
+    index = _rows.counting(_rows.of_label(y, sample_mask, ignore_index))
+    student, teacher, y = _rows.take(index, student, teacher, y)
+    anchors, rows = _checks.in_dtype(dtype, teacher.detach(), student)
     chosen_backend = requested_backend(backend)
     if negatives == "random":
         acc = _checks.accumulation_dtype(rows.dtype)
@@ -118,7 +136,7 @@ def triplet_distillation(
         d_an = F.pairwise_distance(anchors, rows[negative])
     else:
         _, index, d_ap, d_an = TripletFunction.apply(
-            anchors, y, rows, None, "paired", negatives, "euclidean", chosen_backend
+            anchors, y, rows, None, None, "paired", negatives, "euclidean", chosen_backend
         )
         kept = index >= 0
     losses = torch.where(kept, (d_ap - d_an + margin).relu(), 0.0)

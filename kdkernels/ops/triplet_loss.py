@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
+from kdkernels.ops import _rows
 from kdkernels.ops._gradient_in_forward import GradientInForward
 from kdkernels.ops._labelled import (
     differentiable_first,
@@ -54,12 +55,16 @@ def _operator_args(
     soft: bool,
     distance: str,
     normalize_embeddings: bool,
+    exclude: Tensor | None,
+    sample_mask: Tensor | None,
+    ignore_index: int | None,
     reduction: str,
 ) -> tuple[Any, ...]:
     margin = _checked(mining, margin, soft, reduction)
     rows = forms_of_both_sides(
-        embeddings, labels, references, reference_labels, distance, normalize_embeddings
-    )
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings, exclude,
+        sample_mask, ignore_index,
+    )  # fmt: skip
     if mining in ONE:
         return *rows, *ONE[mining], distance
     need = need_of_both_sides(embeddings, references)
@@ -92,6 +97,9 @@ def triplet_loss(
     soft: bool = False,
     distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
     normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,  # [B]
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
     reduction: Literal["mean_nonzero", "mean", "sum", "none"] = "mean_nonzero",
     backend: Backend = "auto",
 ) -> Tensor:
@@ -115,10 +123,11 @@ def triplet_loss(
         margin: Not negative. Kept under `soft` too, as pytorch-metric-learning does; Hermans et al.
             use `soft` with margin 0.
         soft: Softplus in place of the hinge.
-        distance, normalize_embeddings: As in `mine_triplets`.
+        distance, normalize_embeddings, exclude, sample_mask, ignore_index: As in `mine_triplets`.
         reduction: "mean_nonzero" divides by the number of losses above 0, "mean" by the number of
             triplets, "sum" by nothing; each is 0, with a gradient of 0, where there is none. "none"
-            gives [B], 0 where the anchor was dropped; only with one triplet per anchor.
+            gives [B], 0 where the anchor was dropped or does not count; only with one triplet per
+            anchor.
         backend: See `kdkernels.explain`.
 
     Returns:
@@ -135,19 +144,21 @@ def triplet_loss(
     """
     margin = _checked(mining, margin, soft, reduction)
     chosen_backend = requested_backend(backend)
-    x, y, r, r_y = labelled_rows(
-        embeddings, labels, references, reference_labels, distance, normalize_embeddings
-    )
+    rows = labelled_rows(
+        embeddings, labels, references, reference_labels, distance, normalize_embeddings, exclude,
+        sample_mask, ignore_index,
+    )  # fmt: skip
+    x, y, r, r_y, exclude = rows.tensors
     if mining in SEVERAL:
         total, nonzero, valid = GradientInForward.apply(
-            _forward_of_several, 2, 1.0, x, r, y, r_y, SEVERAL[mining], margin, soft, distance,
-            *need_of_both_sides(x, r), chosen_backend,
+            _forward_of_several, 2, 1.0, x, r, y, r_y, exclude, SEVERAL[mining], margin, soft,
+            distance, *need_of_both_sides(x, r), chosen_backend,
         )  # fmt: skip
         if reduction == "sum":
             return total
         return total / (nonzero if reduction == "mean_nonzero" else valid).clamp_min(1)
     positive, _, d_ap, d_an = TripletFunction.apply(
-        x, y, r, r_y, *ONE[mining], distance, chosen_backend
+        x, y, r, r_y, exclude, *ONE[mining], distance, chosen_backend
     )
     u = d_ap - d_an + margin
     # softplus of torch turns linear at a threshold
@@ -155,7 +166,7 @@ def triplet_loss(
     kept = positive >= 0
     losses = torch.where(kept, losses, 0.0)
     if reduction == "none":
-        return losses
+        return _rows.put_back(losses, rows.index, embeddings.shape[0])
     if reduction == "sum":
         return losses.sum()
     count = (losses > 0 if reduction == "mean_nonzero" else kept).sum().clamp_min(1)

@@ -217,7 +217,7 @@ def memory_limit(device: torch.device) -> float:
 
 def rejection(info: OpInfo, sample: Sample, backend: str) -> str | None:
     """Why a backend cannot run a sample; None if it can."""
-    plan = _dispatch.plan(info.public, *sample.args, **sample.kwargs)
+    plan = _dispatch.plan(info.public, *sample.args, **sample.kwargs, backend=backend)
     return _dispatch.why_not(info.op, backend, plan.operator_args)
 
 

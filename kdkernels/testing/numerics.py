@@ -128,8 +128,15 @@ def missing_rows(out: Tensor, hi: Tensor) -> list[int]:
     return lost.nonzero().flatten().tolist()
 
 
-def check_sample(info: OpInfo, sample: Sample, dtype: torch.dtype, backend: str) -> list[Error]:
-    """Loss and every gradient of one sample on one backend, each against its budget."""
+def check_sample(
+    info: OpInfo,
+    sample: Sample,
+    dtype: torch.dtype,
+    backend: str,
+    rows: Tensor | None = None,  # [rows of every gradient] bool
+) -> list[Error]:
+    """Loss and every gradient of one sample on one backend, each against its budget. Of gradients
+    only `rows` are compared, if given."""
     n = len(info.diff_args)
     hi, hi_grads = value_and_grads(
         lambda *a: info.define(sample, a), cast(sample.args, torch.float64), n
@@ -138,6 +145,8 @@ def check_sample(info: OpInfo, sample: Sample, dtype: torch.dtype, backend: str)
     out, grads = value_and_grads(
         lambda *a: info.function(*a, **sample.kwargs, backend=backend), sample.args, n
     )
+    if rows is not None:
+        hi_grads, low_grads, grads = ([g[rows] for g in of] for of in (hi_grads, low_grads, grads))
     names = tuple(info.places(sample.args))
     loss_scale, grad_scales = None, (None,) * len(names)
     if (sample.cancels or info.subtracts) and info.magnitude is not None:

@@ -88,7 +88,7 @@ class OpInfo:
     name: str  # of the public function, and what sets this use of it apart
     op: str  # basename of the operator, or the pair of them
     function: Callable[..., Any]  # public; takes backend=
-    # literal mathematics in torch with the same arguments, less backend and algorithm
+    # that of the public function in kdkernels.reference
     definition: Callable[..., Any]
     diff_args: tuple[str, ...]  # what can require a gradient: the first floating-point arguments
     samples: Callable[[torch.device, torch.dtype], Iterable[Sample]]
@@ -109,6 +109,9 @@ class OpInfo:
     # Candidates are ranked, so where some are equally far rounding decides which one's gradient it
     # is. A zero row, equally far from all unit rows, is such a case.
     selects: bool = False
+    # Which rows of the only differentiable argument get a gradient that depends on a choice between
+    # candidates at almost the same distance, [rows] bool. None: no candidate is chosen.
+    contested: Callable[[Sample], Tensor] | None = None
     # The result has the dtype of the features; of a loss it is fp32, fp64 for fp64.
     keeps_dtype: bool = False
     # Whether the backward reads the result of a sample, as that of torch.exp does: changing it in
@@ -160,6 +163,39 @@ def rng(seed: int) -> torch.Generator:
 def randn(*shape: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal numbers, the same on every device and, up to rounding, in every dtype."""
     return torch.randn(*shape, generator=rng(seed), dtype=torch.float64).to(device, dtype)
+
+
+def network_features(
+    *shape: int,  # [..., B, D]
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    offset: float = 1.0,
+    spread: float = 0.3,
+    distance: float = 0.0,
+) -> Tensor:
+    """Features as networks give them: after a ReLU, pooled, around a mean that all rows share.
+    Normal numbers hide what rounding does to them.
+
+    Feature j has the mean `offset` + u_j, u_j uniform in [0, 1), and the deviation `spread`, before
+    the ReLU. `distance` is the deviation of noise that is added there: it makes the features of a
+    student where the same call without it makes those of its teacher.
+    """
+
+    def noise(k: int) -> Tensor:
+        return torch.randn(*shape, generator=rng(3 * seed + k), dtype=torch.float64)
+
+    mean = offset + torch.rand(shape[-1], generator=rng(3 * seed), dtype=torch.float64)
+    return torch.relu(mean + spread * noise(1) + distance * noise(2)).to(device, dtype)
+
+
+def clustered(x: Tensor, spread: float, seed: int = 0) -> Tensor:
+    """Rows that lie `spread` apart in clusters of about three, around points that are ten times as
+    far out as the rows of x. A spread of 0 gives duplicates."""
+    rows = x.shape[-2]
+    centres = 10 * x.double()[..., torch.arange(rows) % max(min(rows, 4), rows // 3), :]
+    noise = torch.randn(x.shape, generator=rng(seed), dtype=torch.float64).to(x.device)
+    return (centres + spread * noise).to(x.dtype)
 
 
 @cache

@@ -35,6 +35,7 @@ def _contrastive_pairs_kernel(
     close_ptr,  # [tiles of rows, tiles of M] int32: whether two rows there are close
     loss_ptr,  # [tiles] fp64
     nonzero_ptr,  # [tiles] int64
+    exclude_ptr,  # [B] int64; with EXCLUDES
     margin,
     first,
     rows,
@@ -42,6 +43,7 @@ def _contrastive_pairs_kernel(
     M,
     D,
     IN_BATCH: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     DISTANCE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,6 +63,9 @@ def _contrastive_pairs_kernel(
     same = tl.load(x_label_ptr + at_m)[:, None] == tl.load(r_label_ptr + at_n)[None, :]
     short = margin - d
     excess = tl.where(same, d, tl.where(short <= 0.0, 0.0, short))  # NaN stays
+    if EXCLUDES:
+        left_out = tl.load(exclude_ptr + at_m).to(tl.int32)
+        excess = tl.where(left_out[:, None] == offs_n[None, :], 0.0, excess)
     # few masks at a time, of which AMD devices hold few: a row past an end is in no pair
     row = at_m if IN_BATCH else tl.full((BLOCK_M,), -1, tl.int32)
     row = tl.where(local < rows, row, M)
@@ -85,6 +90,7 @@ def contrastive_fwd(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
+    exclude: Tensor | None,  # [B] int64
     margin: float,
     distance: str,
     need_embeddings: bool,
@@ -98,7 +104,7 @@ def contrastive_fwd(
         return dx.new_zeros(()), labels.new_zeros(()), dx, dr
     weights = need_embeddings or need_references
     with on_device(embeddings):
-        call = Call(embeddings, labels, references, reference_labels, in_batch, distance)
+        call = Call(embeddings, labels, references, reference_labels, in_batch, exclude, distance)
         chunks = list(call.chunks()) if weights else [(0, B)]
         w = call.new(chunks[0][1] if weights else 0, M)
         counts = [math.prod(call.tiles(rows)) for _, rows in chunks]
@@ -109,8 +115,9 @@ def contrastive_fwd(
             close = call.new(*(call.tiles(rows) if weights else (0, 0)), dtype=torch.int32)
             _contrastive_pairs_kernel[(len(loss),)](
                 x_label_ptr=call.labels, r_label_ptr=call.reference_labels, w_ptr=w,
-                close_ptr=close, loss_ptr=loss, nonzero_ptr=count, margin=margin, first=first,
-                rows=rows, WEIGHTS=weights, **call.distance_arguments(),
+                close_ptr=close, loss_ptr=loss, nonzero_ptr=count, exclude_ptr=call.exclude,
+                margin=margin, first=first, rows=rows, EXCLUDES=call.leaves_out, WEIGHTS=weights,
+                **call.distance_arguments(),
             )  # fmt: skip
             # in batch from both halves of the weights, which are symmetric
             if need_embeddings:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from codes import DIM, SAMPLES, images, loader, make_criterion, make_teacher
+from codes import BITS, DIM, SAMPLES, images, loader, make_criterion, make_teacher
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.data import DataLoader, IterableDataset
@@ -229,3 +231,31 @@ def test_an_empty_data_set_is_refused(path: Path) -> None:
     with pytest.raises(ValueError, match="loader must give at least one sample, got none"):
         encode_dataset(make_teacher(), [], make_criterion(), path)
     assert list(path.parent.iterdir()) == []
+
+
+CUT = """
+import os, sys
+from kdkernels.nn import CodeCache
+cache = CodeCache(sys.argv[1])
+kept = cache[2], cache[3:5]
+os.truncate(sys.argv[1], 0)
+for read in (lambda: cache[0], lambda: cache[[0, 1]], lambda: cache[1:], lambda: cache.codes):
+    try:
+        read()
+    except RuntimeError as error:
+        print(error)
+print(*(x.sum().item() for x in kept), cache.weight.shape[0])
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_open(path: Path) -> None:
+    """In a process of its own, since reading what is gone would end it with SIGBUS."""
+    cache = encode_dataset(make_teacher(), loader(), make_criterion(), path)
+    size, sums = path.stat().st_size, [cache[part].sum().item() for part in (2, slice(3, 5))]
+    command = [sys.executable, "-c", CUT, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *errors, kept = done.stdout.splitlines()
+    assert kept == f"{sums[0]} {sums[1]} {BITS}"
+    expected = f"{path} has been cut to 0 bytes since it was opened, expected {size}"
+    assert [error.startswith(expected) for error in errors] == [True] * 4

@@ -75,7 +75,7 @@ def test_compiles_into_one_graph() -> None:
 def test_names_its_options_and_has_no_state() -> None:
     assert repr(CONTRASTIVE(2)) == (
         "ContrastiveLoss(weight=2, margin=1, distance='euclidean', normalize_embeddings=True, "
-        "reduction='mean', backend='auto')"
+        "ignore_index=None, reduction='mean', backend='auto')"
     )
     assert CONTRASTIVE().state_dict() == {}
 

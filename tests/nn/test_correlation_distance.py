@@ -12,7 +12,7 @@ from modules import maps
 from torch import Tensor
 
 import kdkernels as kd
-from kdkernels.reference import correlation as correlation_reference
+from kdkernels.reference import _correlation as correlation_reference
 
 DISTANCE = kd.nn.CorrelationDistanceLoss
 

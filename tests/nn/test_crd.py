@@ -14,7 +14,7 @@ from torch import Tensor
 
 import kdkernels as kd
 from kdkernels.ops.noise_contrastive import move_rows, noise_contrastive
-from kdkernels.reference import noise_contrastive as reference
+from kdkernels.reference import _noise_contrastive as reference
 
 CRD = kd.nn.CRDLoss
 STATE = {"student_memory", "teacher_memory", "log_partitions"}

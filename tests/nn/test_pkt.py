@@ -7,7 +7,7 @@ import torch
 from modules import maps
 
 import kdkernels as kd
-from kdkernels.reference import pkt as pkt_reference
+from kdkernels.reference import _pkt as pkt_reference
 
 PKT = kd.nn.PKTLoss
 

@@ -244,15 +244,18 @@ def test_compiles_into_one_graph(make: type[nn.Module], preset: str) -> None:
 def test_names_its_options_and_has_no_state() -> None:
     assert repr(HARD("hermans")) == (
         "BatchHardTripletLoss(preset='hermans', margin=0, soft=True, distance='euclidean', "
-        "normalize_embeddings=False, reduction='mean_batch', weight=1, backend='auto')"
+        "normalize_embeddings=False, ignore_index=None, reduction='mean_batch', weight=1, "
+        "backend='auto')"
     )
     assert repr(SEMIHARD(weight=2)) == (
         "BatchSemiHardTripletLoss(preset='default', margin=0.2, soft=False, distance='euclidean', "
-        "normalize_embeddings=True, reduction='mean_nonzero', weight=2, backend='auto')"
+        "normalize_embeddings=True, ignore_index=None, reduction='mean_nonzero', weight=2, "
+        "backend='auto')"
     )
     assert repr(ALL("hermans")) == (
         "BatchAllTripletLoss(preset='hermans', margin=0, soft=True, distance='euclidean', "
-        "normalize_embeddings=False, reduction='mean', weight=1, backend='auto')"
+        "normalize_embeddings=False, ignore_index=None, reduction='mean', weight=1, "
+        "backend='auto')"
     )
     assert HARD().state_dict() == {}
     assert list(SEMIHARD().parameters()) == []
@@ -293,6 +296,8 @@ def test_bad_inputs() -> None:
     for extra in ((x, y), (x,), (None, y)):
         with pytest.raises(ValueError, match="references must be left out with preset='hermans'"):
             HARD("hermans")(x, y, *extra)
+    with pytest.raises(ValueError, match=r"references must be left out .*, and exclude"):
+        HARD("hermans")(x, y, exclude=y)
     with pytest.raises(ValueError, match="reference_labels must be given"):
         HARD()(x, y, x)
     with pytest.raises(ValueError, match=r"labels must have shape \[24\]"):

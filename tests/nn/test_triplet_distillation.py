@@ -72,7 +72,9 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_names_its_options_and_has_no_state() -> None:
-    assert repr(PAIRS()) == "PairDistillationLoss(weight=1, margin=5, backend='auto')"
+    assert repr(PAIRS()) == (
+        "PairDistillationLoss(weight=1, margin=5, ignore_index=None, backend='auto')"
+    )
     assert PAIRS().state_dict() == {}
 
 
@@ -85,7 +87,8 @@ def test_module_weighs_the_function() -> None:
     )
     torch.testing.assert_close(module(student, teacher, labels), expected)
     assert repr(module) == (
-        "TripletDistillationLoss(weight=2, margin=1, negatives='hardest', backend='auto')"
+        "TripletDistillationLoss(weight=2, margin=1, negatives='hardest', ignore_index=None, "
+        "backend='auto')"
     )
     random = TRIPLETS()
     first, second = (
@@ -128,8 +131,6 @@ def test_bad_inputs() -> None:
     x, y = rows(), labels()
     with pytest.raises(ValueError, match=r"teacher must have shape \[12, 4\] like student"):
         PAIRS()(x, x[:, :3], y)
-    with pytest.raises(TypeError, match=r"teacher must be torch.float64 like student"):
-        PAIRS()(x, x.float(), y)
     with pytest.raises(ValueError, match=r"labels must have shape \[12\] like the rows of student"):
         PAIRS()(x, x, y[:5])
     with pytest.raises(TypeError, match=r"teacher must be a torch.Tensor, got list"):

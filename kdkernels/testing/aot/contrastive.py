@@ -8,16 +8,20 @@ import torch
 from kdkernels.testing.aot.recorder import Calls, labelled_rows
 from kdkernels.triton.contrastive import contrastive_fwd
 
-# label -> B, M or None for the batch itself, D, distance
+# label -> B, M or None for the batch itself, D, distance, exclude or not
 _IN_BATCH = {"contrastive-in_batch": (8192, None, 128, "euclidean")}
 _BANK = {"contrastive-bank": (256, 65536, 512, "sqeuclidean")}
+_EXCLUDE = {"contrastive-exclude": (256, 65536, 512, "euclidean", True)}
 _ODD = {"contrastive-odd": (333, None, 37, "cosine")}
 
-EVERYWHERE: Calls = {"fp32": _BANK, "bf16": _IN_BATCH}
+EVERYWHERE: Calls = {"fp32": _BANK | _EXCLUDE, "bf16": _IN_BATCH}
 EXTRA: Calls = {"fp32": _IN_BATCH | _ODD, "bf16": _BANK, "fp16": _IN_BATCH, "tf32": _BANK}
 
 
-def call(dtype: torch.dtype, B: int, M: int | None, D: int, distance: str) -> None:
+def call(
+    dtype: torch.dtype, B: int, M: int | None, D: int, distance: str, excludes: bool = False
+) -> None:
     x, y = labelled_rows(B, D, dtype)
     r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
-    contrastive_fwd(x, y, r, r_y, M is None, 1.0, distance, True, True)
+    exclude = y if excludes else None
+    contrastive_fwd(x, y, r, r_y, M is None, exclude, 1.0, distance, True, True)

@@ -22,7 +22,10 @@ _MORE = {
     "factored-feature": (8192, 512, ("feature", "linear", 0.4, 2, "factored"), (True, False)),
 }
 
-EVERYWHERE: Calls = {"bf16": _CORE, "fp32": _CORE}
+# without tf32 no kernel takes factors of fp32 features
+_FP32 = {label: call for label, call in _CORE.items() if not label.startswith("factored")}
+
+EVERYWHERE: Calls = {"bf16": _CORE, "fp32": _FP32}
 EXTRA: Calls = {"bf16": _MORE, "fp16": _CORE, "tf32": _CORE}
 
 

@@ -10,11 +10,13 @@ from kdkernels.testing.aot.recorder import Calls
 from kdkernels.triton.relational_kl import relational_kl_bwd, relational_kl_fwd
 
 # label -> B, D, E (None: shared keys; 0: info_nce), K, whether norms are factors and some keys do
-# not count, gradients of student, teacher and keys. `_CORE` launches every kernel.
+# not count, gradients of student, teacher and keys, and for info_nce whether a mask excludes keys
+# and none is positive. `_CORE` launches every kernel.
 _CORE = {"rrd": (1024, 128, None, 16384, True, (True, True, True))}
 _FORWARD = {"rrd": (1024, 128, None, 16384, True, (True, False, False))}
 _MORE = {
     "in_batch": (1024, 128, 0, 1024, True, (True, False, False)),
+    "masked": (1024, 128, 0, 1024, True, (True, False, True), True),
     "odd": (333, 37, 53, 101, False, (True, False, True)),
 }
 
@@ -30,6 +32,7 @@ def call(
     K: int,
     optional: bool,
     need: tuple[bool, bool, bool],
+    masked: bool = False,
 ) -> None:
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -38,6 +41,7 @@ def call(
     has_teacher, own_keys = width > 0, bool(E)
     scale = meta(K) if optional else None
     index = meta(B, dtype=torch.int64)
+    exclude = meta(B, K, dtype=torch.bool) if masked else index if has_teacher else None
     tensors = (
         meta(B, D),
         meta(B, width) if has_teacher else None,
@@ -45,8 +49,8 @@ def call(
         meta(K, width, dtype=dtype) if own_keys else None,
         scale,
         scale if own_keys else None,
-        None if has_teacher else index,
-        index if has_teacher and optional else None,
+        None if has_teacher or masked else index,
+        exclude if optional else None,
         meta(dtype=torch.int64) if optional else None,
         has_teacher,
     )

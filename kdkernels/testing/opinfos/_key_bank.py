@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS, similarities
-from kdkernels.reference import relational_kl as reference
+from kdkernels.reference import _relational_kl as reference
 from kdkernels.testing.opinfo import BenchShape, Cost, Sample, randn
 
 # (B, D, K); keys beyond one tile of a kernel, and numbers of them that fill none
@@ -26,12 +26,6 @@ SHAPES = {
     "wide": (7, 131, 67),
     "many_keys": (5, 3, 331),
 }
-
-
-def reduced(rows: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return rows
-    return rows.sum() / (max(len(rows), 1) if reduction == "mean" else 1)
 
 
 def draw(B: int, D: int, E: int, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,14 +47,13 @@ def side(
     normalize, own = options.get("normalize", True), options.get("own_keys")
     K, keys = len(keys), reference.first(keys, options.get("num_keys"))
     rows, keys = rows.double(), keys.double()
-    logits = similarities(rows, keys, normalize)
+    logits = similar = similarities(rows, keys, normalize)
     if own is not None:
         logits = torch.cat([logits, reference.own_similarities(rows, own, normalize)], 1)
     logits = logits / temperature
     sizes = logits.abs().amax(-1).clamp_min(1)
-    if "exclude" in options:
-        k = torch.arange(len(keys), device=keys.device)
-        logits[:, : len(keys)].masked_fill_(k == options["exclude"][:, None], -torch.inf)
+    out = reference.not_counting(*similar.shape, keys.device, options.get("exclude"))
+    logits[:, : len(keys)].masked_fill_(out, -torch.inf)
     p = logits.softmax(-1)[:, : len(keys)]
     of_rows, of_keys = (x.norm(dim=-1) for x in (rows, keys))
     if normalize:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.reference._distances import distances
+from kdkernels.reference._labelled import sides
 from kdkernels.testing.opinfo import BadInput, BenchShape, Eager, Sample, randn, rng
 
 # Least relative difference of two distances that no fp32 kernel confuses, by a factor of ten or so.
@@ -38,41 +39,52 @@ def labelled(
     return randn(B, D, seed=seed, device=device, dtype=dtype), labels.to(device)
 
 
-def sides(
-    embeddings: Tensor,
-    labels: Tensor,
-    references: Tensor | None,
-    reference_labels: Tensor | None,
-    unit: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, bool]:
-    """(embeddings, labels, references, reference_labels, in_batch) of the definitions."""
-
-    def rows(x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if unit else x
-
-    x = rows(embeddings)
-    if references is None or reference_labels is None:
-        return x, labels, x, labels, True
-    return x, labels, rows(references.to(x.dtype)), reference_labels, False
+def _sides_of(sample: Sample) -> tuple[Tensor, Tensor, Tensor, Tensor, bool, str]:
+    """The rows of a sample in fp64, whether they are in one batch, and its distance."""
+    options = {"distance": "euclidean", "normalize_embeddings": True} | sample.kwargs
+    divide = options["normalize_embeddings"] or options["distance"] == "cosine"
+    bank = options.get("references")
+    bank = None if bank is None else bank.double()
+    rows, labels = sample.args[0].double(), sample.args[1]
+    found = sides(rows, labels, bank, options.get("reference_labels"), divide=divide)
+    return *found.rows, found.in_batch, options["distance"]
 
 
 def clear_of_kinks(sample: Sample) -> bool:
     """Whether no triplet is so close to where a hinge bends, or a semihard negative begins, that
     rounding would decide on which side it is."""
-    options = {"margin": 0.2, "distance": "euclidean", "normalize_embeddings": True}
-    options |= sample.kwargs
-    rows, bank = sample.args[0].double(), options.get("references")
-    unit = options["normalize_embeddings"] or options["distance"] == "cosine"
-    bank = None if bank is None else bank.double()
-    x, y, r, r_y, in_batch = sides(
-        rows, sample.args[1], bank, options.get("reference_labels"), unit
-    )
-    d = distances(x, r, options["distance"])
+    x, y, r, r_y, in_batch, distance = _sides_of(sample)
+    d = distances(x, r, distance)
     same = y[:, None] == r_y[None]
     positive = same & ~torch.eye(len(y), dtype=torch.bool, device=y.device) if in_batch else same
     gaps = (d[:, :, None] - d[:, None, :])[positive[:, :, None] & ~same[:, None, :]]
-    gaps = torch.cat((gaps, gaps + options["margin"])).abs()
+    gaps = torch.cat((gaps, gaps + sample.kwargs.get("margin", 0.2))).abs()
     return bool((gaps > CLEAR * d.max()).all()) if gaps.numel() else True
+
+
+def near_best(
+    key: Tensor,  # [B, M]
+    allowed: Tensor,  # [B, M]
+) -> Tensor:  # [B, M]
+    """Whether a candidate's key is so close to the least that rounding would decide between it and
+    others."""
+    if key.numel() == 0:
+        return allowed
+    ranked = torch.where(allowed, key, torch.inf)
+    near = allowed & (ranked <= ranked.amin(1, keepdim=True) + CLEAR * key.abs().max())
+    return near & (near.sum(1, keepdim=True) > 1)
+
+
+def contested(sample: Sample) -> Tensor:  # [B]
+    """Which embeddings get a gradient that depends on a choice between candidates at almost the
+    same distance, where the hardest positive and negative are chosen."""
+    x, y, r, r_y, in_batch, distance = _sides_of(sample)
+    d = distances(x, r, distance)
+    same = y[:, None] == r_y[None]
+    others = ~torch.eye(len(y), dtype=torch.bool, device=y.device) if in_batch else same | ~same
+    doubtful = near_best(-d, same & others) | near_best(d, ~same)
+    anchors = doubtful.any(1)
+    return anchors | doubtful.any(0) if in_batch else anchors
 
 
 def first(draw: Callable[[int], Sample], accept: Callable[[Sample], bool] | None) -> int:
@@ -81,15 +93,15 @@ def first(draw: Callable[[int], Sample], accept: Callable[[Sample], bool] | None
 
 
 def magnitude(sample: Sample) -> tuple[float, tuple[None]]:
-    """Size of the distances whose difference the loss of a triplet is."""
-    options = {"distance": "euclidean", "normalize_embeddings": True, "references": None}
-    options |= sample.kwargs
-    unit = options["normalize_embeddings"] or options["distance"] == "cosine"
-    y, bank = sample.args[1], options["references"]
-    bank = None if bank is None else bank.double()
-    x, _, r, *_ = sides(sample.args[0].double(), y, bank, y, unit)
-    d = distances(x, r, options["distance"])
-    return d.max().item() if d.numel() else 0.0, (None,)
+    """Size of the distances whose difference the loss of a triplet is; of a sum, those of all
+    anchors."""
+    x, _, r, _, _, distance = _sides_of(sample)
+    d = distances(x, r, distance)
+    if d.numel() == 0:
+        return 0.0, (None,)
+    of_anchors = d.amax(1)
+    summed = sample.kwargs.get("reduction") == "sum"
+    return (of_anchors.sum() if summed else of_anchors.max()).item(), (None,)
 
 
 def samples(
@@ -120,6 +132,27 @@ def samples(
 
         return draw(first(draw, accept), device)
 
+    def excluding(form: dict[str, Any]) -> Sample:
+        """References that hold most of the anchors, which leave out themselves."""
+        B, M = 34, 55
+        form = always | form
+
+        def draw(seed: int, device: torch.device = cpu) -> Sample:
+            rows, labels = labelled(M, 24, 5, device, dtype, seed)
+            place = torch.randperm(M, generator=rng(seed + 1))
+            exclude, others = place.argsort()[:B], rows.clone()
+            # an anchor beside its own copy would be where distances have no derivative
+            others[:B:5], others[1] = others[:B:5].flip(1), others[1].flip(0)
+            exclude[::5], exclude[1] = -1, 40
+            options = {
+                "references": others[place], "reference_labels": labels[place],
+                "exclude": exclude.to(device),
+            }  # fmt: skip
+            name = "-".join(("exclude", *map(str, form.values())))
+            return Sample(name, (rows[:B], labels[:B]), form | options)
+
+        return draw(first(draw, accept), device)
+
     for name, shape in SHAPES.items():
         # a unit vector of one component cannot move
         yield batch(name, shape, **({"normalize_embeddings": False} if shape[1] == 1 else {}))
@@ -127,6 +160,7 @@ def samples(
         yield batch("-".join(str(value) for value in form.values()), (37, 11, 5), **form)
     for form in referred:
         yield referring(form)
+        yield excluding(form)
     other = (46, 24, 5)
     yield batch("strided", other, lambda x, y: (x.T.contiguous().T[::2, ::2], y[::2]))
     yield batch("int8_labels", other, lambda x, y: (x, y.to(torch.int8)))
@@ -151,8 +185,14 @@ def bad_inputs(device: torch.device, **always: Any) -> Iterator[BadInput]:
     yield bad("no_references", (x, y), ValueError, "references must be", reference_labels=y)
     narrow: dict[str, Any] = {"references": x[:, :3], "reference_labels": y}
     yield bad("columns", (x, y), ValueError, "references must have 4 columns", **narrow)
-    double: dict[str, Any] = {"references": x.double(), "reference_labels": y}
-    yield bad("dtypes", (x, y), TypeError, "references must be torch.float32", **double)
+    bank: dict[str, Any] = {"references": x, "reference_labels": y}
+    yield bad("own", (x, y), ValueError, "exclude must be None without references", exclude=y)
+    yield bad("excluded", (x, y), ValueError, "exclude must have shape [8]", exclude=y[:7], **bank)
+    float_index = bank | {"exclude": y.float()}
+    yield bad("float_index", (x, y), TypeError, "exclude must be an integer tensor", **float_index)
+    if device.type == "cpu":  # indices elsewhere are not looked at
+        beyond = bank | {"exclude": y + 5}
+        yield bad("beyond", (x, y), ValueError, "exclude must be from -1 to 7, got 8", **beyond)
     yield bad("margin", (x, y), ValueError, "margin must be", margin=-0.1)
     yield bad("margin_nan", (x, y), ValueError, "margin must be", margin=float("nan"))
     yield bad("margin_type", (x, y), TypeError, "margin must be a number", margin="0.2")

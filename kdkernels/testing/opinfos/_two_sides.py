@@ -25,6 +25,5 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
     yield bad("dims", (x, x[None]), ValueError, "teacher must have 2 dimensions, got shape [1, 8")
     yield bad("integer", (x.long(), x), TypeError, f"student {floats}, got torch.int64")
     yield bad("not_tensor", (x, [[1.0]]), TypeError, "teacher must be a torch.Tensor, got list")
-    yield bad("dtypes", (x, x.double()), TypeError, "teacher must be torch.float32 like student")
     yield bad("devices", (x, x.to("meta")), ValueError, f"teacher must be on {x.device} like stud")
     yield bad("backend", (x, x), ValueError, "backend must be one of", backend="gpu")

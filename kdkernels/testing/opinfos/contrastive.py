@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.contrastive import contrastive_loss
-from kdkernels.reference import contrastive as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample
 from kdkernels.testing.opinfos import _labelled
-from kdkernels.testing.opinfos._labelled import shape, sides
+from kdkernels.testing.opinfos._labelled import shape
 
 FORMS: tuple[dict[str, Any], ...] = (
     {"reduction": "mean_nonzero", "margin": 1.2},
@@ -22,30 +22,6 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"distance": "cosine", "margin": 0.7},
     {"normalize_embeddings": False, "margin": 6.0},
 )
-
-
-def definition(
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    references: Tensor | None = None,
-    reference_labels: Tensor | None = None,
-    margin: float = 1.0,
-    distance: str = "euclidean",
-    normalize_embeddings: bool = True,
-    reduction: str = "mean",
-) -> Tensor:
-    unit = normalize_embeddings or distance == "cosine"
-    *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
-    total, nonzero = reference.contrastive(
-        *rows, in_batch=in_batch, margin=margin, distance=distance
-    )
-    if reduction == "sum":
-        return total
-    if reduction == "mean_nonzero":
-        return total / nonzero.clamp_min(1)
-    B, M = len(rows[0]), len(rows[2])
-    return total / max(B * (B - 1) // 2 if in_batch else B * M, 1)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -81,7 +57,7 @@ OPINFOS = [
         name="contrastive_loss",
         op="contrastive",
         function=contrastive_loss,
-        definition=definition,
+        definition=definitions.contrastive_loss,
         diff_args=("embeddings",),
         samples=samples,
         bad_inputs=bad_inputs,

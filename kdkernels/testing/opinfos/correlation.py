@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.correlation import correlation
-from kdkernels.reference import correlation as reference
+from kdkernels.reference import _correlation as reference
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn
 from kdkernels.testing.opinfos import _two_sides
 
@@ -123,7 +124,7 @@ OPINFOS = [
         name="correlation",
         op="correlation",
         function=correlation,
-        definition=reference.correlation,
+        definition=definitions.correlation,
         diff_args=("student",),
         samples=samples,
         bad_inputs=bad_inputs,

@@ -3,15 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.pkt import pkt
-from kdkernels.reference import pkt as reference
-from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn
+from kdkernels.reference import _pkt as reference
+from kdkernels.testing.opinfo import (
+    BadInput,
+    BenchShape,
+    Cost,
+    Eager,
+    OpInfo,
+    Sample,
+    randn,
+)
 from kdkernels.testing.opinfos import _two_sides
 
 SHAPES = {  # B, D_s, D_t
@@ -72,32 +82,35 @@ def magnitude(sample: Sample) -> tuple[float, tuple[Tensor | None]]:
     kernel = sample.kwargs.get("kernel", "cosine")
     divergence = sample.kwargs.get("divergence", "kl")
     B, eps = max(len(s), 1), reference.LOG_EPS[divergence]
-    x, k_s, z_s, condition_s, by_product = _similarities(s, kernel, divergence)
-    _, k_t, z_t, condition_t, _ = _similarities(t, kernel, divergence)
+    k_s, z_s, condition_s = _similarities(s, kernel, divergence)
+    k_t, z_t, condition_t = _similarities(t, kernel, divergence)
     p, q = k_s / z_s, k_t / z_t
     ratio = (q + eps) / (p + eps)
     terms = q * (1 + ratio.log().abs()) if divergence == "kl" else (p + q) * ratio.log().abs()
     if not sample.cancels:
         return terms.sum().item() / B**2, (None,)
     condition = condition_s + condition_t
+    loss = ((terms + p + q) * condition).sum().item() / B**2
     slope = (1 + ratio) * condition
     gk = (slope + (p * slope).sum(1, keepdim=True)) / z_s
-    weights = (gk + gk.mT) * by_product
-    gradient = (weights.sum(1, keepdim=True) * x.abs() + weights @ x.abs()) / B**2
-    if kernel == "cosine":
-        gradient = gradient / (s.norm(dim=1, keepdim=True) + reference.NORM_EPS[divergence])
-    return ((terms + p + q) * condition).sum().item() / B**2, (gradient,)
+    gk = gk + gk.mT
+    if kernel == "student_t":
+        difference = (s[:, None] - s).abs()
+        d = (difference.square().sum(2) + reference.DISTANCE_EPS).sqrt()
+        return loss, ((gk * k_s.square() / d)[:, :, None].mul(difference).sum(1) / B**2,)
+    norm, u = s.norm(dim=1, keepdim=True), F.normalize(s, dim=1).abs()
+    gradient = (gk.sum(1, keepdim=True) * u + gk @ u) / 2 / B**2
+    return loss, (gradient / (norm + reference.NORM_EPS[divergence]),)
 
 
 def _similarities(x: Tensor, kernel: str, divergence: str) -> tuple[Tensor, ...]:
-    """(rows of the products, K, Z, condition of K, |dK by a product|)"""
+    """(K, Z, condition of K)"""
     if kernel == "cosine":
-        u, k, z = reference._cosine(x, reference.NORM_EPS[divergence])
-        return u, k, z, 1 + 1 / k, torch.full_like(k, 0.5)
-    x, d, k, z = reference._student_t(x)
-    squares, others = x.square().sum(1), 1 - torch.eye(len(x), dtype=x.dtype, device=x.device)
-    condition = 1 + (squares[:, None] + squares) * k / d * others  # a diagonal is exact
-    return x, k, z, condition, k.square() / d * others
+        _, k, z = reference._cosine(x, reference.NORM_EPS[divergence])
+        return k, z, 1 + 1 / k
+    d2, k, z = reference._student_t(x)
+    # of rows that are not close products may leave d^2 off by 16 roundings: docs/numerics.md
+    return k, z, 1 + 8 * (d2 + reference.DISTANCE_EPS).sqrt() * k
 
 
 def bad_inputs(device: torch.device) -> Iterator[BadInput]:
@@ -138,6 +151,23 @@ def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
     return Cost(flops=4.0 * B * B * D, bytes=3.0 * B * D * dtype.itemsize)
 
 
+def _eager(sample: Sample) -> Callable[..., Tensor]:
+    """As in the public codes, with squared distances from a product."""
+
+    def squared_distances(x: Tensor) -> Tensor:
+        squares = x.square().sum(1)
+        d2 = (squares[:, None] + squares - 2 * (x @ x.T)).clamp_min(0)
+        return d2 * (1 - torch.eye(len(x), dtype=x.dtype, device=x.device))
+
+    def call(student: Tensor, teacher: Tensor) -> Tensor:
+        options = {"kernel": "cosine", "divergence": "kl"} | sample.kwargs
+        return reference.by_distances(
+            student, teacher.detach(), **options, squared_distances=squared_distances
+        )
+
+    return call
+
+
 EAGER_MATRICES = 9  # B x B, that the definition with autograd holds at its peak, and some room
 
 
@@ -155,7 +185,7 @@ OPINFOS = [
         name="pkt",
         op="pkt",
         function=pkt,
-        definition=reference.pkt,
+        definition=definitions.pkt,
         diff_args=("student",),
         samples=samples,
         bad_inputs=bad_inputs,
@@ -165,6 +195,7 @@ OPINFOS = [
         magnitude=magnitude,
         subtracts=True,
         memory=memory,
+        eager=Eager(_eager, prepare=lambda sample: sample),
         algorithm_options=(),
     )
 ]

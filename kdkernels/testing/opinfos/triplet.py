@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.ops.triplet_loss import ONE, triplet_loss
-from kdkernels.reference import triplet as reference
+from kdkernels import reference as definitions
+from kdkernels.ops.triplet_loss import triplet_loss
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample
 from kdkernels.testing.opinfos import _labelled
-from kdkernels.testing.opinfos._labelled import shape, sides
+from kdkernels.testing.opinfos._labelled import shape
 
 FORMS: tuple[dict[str, Any], ...] = (
     {"mining": "batch_semihard"},
@@ -25,34 +24,6 @@ FORMS: tuple[dict[str, Any], ...] = (
     {"normalize_embeddings": False, "margin": 5.0, "reduction": "mean"},
     {"reduction": "none"},
 )
-
-
-def definition(
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    references: Tensor | None = None,
-    reference_labels: Tensor | None = None,
-    mining: str = "batch_hard",
-    margin: float = 0.2,
-    soft: bool = False,
-    distance: str = "euclidean",
-    normalize_embeddings: bool = True,
-    reduction: str = "mean_nonzero",
-) -> Tensor:
-    unit = normalize_embeddings or distance == "cosine"
-    *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
-    positives, negatives = ONE[mining]
-    positive, _, d_ap, d_an = reference.triplet(
-        *rows, in_batch=in_batch, positives=positives, negatives=negatives, distance=distance
-    )
-    u = d_ap - d_an + margin
-    kept = positive >= 0
-    losses = torch.where(kept, F.softplus(u, threshold=1e3) if soft else u.clamp_min(0), 0.0)
-    if reduction in ("none", "sum"):
-        return losses if reduction == "none" else losses.sum()
-    count = (losses > 0 if reduction == "mean_nonzero" else kept).sum()
-    return losses.sum() / count.clamp_min(1)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -97,7 +68,7 @@ OPINFOS = [
         name="triplet_loss",
         op="triplet",
         function=triplet_loss,
-        definition=definition,
+        definition=definitions.triplet_loss,
         diff_args=("embeddings",),
         samples=samples,
         bad_inputs=bad_inputs,
@@ -111,5 +82,6 @@ OPINFOS = [
         algorithm_options=(),
         peers=PEERS,
         selects=True,
+        contested=_labelled.contested,
     )
 ]

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from kdkernels.ops.triplet_loss import SEVERAL, triplet_loss
-from kdkernels.reference import triplet_all as reference
+from kdkernels import reference as definitions
+from kdkernels.ops.triplet_loss import triplet_loss
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample
 from kdkernels.testing.opinfos import _labelled
-from kdkernels.testing.opinfos._labelled import shape, sides
+from kdkernels.testing.opinfos._labelled import shape
 
 ALL, SEMIHARD = {"mining": "batch_all"}, {"mining": "pair_semihard"}
 FORMS: tuple[dict[str, Any], ...] = (
@@ -27,34 +26,6 @@ FORMS: tuple[dict[str, Any], ...] = (
     SEMIHARD | {"soft": True, "distance": "cosine"},
     SEMIHARD | {"normalize_embeddings": False, "distance": "sqeuclidean", "reduction": "sum"},
 )
-
-
-def definition(
-    embeddings: Tensor,
-    labels: Tensor,
-    *,
-    references: Tensor | None = None,
-    reference_labels: Tensor | None = None,
-    mining: str,
-    margin: float = 0.2,
-    soft: bool = False,
-    distance: str = "euclidean",
-    normalize_embeddings: bool = True,
-    reduction: str = "mean_nonzero",
-) -> Tensor:
-    unit = normalize_embeddings or distance == "cosine"
-    *rows, in_batch = sides(embeddings, labels, references, reference_labels, unit)
-    total, nonzero, valid = reference.triplet_all(
-        *rows,
-        in_batch=in_batch,
-        negatives=SEVERAL[mining],
-        margin=margin,
-        soft=soft,
-        distance=distance,
-    )
-    if reduction == "sum":
-        return total
-    return total / (nonzero if reduction == "mean_nonzero" else valid).clamp_min(1)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -104,7 +75,7 @@ OPINFOS = [
         name="triplet_loss_all",
         op="triplet_all",
         function=triplet_loss,
-        definition=definition,
+        definition=definitions.triplet_loss,
         diff_args=("embeddings",),
         samples=samples,
         bad_inputs=bad_inputs,

@@ -12,29 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdkernels import reference as definitions
 from kdkernels.ops.triplet_distillation import triplet_distillation
 from kdkernels.reference._distances import distances
 from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample, randn, rng
 from kdkernels.testing.opinfos import _labelled
 
 
-def definition(
-    student: Tensor,
-    teacher: Tensor,
-    labels: Tensor,
-    *,
-    margin: float = 5.0,
-    negatives: str = "hardest",
-) -> Tensor:
-    d = distances(teacher.detach(), student, "euclidean")
-    d_ap = d.diagonal()
-    allowed = labels[:, None] != labels[None]
-    if negatives == "semihard":
-        allowed = allowed & ~(d <= d_ap[:, None])  # NaN is beyond everything
-    d_an = torch.where(allowed, d, torch.inf).amin(1) if len(d) else d.sum(1)
-    kept = allowed.any(1)
-    losses = torch.where(kept, (d_ap - d_an + margin).clamp_min(0), 0.0)
-    return losses.sum() / kept.sum().clamp_min(1)
+def contested(sample: Sample) -> Tensor:  # [B]
+    """Which rows of the student could be the nearest of another class in place of others."""
+    student, teacher, labels = sample.args
+    d = distances(teacher.double(), student.double(), "euclidean")
+    return _labelled.near_best(d, labels[:, None] != labels[None]).any(0)
 
 
 def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
@@ -64,7 +53,6 @@ def bad_inputs(device: torch.device) -> Iterator[BadInput]:
     yield bad("widths", (x, x[:, :3], y), ValueError, "teacher must have shape [8, 4]")
     yield bad("float_labels", (x, x, y.float()), TypeError, "labels must be an integer tensor")
     yield bad("label_count", (x, x, y[:7]), ValueError, "labels must have shape [8]")
-    yield bad("dtypes", (x, x.double(), y), TypeError, "teacher must be torch.float32")
     yield bad("margin", (x, x, y), ValueError, "margin must be", margin=-1.0)
     yield bad("negatives", (x, x, y), ValueError, "negatives must be one of", negatives="easy")
     yield bad("generator", (x, x, y), TypeError, "generator must be a torch.Gen", generator=0)
@@ -99,7 +87,7 @@ OPINFOS = [
         name="triplet_distillation",
         op="triplet",
         function=triplet_distillation,
-        definition=definition,
+        definition=definitions.triplet_distillation,
         diff_args=("student",),
         samples=samples,
         bad_inputs=bad_inputs,
@@ -108,5 +96,7 @@ OPINFOS = [
         cost=cost,
         memory=_labelled.memory(6),
         algorithm_options=(),
+        selects=True,
+        contested=contested,
     )
 ]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference import lsh_bce as reference
+from kdkernels.reference import _lsh_bce as reference
 from kdkernels.testing.opinfo import Sample
 from kdkernels.testing.opinfos.lsh_bce import bench_teacher
 from kdkernels.testing.peers import Peer

@@ -46,13 +46,15 @@ def distance_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    RBF: tl.constexpr = False,
+    gamma=0.0,
 ):
     """([m, n] distances; whether two of these rows are close).
 
     A distance is NaN where a row is not finite; with IN_BATCH that of a row to itself means
     nothing. Distances come from products, but from differences where rows are close, since the
     products cancel there. Rows that are sorted by label are close in few tiles. Coincident rows are
-    at distance 0.
+    at distance 0. With RBF, rows whose rounding would show in exp(-gamma d^2) count as close too.
     """
     # int64: a row number times D passes 2**31 on large inputs
     x_ptrs = x_ptr + offs_m.to(tl.int64) * D
@@ -62,7 +64,10 @@ def distance_tile(
     r_norm = tl.load(r_norm_ptr + offs_n)
     # in this order, so that nothing is rounded to the digits of the sum of the norms
     d2 = (x_norm[:, None] - acc) + (r_norm[None, :] - acc)
-    near = d2 < (x_norm[:, None] + r_norm[None, :]) * CLOSE
+    size = x_norm[:, None] + r_norm[None, :]
+    near = d2 < size * CLOSE
+    if RBF:  # docs/ops/pairwise.md derives it
+        near = near | (gamma * (size - 2.0 * d2) > 4.0)
     if IN_BATCH:
         near = near & (offs_m[:, None] != offs_n[None, :])
     close = tl.max(near.to(tl.int32))

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from kdkernels._gpu import fp32_matmul
+from kdkernels._gpu import fp32_matmul, sorted_exclude
 from kdkernels.triton.common import pairs_kernels as kernels
 from kdkernels.triton.common.distances import DISTANCES
 from kdkernels.triton.common.launch import arch_of, cdiv, split_length
@@ -78,9 +78,10 @@ class Pairs:
         splits = cdiv(K, length)
         out = self.new(splits, N, self.D)
         kernels._pairs_gradient_kernel[(tile.count(N, self.D), splits)](
-            w_ptr=w, x_ptr=x, r_ptr=r, close_ptr=close, out_ptr=out, N=N, K=K, D=self.D,
-            split_length=length, TRANSPOSED=references, PRECISION=self.config.gradient_precision,
-            CLOSE_N=close_n, CLOSE_K=close_k, **tile.launch(),
+            w_ptr=w, x_ptr=x, r_ptr=r, given_x_ptr=x, given_r_ptr=r, close_ptr=close, out_ptr=out,
+            N=N, K=K, D=self.D, split_length=length, TRANSPOSED=references,
+            PRECISION=self.config.gradient_precision, CLOSE_N=close_n, CLOSE_K=close_k,
+            **tile.launch(),
         )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
 
@@ -95,6 +96,7 @@ class Call(Pairs):
         references: Tensor,  # [M, D]
         reference_labels: Tensor,  # [M] int64
         in_batch: bool,
+        exclude: Tensor | None,  # [B] int64
         distance: str,
     ) -> None:
         self.labels, self.order = labels.sort(stable=True)
@@ -104,6 +106,11 @@ class Call(Pairs):
         super().__init__(
             embeddings[self.order], None if in_batch else references[self.reference_order], distance
         )
+        self.leaves_out = exclude is not None
+        # no kernel reads it where no anchor leaves a reference out
+        self.exclude = self.order
+        if exclude is not None:
+            self.exclude = sorted_exclude(exclude, self.order, self.reference_order)
 
     @cached_property
     def begin(self) -> Tensor:  # [B] int64

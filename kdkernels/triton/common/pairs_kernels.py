@@ -58,6 +58,8 @@ def _pairs_gradient_kernel(
     w_ptr,  # [N, K] fp32 weights; [K, N] if TRANSPOSED
     x_ptr,  # [N, D]
     r_ptr,  # [K, D]
+    given_x_ptr,  # x and r, or what they are less a common row that rounding made inexact
+    given_r_ptr,
     close_ptr,  # [N / CLOSE_N, K / CLOSE_K] int32, or so: whether two rows there are close
     out_ptr,  # [splits, N, D] fp32
     N,
@@ -114,11 +116,12 @@ def _pairs_gradient_kernel(
     mask = mask_m[:, None] & mask_d[None, :]
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     acc = total[:, None] * x - acc
+    x = tl.load(given_x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     for tile in range(first, last, CLOSE_K):
         if tl.load(close_ptr + tile // CLOSE_K * stride_ck) != 0:
             for k in range(tile, tl.minimum(tile + CLOSE_K, K)):
                 wide = tl.cast(k, tl.int64)
                 w = tl.load(w_ptrs + wide * stride_wk, mask=mask_m, other=0.0)
-                r = tl.load(r_ptr + wide * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+                r = tl.load(given_r_ptr + wide * D + offs_d, mask=mask_d, other=0.0).to(tl.float32)
                 acc += w[:, None] * (x - r[None, :])
     tl.store(out_ptr + split.to(tl.int64) * N * D + offs, acc, mask=mask)

@@ -1,31 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """gram_mse on Triton: the operator pair.
 
-Algorithms, kernels and launches are in the modules `_gram_mse_*` beside this one.
+Algorithms, kernels and launches are in the modules beside this one.
 
 Features are fp16, bf16 or fp32; products accumulate in fp32, sums over rows in fp64. Nothing waits
-for the device.
+for the device. The factored algorithm takes fp32 features only where torch's setting for matrix
+products allows tf32: otherwise its products are in fp64, which Triton 3.7 fails to compile for
+sm_100 and gfx942.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.triton.common.launch import on_device, supports
+from kdkernels._gpu import fp32_matmul, refuse_fp64
+from kdkernels.triton.common.launch import on_device
 from kdkernels.triton.gram_mse import factored, resident, streamed
 from kdkernels.triton.gram_mse.call import Call
-
-__all__ = ["gram_mse_bwd", "gram_mse_fwd", "supports"]
-
 
 _FORWARD = {
     "resident": resident.forward,
     "streamed": streamed.forward,
     "factored": factored.forward,
 }
+
+
+def supports(*args: Any) -> str | None:
+    """Why an operator's arguments cannot be handled; None if they can."""
+    features = args[1]  # the teacher of a forward, the student of a backward
+    if args[-1] == "factored" and features.dtype == torch.float32 and fp32_matmul() == "highest":
+        return "the factored algorithm multiplies fp32 features in fp64, for which it has no kernel"
+    return refuse_fp64(args[0])
 
 
 def gram_mse_fwd(
@@ -41,7 +50,8 @@ def gram_mse_fwd(
     if student.numel() == teacher.numel() == 0:
         return _empty(call)
     with on_device(student):
-        return _FORWARD[algorithm](call)
+        loss, coef, *grams = _FORWARD[algorithm](call)
+    return loss, coef, *(gram.to(call.kept) for gram in grams)
 
 
 def gram_mse_bwd(
@@ -69,8 +79,9 @@ def gram_mse_bwd(
     if sides:
         with on_device(student):
             # residuals of another backend need not be dense
-            coef, gram_student, gram_teacher = (
-                r.contiguous() for r in (coef, gram_student, gram_teacher)
+            coef = coef.contiguous()
+            gram_student, gram_teacher, cross = (
+                r.float().contiguous() for r in (gram_student, gram_teacher, cross)
             )
             grams = (gram_student, gram_teacher)
             if student.dtype != torch.float32:
@@ -86,7 +97,7 @@ def gram_mse_bwd(
                         call, side, dout, coef, grams[side], grams[1 - side], scales
                     )
             else:
-                scales, cross = call.scales(), cross.contiguous()
+                scales = call.scales()
                 rows = factored.row_factors(call, coef, need) if call.rows_normalised else {}
                 for side in sides:
                     row_factor, cross_row = rows.get(("ss", "tt")[side], coef), rows.get("ts", coef)
@@ -106,7 +117,5 @@ def _empty(call: Call) -> tuple[Tensor, ...]:
     m, n = (D_t, D_s) if call.algorithm == "factored" else (0, 0)
     shapes = ((G,), (G, 5, B), (G, n_s, n_s), (G, n_t, n_t), (G, m, n))
     zeros = partial(torch.zeros, device=call.student.device)
-    return tuple(
-        zeros(shape, dtype=torch.float64 if name == "coef" else torch.float32)
-        for name, shape in zip(("loss", "coef", "gram_s", "gram_t", "cross"), shapes, strict=True)
-    )
+    dtypes = (torch.float32, torch.float64, call.kept, call.kept, call.kept)
+    return tuple(zeros(shape, dtype=d) for shape, d in zip(shapes, dtypes, strict=True))

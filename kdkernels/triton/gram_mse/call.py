@@ -43,6 +43,12 @@ class Call:
         )  # fmt: skip
 
     @property
+    def kept(self) -> torch.dtype:
+        """Of the Grams or factors that a forward returns."""
+        wide = self.algorithm == "factored" and self.student.dtype == torch.float32
+        return torch.float64 if wide else torch.float32
+
+    @property
     def scaled(self) -> bool:
         return self.normalize == "feature"
 

@@ -67,6 +67,7 @@ def _pairwise_fwd_kernel(
         value, _ = distance_tile(
             x_ptr, y_ptr, x_norm_ptr, y_norm_ptr, at_m, at_n, D, IN_BATCH,
             EUCLIDEAN if METRIC == EUCLIDEAN else SQEUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            METRIC == RBF, gamma,
         )  # fmt: skip
         if IN_BATCH:  # itself; NaN stays
             itself = (offs_m[:, None] == offs_n[None, :]) & (value >= 0.0)

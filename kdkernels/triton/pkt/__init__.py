@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
 from kdkernels.triton.common.launch import arch_of, cdiv, given, on_device, split_length, supports
+from kdkernels.triton.common.pairs_kernels import _pairs_gradient_kernel
 from kdkernels.triton.common.product import multiply
 from kdkernels.triton.pkt import kernels
 from kdkernels.triton.pkt.config import ELEMENTS, PktConfig, pick_config
@@ -26,10 +27,11 @@ NORM_EPS = {"kl": 1e-7, "jeffreys": 1e-6}
 
 @dataclass
 class _Side:
-    x: Tensor  # [B, D], as its products take it
-    wide: Tensor  # [B, D] fp32
+    given: Tensor  # [B, D]; of student_t contiguous
+    x: Tensor  # [B, D], as its products take it: of student_t centred, of the strides of `given`
     self_term: Tensor  # [B] 1 - |u|, or squared norms
     # of cosine only
+    wide: Tensor | None = None  # [B, D] fp32
     norm: Tensor | None = None  # [B]
     scale: Tensor | None = None  # [B] 1 / (|x| + eps)
     total: Tensor | None = None  # [D] sum of u
@@ -45,11 +47,10 @@ def pkt_fwd(
     (B, D), fp32 = student.shape, {"dtype": torch.float32, "device": student.device}
     if B == 0:
         return torch.zeros((), **fp32), torch.empty((0, D) if need_student else (0,), **fp32)
-    config = pick_config(
-        dtype=student.dtype, arch=arch_of(student),
-        fp32_matmul=fp32_matmul(),
-    )  # fmt: skip
     cosine, eps = kernel == "cosine", NORM_EPS[divergence]
+    config = pick_config(
+        dtype=student.dtype, arch=arch_of(student), fp32_matmul=fp32_matmul(), cosine=cosine
+    )
     with on_device(student):
         make = _cosine_side if cosine else _student_t_side
         sides = [make(x, eps) for x in (student, teacher)]
@@ -58,7 +59,7 @@ def pkt_fwd(
             rows[2 + i] = side.self_term
             if side.scale is not None:
                 rows[i] = side.scale
-        tiles = _Tiles(config, *(side.x for side in sides), rows, kernel, divergence)
+        tiles = _Tiles(config, *sides, rows, kernel, divergence)
         if cosine:
             z = torch.stack([((s.wide * s.total).sum(1) * s.scale + B) / 2 for s in sides])
         else:
@@ -72,10 +73,9 @@ def pkt_fwd(
             return _total(loss), torch.empty(0, **fp32)
         dx = torch.empty((B, D), **fp32)
         if not cosine:
-            _, weight = tiles.gradient(dx, LOSS=False)
-            torch.addcmul(-dx, weight[:, None], sides[0].wide, out=dx)
-            return _total(loss), dx.mul_(2)
-        (loss, r), _ = tiles.gradient(dx, LOSS=True)
+            tiles.student_t_gradient(dx)
+            return _total(loss), dx
+        loss, r = tiles.gradient(dx)
         ratio = r.sum(0) / z[0]
         _cosine_backward(sides[0], ratio, dx, eps)
         return _total(loss), dx
@@ -87,43 +87,67 @@ class _Tiles:
     def __init__(
         self,
         config: PktConfig,
-        student: Tensor,
-        teacher: Tensor,
+        student: _Side,
+        teacher: _Side,
         rows: Tensor,
         kernel: str,
         divergence: str,
     ) -> None:
         self.config, self.student, self.teacher, self.rows = config, student, teacher, rows
-        self.options = {"COSINE": kernel == "cosine", "KL": divergence == "kl"}
+        self.B, self.D = student.x.shape
+        self.cosine = kernel == "cosine"
+        self.options = {"COSINE": self.cosine, "KL": divergence == "kl"}
 
-    def run(self, **asked: bool) -> Tensor:  # [3, splits, B]
-        B = len(self.student)
-        sums = self._sums(B)
-        self._launch(0, B, sums, None, **asked)
+    def run(self, **asked: bool) -> Tensor:  # [2, splits, B]
+        sums = self._sums(self.B)
+        self._launch(0, self.B, sums, None, None, **asked)
         return sums
 
-    def gradient(self, dx: Tensor, LOSS: bool) -> tuple[Tensor, Tensor]:
-        """dx = W x in chunks of rows; (losses and r [2, splits, B], sums of weights [B])."""
-        B, config = len(self.student), self.config
+    def gradient(self, dx: Tensor) -> Tensor:  # [2, splits, B]
+        """dx = W u in chunks of rows, of cosine; losses and r."""
+        x, config = self.student.x, self.config
         # fp16 could not hold weights
-        half = self.student.dtype == torch.float16
-        dtype = torch.float32 if half else self.student.dtype
-        step = config.chunk(B, dtype.itemsize)
-        w = self.student.new_empty((step, B), dtype=dtype)
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        step = config.chunk(self.B, dtype.itemsize)
+        w = x.new_empty((step, self.B), dtype=dtype)
         sums = self._sums(step)
-        for first in range(0, B, step):
-            last = min(first + step, B)
-            weights = w[: last - first]
-            self._launch(first, last, sums, weights, LOSS=LOSS)
+        for first in range(0, self.B, step):
+            weights = w[: min(step, self.B - first)]
+            self._launch(first, first + len(weights), sums, weights, None, LOSS=True)
             product = (config.product, config.arch, config.weights)
-            multiply(*product, weights, self.student, dx[first:last])
-        return sums[:2], sums[2].sum(0)
+            multiply(*product, weights, x, dx[first : first + len(weights)])
+        return sums
+
+    def student_t_gradient(self, dx: Tensor) -> None:
+        """Row i of dx is the sum of w_ij (x_i - x_j), in chunks of rows."""
+        if self.D == 0:
+            return
+        config, side, tile = self.config, self.student, self.config.tiles
+        step = config.chunk(self.B, torch.float32.itemsize)
+        w = self.rows.new_empty((step, self.B))
+        close = w.new_empty((cdiv(step, tile.m), cdiv(self.B, tile.n)), dtype=torch.int32)
+        sums = self._sums(step)
+        for first in range(0, self.B, step):
+            weights = w[: min(step, self.B - first)]
+            N, last = len(weights), first + len(weights)
+            self._launch(first, last, sums, weights, close)
+            length = split_length(self.B, config.gradient_splits(N, self.D, self.B), tile.n)
+            splits = cdiv(self.B, length)
+            out = dx[None, first:last] if splits == 1 else dx.new_empty((splits, N, self.D))
+            _pairs_gradient_kernel[(config.gradient.count(N, self.D), splits)](
+                w_ptr=weights, x_ptr=side.x[first:last], r_ptr=side.x,
+                given_x_ptr=side.given[first:last], given_r_ptr=side.given, close_ptr=close,
+                out_ptr=out, N=N, K=self.B, D=self.D, split_length=length, TRANSPOSED=False,
+                PRECISION=config.factors, CLOSE_N=tile.m, CLOSE_K=tile.n,
+                **config.gradient.launch(),
+            )  # fmt: skip
+            if splits > 1:
+                torch.sum(out, 0, out=dx[first:last])
 
     def _sums(self, rows: int) -> Tensor:
         """For launches of so many rows each."""
-        B = len(self.student)
-        splits = cdiv(B, self.config.split(rows, B))
-        return self.rows.new_empty((3, splits, B))
+        splits = cdiv(self.B, self.config.split(rows, self.B))
+        return self.rows.new_empty((2, splits, self.B))
 
     def _launch(
         self,
@@ -131,19 +155,21 @@ class _Tiles:
         last: int,
         sums: Tensor,
         weights: Tensor | None,  # [last - first, B]
+        close: Tensor | None,  # of student_t, with weights
         SUMS: bool = False,
         LOSS: bool = False,
     ) -> None:
-        (B, D_s), D_t, tile = self.student.shape, self.teacher.shape[1], self.config.tiles
+        s, t, B, tile = self.student.x, self.teacher.x, self.B, self.config.tiles
         splits = sums.shape[1]
         kernels._pkt_tiles_kernel[(cdiv(last - first, tile.m), splits)](
-            s_ptr=self.student, t_ptr=self.teacher, rows_ptr=self.rows, sums_ptr=sums,
-            w_ptr=given(weights, sums), first=first, last=last,
-            B=B, D_s=D_s, D_t=D_t, split_n=split_length(B, splits, tile.n), splits=splits,
-            stride_sm=self.student.stride(0), stride_sd=self.student.stride(1),
-            stride_tm=self.teacher.stride(0), stride_td=self.teacher.stride(1),
-            SUMS=SUMS, LOSS=LOSS, WEIGHTS=weights is not None,
-            PRECISION=self.config.precision, **self.options, **tile.launch(),
+            s_ptr=s, t_ptr=t, given_s_ptr=self.student.given, given_t_ptr=self.teacher.given,
+            rows_ptr=self.rows, sums_ptr=sums, w_ptr=given(weights, sums),
+            close_ptr=given(close, sums), first=first, last=last, B=B, D_s=s.shape[1],
+            D_t=t.shape[1], split_n=split_length(B, splits, tile.n), splits=splits,
+            stride_sm=s.stride(0), stride_sd=s.stride(1), stride_tm=t.stride(0),
+            stride_td=t.stride(1), SUMS=SUMS, LOSS=LOSS, WEIGHTS=weights is not None,
+            PRECISION=self.config.precision if self.cosine else self.config.distances,
+            **self.options, **tile.launch(),
         )  # fmt: skip
 
 
@@ -151,16 +177,15 @@ def _cosine_side(x: Tensor, eps: float) -> _Side:
     wide = x.float()
     norm = torch.linalg.vector_norm(wide, dim=1)
     scale = 1 / (norm + eps)
-    return _Side(x, wide, eps * scale, norm, scale, (wide * scale[:, None]).sum(0))
+    return _Side(x, x, eps * scale, wide, norm, scale, (wide * scale[:, None]).sum(0))
 
 
 def _student_t_side(x: Tensor, eps: float) -> _Side:
-    # Distances stay, and rows close together keep more of theirs; products of half precision are
-    # exact as they are, and would not be of rounded differences.
-    if x.dtype == torch.float32:
-        x = x - x.mean(0)
-    wide = x.float()
-    return _Side(x, wide, wide.square().sum(1))
+    # Centring leaves the distances, and makes products lose fewer of their digits. Products of half
+    # precision are exact as they are, and would not be of rounded differences.
+    x = x.contiguous()
+    centred = x - x.mean(0) if x.dtype == torch.float32 else x
+    return _Side(x, centred, centred.float().square().sum(1))
 
 
 def _cosine_backward(side: _Side, ratio: Tensor, dx: Tensor, eps: float) -> None:

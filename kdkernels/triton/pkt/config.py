@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from kdkernels.triton.common.dots import pick_precision
-from kdkernels.triton.common.launch import Arch, Tile, cdiv, fill_device, rows_in_l2, split_length
+from kdkernels.triton.common.launch import (
+    MOST_SPLITS,
+    Arch,
+    Tile,
+    cdiv,
+    fill_device,
+    rows_in_l2,
+    split_length,
+)
 
 ELEMENTS = 512  # of a row at a time, in the kernel that ends the gradient
 
@@ -16,10 +24,13 @@ ELEMENTS = 512  # of a row at a time, in the kernel that ends the gradient
 @dataclass(frozen=True)
 class PktConfig:
     tiles: Tile  # rows times rows, of both sides
-    product: Tile  # weights times features
+    product: Tile  # weights times features, of cosine
+    gradient: Tile  # weights times differences of rows, of student_t; its m and k divide a tile's
     arch: Arch
     precision: str  # of products of features
     weights: str  # of weights times features
+    distances: str  # of products of features whose difference is a distance
+    factors: str  # of weights times differences
 
     def chunk(self, B: int, itemsize: int) -> int:
         """How many rows of weights are made at a time."""
@@ -30,20 +41,32 @@ class PktConfig:
         splits = fill_device(self.arch, cdiv(rows, self.tiles.m), cdiv(B, self.tiles.n))
         return split_length(B, splits, self.tiles.n)
 
+    def gradient_splits(self, rows: int, columns: int, contraction: int) -> int:
+        """Of the contraction of a gradient of student_t, each of two steps or more."""
+        most = min(contraction // (2 * self.gradient.k), MOST_SPLITS)
+        return fill_device(self.arch, self.gradient.count(rows, columns), most)
 
-def pick_config(*, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> PktConfig:
+
+def pick_config(*, dtype: torch.dtype, arch: Arch, fp32_matmul: str, cosine: bool) -> PktConfig:
     """`fp32_matmul` is `kdkernels._gpu.fp32_matmul()`."""
     precision = pick_precision(dtype, arch, fp32_matmul)
-    tiles, product = _tiles(dtype, arch, precision.features)
-    return PktConfig(tiles, product, arch, precision.features, precision.weights)
+    tiles, product, gradient = _tiles(dtype, arch, precision.features, cosine)
+    return PktConfig(
+        tiles, product, gradient, arch, precision.features, precision.weights,
+        distances=precision.factors if dtype == torch.float32 else precision.features,
+        factors=precision.factors,
+    )  # fmt: skip
 
 
-def _tiles(dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile, Tile]:
+def _tiles(dtype: torch.dtype, arch: Arch, precision: str, cosine: bool) -> tuple[Tile, Tile, Tile]:
     if arch.vendor == "interpreter":  # small enough that samples have several tiles
-        return Tile(32, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)
+        return (Tile(32, 32, 32, 4, 1),) * 3
     stages = 2 if arch.vendor == "hip" else 3
     if dtype == torch.float32:
         # without tensor cores every operand of a step is held in registers: a short step
         step = 16 if precision == "ieee" and arch.vendor == "cuda" else 32
-        return Tile(64, 32, step, 8, stages), Tile(64, 64, step, 8, stages)
-    return Tile(64, 64, 32, 8, stages), Tile(128, 64, 32, 8, stages)
+        product = Tile(64, 64, step, 8, stages)
+        return Tile(64, 32, step, 8, stages), product, product
+    # of student_t a program holds the distances too
+    tiles = Tile(64, 64 if cosine else 32, 32, 8, stages)
+    return tiles, Tile(128, 64, 32, 8, stages), Tile(64, 64, 32, 4, stages)

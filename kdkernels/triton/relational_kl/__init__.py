@@ -56,27 +56,18 @@ def relational_kl_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                     own_teacher,
                 )
             )
-            flags = {
-                "TEACHER": teacher is not None,
-                "HAS_EXCLUDE": call.exclude is not None,
-                "HAS_NUM_KEYS": call.num_keys is not None,
-                "ENTROPY": call.subtract_entropy,
-            }
-            indices = {
-                "positives_ptr": _given(positive, x),
-                "exclude_ptr": _given(excluded, x),
-                "num_keys_ptr": _given(call.num_keys, x),
-            }
+            flags = {"TEACHER": teacher is not None, "ENTROPY": call.subtract_entropy}
+            flags |= _indices(positive, excluded, call.num_keys, x)
             kernels._relational_kl_weights_kernel[(cdiv(count, tile.m) * tiles,)](
                 ws_ptr=weights, wt_ptr=weights[-1], stats_ptr=stats, B=count, K=K,
-                **_sides(x, y, bank), **indices, **flags, STORE=need_student,
+                **_sides(x, y, bank), **flags, STORE=need_student,
                 PRECISION=config.of_logits, **tile.launch(),
             )  # fmt: skip
             kernels._relational_kl_merge_kernel[(cdiv(count, MERGED),)](
                 stats_ptr=stats, own_s_ptr=_given(own_s, x), own_t_ptr=_given(own_t, x),
                 HAS_OWN=own_s is not None, loss_ptr=loss[rows], lse_s_ptr=lse_student[rows],
                 lse_t_ptr=lse_teacher[rows], B=count, K=K, tiles=tiles,
-                **indices, **flags, FACTORS=need_student, BLOCK=MERGED,
+                **flags, FACTORS=need_student, BLOCK=MERGED,
             )  # fmt: skip
             if need_student and D > 0:
                 _softmax_product(
@@ -189,6 +180,22 @@ def _given(x: Tensor | None, other: Tensor) -> Tensor:
     return given(_contiguous(x), other)
 
 
+def _indices(
+    positives: Tensor | None,  # [B]
+    exclude: Tensor | None,  # [B], or [B, K] bool
+    num_keys: Tensor | None,  # []
+    other: Tensor,
+) -> dict[str, Any]:
+    """Which keys count for a row, and which one is its positive."""
+    mask = exclude is not None and exclude.dtype == torch.bool
+    return {
+        "positives_ptr": _given(positives, other), "POSITIVES": positives is not None,
+        "exclude_ptr": _given(exclude.view(torch.uint8) if mask else exclude, other),
+        "HAS_EXCLUDE": exclude is not None, "MASK": mask,
+        "num_keys_ptr": _given(num_keys, other), "HAS_NUM_KEYS": num_keys is not None,
+    }  # fmt: skip
+
+
 def _sides(x: Tensor, y: Tensor | None, bank: _Bank) -> dict[str, Any]:
     """Contiguous rows against keys on both sides."""
     y = x if y is None else y
@@ -259,13 +266,12 @@ def _derivatives(
     x, y, positives, exclude, dout, loss, lse_student, lse_teacher = rows.tensors
     B, K, tile = x.shape[0], bank.keys.shape[0], config.logits
     bwd_kernels._relational_kl_derivatives_kernel[(tile.count(B, K),)](
-        positives_ptr=_given(positives, x), exclude_ptr=_given(exclude, x),
-        num_keys_ptr=_given(rows.num_keys, x), HAS_NUM_KEYS=rows.num_keys is not None,
+        **_indices(positives, exclude, rows.num_keys, x),
         loss_ptr=loss.contiguous(), lse_s_ptr=lse_student.contiguous(),
         lse_t_ptr=lse_teacher.contiguous(), dout_ptr=dout,
         g_ptr=_given(g, x), h_ptr=_given(h, x), first=first, total=total, B=B, K=K,
         **_sides(x, y, bank), stride_dout=dout.stride(0),
-        TEACHER=y is not None, HAS_EXCLUDE=exclude is not None, ENTROPY=rows.subtract_entropy,
+        TEACHER=y is not None, ENTROPY=rows.subtract_entropy,
         STUDENT=g is not None, PRECISION=config.of_logits, **tile.launch(),
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ def _relational_kl_derivatives_kernel(
     scale_ptr,  # [K] fp32, or unused
     teacher_scale_ptr,  # [K] fp32, or unused
     positives_ptr,  # [B] int64, or unused
-    exclude_ptr,  # [B] int64, or unused
+    exclude_ptr,  # [B] int64, [B, total] bool with MASK, or unused
     num_keys_ptr,  # [] int64, or unused
     loss_ptr,  # [B] fp32
     lse_s_ptr,  # [B] fp32
@@ -40,8 +40,10 @@ def _relational_kl_derivatives_kernel(
     stride_rd,
     stride_dout,
     TEACHER: tl.constexpr,
+    POSITIVES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    MASK: tl.constexpr,
     HAS_NUM_KEYS: tl.constexpr,
     ENTROPY: tl.constexpr,
     STUDENT: tl.constexpr,  # whether g is asked for
@@ -57,7 +59,10 @@ def _relational_kl_derivatives_kernel(
     stored = mask_m[:, None] & (offs_n < K)[None, :]
     counting = number_that_count(num_keys_ptr, total, HAS_NUM_KEYS)
     counts = mask_m[:, None] & (offs_n < tl.minimum(counting - first, K))[None, :]
-    if HAS_EXCLUDE:
+    if MASK:
+        at = exclude_ptr + offs_m.to(tl.int64)[:, None] * total + (first + offs_n)[None, :]
+        counts &= tl.load(at, mask=stored, other=1) == 0
+    elif HAS_EXCLUDE:
         exclude = tl.load(exclude_ptr + offs_m, mask=mask_m, other=-1)
         counts &= (first + offs_n)[None, :] != exclude[:, None]
     offs_w = offs_m.to(tl.int64)[:, None] * K + offs_n[None, :]
@@ -79,10 +84,13 @@ def _relational_kl_derivatives_kernel(
         loss = tl.load(loss_ptr + offs_m, mask=mask_m, other=0.0)
         h = tl.where(counts, dout[:, None] * (p * (c - loss[:, None])), 0.0)
         tl.store(h_ptr + offs_w, h.to(h_ptr.dtype.element_ty), mask=stored)
-    else:
+    elif POSITIVES:
         positive = tl.load(positives_ptr + offs_m, mask=mask_m, other=0)
         p = tl.where((first + offs_n)[None, :] == positive[:, None], 1.0, 0.0)
         dout = tl.where((positive >= 0) & (positive < counting), dout, float("nan"))
     if STUDENT:
-        g = tl.where(counts, dout[:, None] * (tl.exp(log_q) - p), 0.0)
+        q = tl.exp(log_q)
+        if TEACHER or POSITIVES:
+            q -= p
+        g = tl.where(counts, dout[:, None] * q, 0.0)
         tl.store(g_ptr + offs_w, g.to(g_ptr.dtype.element_ty), mask=stored)

@@ -84,7 +84,7 @@ def _relational_kl_weights_kernel(
     scale_ptr,  # [K] fp32, or unused
     teacher_scale_ptr,  # [K] fp32, or unused
     positives_ptr,  # [B] int64, or unused
-    exclude_ptr,  # [B] int64, or unused
+    exclude_ptr,  # [B] int64, [B, K] bool with MASK, or unused
     num_keys_ptr,  # [] int64, or unused
     ws_ptr,  # [B, K], or unused
     wt_ptr,  # [B, K], or unused
@@ -98,8 +98,10 @@ def _relational_kl_weights_kernel(
     stride_rn,
     stride_rd,
     TEACHER: tl.constexpr,
+    POSITIVES: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    MASK: tl.constexpr,
     HAS_NUM_KEYS: tl.constexpr,
     ENTROPY: tl.constexpr,
     STORE: tl.constexpr,
@@ -120,12 +122,15 @@ def _relational_kl_weights_kernel(
         x_ptr, keys_ptr, scale_ptr, offs_m, offs_n, B, counting, D, stride_kn, stride_kd,
         HAS_SCALE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    if not TEACHER:
+    if POSITIVES:
         positive = tl.load(positives_ptr + offs_m, mask=mask_m, other=-1)
         at = tl.sum(tl.where(offs_n[None, :] == positive[:, None], a, 0.0), 1)
         tl.store(row_stats + _POSITIVE * step, at, mask=mask_m)
     counts = (offs_n < counting)[None, :]
-    if HAS_EXCLUDE:
+    if MASK:
+        at = exclude_ptr + offs_m.to(tl.int64)[:, None] * K + offs_n[None, :]
+        counts &= tl.load(at, mask=mask_m[:, None] & (offs_n < K)[None, :], other=1) == 0
+    elif HAS_EXCLUDE:
         exclude = tl.load(exclude_ptr + offs_m, mask=mask_m, other=-1)
         counts &= offs_n[None, :] != exclude[:, None]
     a, max_s = _below_largest(tl.where(counts, a, _LEAST))
@@ -177,7 +182,9 @@ def _relational_kl_merge_kernel(
     K,
     tiles,
     TEACHER: tl.constexpr,
+    POSITIVES: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr,
+    MASK: tl.constexpr,
     HAS_NUM_KEYS: tl.constexpr,
     HAS_OWN: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -192,8 +199,10 @@ def _relational_kl_merge_kernel(
     most_t = tl.full((BLOCK,), -float("inf"), tl.float32)
     if HAS_OWN:
         own_s = tl.load(own_s_ptr + offs, mask=mask, other=0.0)
-        own_t = tl.load(own_t_ptr + offs, mask=mask, other=0.0)
-        most_s, most_t = own_s, own_t
+        most_s = own_s
+        if TEACHER:
+            own_t = tl.load(own_t_ptr + offs, mask=mask, other=0.0)
+            most_t = own_t
     for j in range(0, tiles):
         row = stats_ptr + tl.cast(j, tl.int64) * B + offs
         top = tl.load(row + _MAX_S * step, mask=mask, other=0.0)
@@ -206,9 +215,12 @@ def _relational_kl_merge_kernel(
     mean = tl.zeros((BLOCK,), tl.float32)
     if HAS_OWN:
         sum_s = tl.exp(own_s - most_s)
-        sum_t = tl.exp(own_t - most_t)
-        c = most_s - own_s
-        mean = sum_t * (own_t - most_t + c if ENTROPY else c)
+        if TEACHER:
+            sum_t = tl.exp(own_t - most_t)
+            c = most_s - own_s
+            mean = sum_t * (own_t - most_t + c if ENTROPY else c)
+        elif not POSITIVES:
+            mean = -own_s
     for j in range(0, tiles):
         row = stats_ptr + tl.cast(j, tl.int64) * B + offs
         w, total, below_s = _relative(row + _MAX_S * step, row + _SUM_S * step, mask, most_s)
@@ -218,12 +230,14 @@ def _relational_kl_merge_kernel(
             sum_t += w * total
             shift = below_t - below_s if ENTROPY else -below_s
             mean += w * (tl.load(row + _MEAN * step, mask=mask, other=0.0) + shift * total)
-        else:
+        elif POSITIVES:
             mean -= tl.load(row + _POSITIVE * step, mask=mask, other=0.0)
     no_key = offs >= B  # or none is left
-    if TEACHER and not HAS_OWN:
+    if not POSITIVES and not HAS_OWN:
         no_key = no_key | (counting <= 0)
-        if HAS_EXCLUDE:
+        if MASK:
+            no_key = no_key | (most_s == -float("inf"))
+        elif HAS_EXCLUDE:
             exclude = tl.load(exclude_ptr + offs, mask=mask, other=-1)
             no_key = no_key | ((exclude == 0) & (counting == 1))
     sum_s = tl.where(no_key, 1.0, sum_s)
@@ -237,8 +251,9 @@ def _relational_kl_merge_kernel(
             loss -= tl.log(sum_t)
         lse_t = most_t + tl.log(sum_t)
     else:
-        positive = tl.load(positives_ptr + offs, mask=mask, other=0)
         loss = mean + most_s + log_s
+    if POSITIVES:
+        positive = tl.load(positives_ptr + offs, mask=mask, other=0)
         loss = tl.where((positive >= 0) & (positive < counting), loss, float("nan"))
     tl.store(loss_ptr + offs, tl.where(no_key, 0.0, loss), mask=mask)
     tl.store(lse_s_ptr + offs, most_s + log_s, mask=mask)

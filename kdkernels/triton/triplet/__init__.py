@@ -31,6 +31,7 @@ def triplet_fwd(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
+    exclude: Tensor | None,  # [B] int64
     positives: str,
     negatives: str,
     distance: str,
@@ -42,8 +43,9 @@ def triplet_fwd(
         return positive.fill_(-1), negative.fill_(-1), d_ap.zero_(), d_an.zero_()
     with on_device(embeddings):
         keys, rows = _winners(
-            embeddings, labels, references, reference_labels, in_batch, positives, negatives
-        )
+            embeddings, labels, references, reference_labels, in_batch, exclude, positives,
+            negatives,
+        )  # fmt: skip
         kernels._triplet_distances_kernel[(cdiv(B, ROWS),)](
             x_ptr=embeddings, r_ptr=references, key_ptr=keys, row_ptr=rows, positive_ptr=positive,
             negative_ptr=negative, d_ap_ptr=d_ap, d_an_ptr=d_an, B=B, D=D, splits=keys.shape[1],
@@ -59,6 +61,7 @@ def _winners(
     r: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M]
     in_batch: bool,
+    exclude: Tensor | None,  # [B]
     positives: str,
     negatives: str,
 ) -> tuple[Tensor, Tensor]:  # keys and rows, [2, splits, B]
@@ -75,13 +78,15 @@ def _winners(
         kernels._triplet_mine_kernel[(cdiv(B, config.tile.m), config.splits)](
             x_ptr=x, r_ptr=r, x_norm_ptr=x_norm, r_norm_ptr=r_norm, x_label_ptr=labels,
             r_label_ptr=reference_labels, key_ptr=keys, row_ptr=rows, floor_key_ptr=keys[bound],
-            floor_row_ptr=rows[bound], B=B, M=M, D=D, splits=config.splits,
+            floor_row_ptr=rows[bound], exclude_ptr=left_out, B=B, M=M, D=D, splits=config.splits,
             split_length=config.split_length, **_strides(x, r), IN_BATCH=in_batch,
-            POSITIVE=signs.get(_POSITIVE, 0), NEGATIVE=signs.get(_NEGATIVE, 0), FLOOR=floor,
+            EXCLUDES=exclude is not None, POSITIVE=signs.get(_POSITIVE, 0),
+            NEGATIVE=signs.get(_NEGATIVE, 0), FLOOR=floor, DIFFERENCES=config.differences,
             PRECISION=config.precision, **config.tile.launch(),
         )  # fmt: skip
 
     labels, reference_labels = labels.contiguous(), reference_labels.contiguous()
+    left_out = labels if exclude is None else exclude.contiguous()  # labels are not read as such
     # a semihard positive is the farthest within its bound, a semihard negative the nearest beyond
     signs = {
         _POSITIVE: 1 if positives == "easiest" else -1,

@@ -19,6 +19,7 @@ class TripletConfig:
     splits: int  # of the references
     split_length: int  # references in a split; a multiple of tile.n
     precision: str  # of the products
+    differences: bool  # whether close rows are ranked by them
 
 
 def pick_config(
@@ -34,7 +35,9 @@ def pick_config(
     tile = _tile(dtype, arch, precision)
     splits = fill_device(arch, cdiv(B, tile.m), min(cdiv(M, tile.n), MOST_SPLITS))
     length = split_length(M, splits, tile.n)
-    return TripletConfig(tile, max(1, cdiv(M, length)), length, precision)
+    # the masks of a search and another loop over the features are more than AMD's scalar registers
+    differences = arch.vendor != "hip"
+    return TripletConfig(tile, max(1, cdiv(M, length)), length, precision, differences)
 
 
 def _tile(dtype: torch.dtype, arch: Arch, precision: str) -> Tile:
@@ -46,4 +49,5 @@ def _tile(dtype: torch.dtype, arch: Arch, precision: str) -> Tile:
             # without tensor cores every operand of a step is held in registers: a short step
             return Tile(64, 64, 16, 8, stages)
         return Tile(128 if arch.vendor == "hip" else 64, 64, 32, 8, stages)
-    return Tile(128, 64, 64, 8, stages)
+    # Blackwell's tensor cores leave a thread a part of a row: of half as many columns it holds all
+    return Tile(128, 32 if arch.name == "sm_100" else 64, 64, 8, stages)

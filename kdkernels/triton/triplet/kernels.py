@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import EUCLIDEAN, FINITE, LARGEST, SQEUCLIDEAN
+from kdkernels.triton.common.distances import CLOSE, EUCLIDEAN, FINITE, LARGEST, SQEUCLIDEAN
 from kdkernels.triton.common.dots import dot
 
 _NO_ROW = tl.constexpr(2**31 - 1)
@@ -78,7 +78,7 @@ def _improve(
     best,  # [m]
     best_row,  # [m]
     d2,  # [m, n], finite
-    forced,  # [m, n], -inf where the distance is NaN, else 0
+    forced,  # [m, n], -inf where the distance is NaN, +inf where it is left out, else 0
     candidate,  # [m, n]
     floor,  # [m]; only keys above it count
     offs_n,  # [n], above all rows seen so far
@@ -108,6 +108,7 @@ def _triplet_mine_kernel(
     row_ptr,  # [2, splits, B] int32
     floor_key_ptr,  # [splits, B] fp32, [splits, B] int32: winners of the search that bounds this
     floor_row_ptr,
+    exclude_ptr,  # [B] int64; with EXCLUDES
     B,
     M,
     D,
@@ -118,9 +119,11 @@ def _triplet_mine_kernel(
     stride_rm,
     stride_rd,
     IN_BATCH: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     POSITIVE: tl.constexpr,  # 1 looks for the nearest, -1 for the farthest, 0 not at all
     NEGATIVE: tl.constexpr,
     FLOOR: tl.constexpr,  # 0 without bound; else the sign that turns its keys into keys of this
+    DIFFERENCES: tl.constexpr,  # of close rows, in place of products
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -134,6 +137,8 @@ def _triplet_mine_kernel(
     x_norm = tl.load(x_norm_ptr + offs_m)
     x_label = tl.load(x_label_ptr + offs_m)
     x_forced = _forced(x_norm)
+    if EXCLUDES:
+        left_out = tl.load(exclude_ptr + offs_m).to(tl.int32)
     floor = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     if FLOOR != 0:
         bound, _ = _winner(floor_key_ptr, floor_row_ptr, offs_m, B, splits, BLOCK_M)
@@ -161,11 +166,29 @@ def _triplet_mine_kernel(
             )
             acc = dot(x, r, acc, PRECISION)
         r_norm = tl.load(r_norm_ptr + offs_n)
-        r_label = tl.load(r_label_ptr + offs_n)
         d2 = x_norm[:, None] + r_norm[None, :] - 2.0 * acc
+        if DIFFERENCES:
+            # Below 0 for close rows. In numbers, relative to the tile: masks, and what masks are
+            # made of below, would stay in registers meanwhile.
+            near = d2 - CLOSE * (x_norm[:, None] + r_norm[None, :])
+            if IN_BATCH:
+                apart = (offs_m - n).to(tl.float32)[:, None] - (offs_n - n).to(tl.float32)[None, :]
+                near *= tl.minimum(tl.abs(apart), 1.0)
+            if tl.min(near) < 0.0:  # products rank close rows by their rounding
+                d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                x_rows = x_ptr + offs_m.to(tl.int64) * stride_xb
+                r_rows = r_ptr + offs_n.to(tl.int64) * stride_rm
+                for column in range(0, D):
+                    step = tl.cast(column, tl.int64)
+                    x_column = tl.load(x_rows + step * stride_xd).to(tl.float32)
+                    r_column = tl.load(r_rows + step * stride_rd).to(tl.float32)
+                    difference = x_column[:, None] - r_column[None, :]
+                    d2 += difference * difference
         d2 = tl.minimum(tl.where(d2 > 0.0, d2, 0.0), LARGEST)  # no NaN: what is forced says it
         forced = x_forced[:, None] + _forced(r_norm)[None, :]
-        same = x_label[:, None] == r_label[None, :]
+        if EXCLUDES:  # a key of +inf is no candidate's; no mask is kept for it
+            forced = tl.where(left_out[:, None] == offs_n[None, :], float("inf"), forced)
+        same = x_label[:, None] == tl.load(r_label_ptr + offs_n)[None, :]
         if POSITIVE != 0:
             candidate = same
             if IN_BATCH:

@@ -25,6 +25,7 @@ def triplet_all_fwd(
     references: Tensor,  # [M, D]
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
+    exclude: Tensor | None,  # [B] int64
     negatives: str,
     margin: float,
     soft: bool,
@@ -40,7 +41,7 @@ def triplet_all_fwd(
         return dx.new_zeros(()), labels.new_zeros(()), labels.new_zeros(()), dx, dr
     weights, semihard = need_embeddings or need_references, negatives == "semihard"
     with on_device(embeddings):
-        call = Call(embeddings, labels, references, reference_labels, in_batch, distance)
+        call = Call(embeddings, labels, references, reference_labels, in_batch, exclude, distance)
         losses = call.new(B, dtype=torch.float64)
         nonzero = call.new(B, dtype=torch.int64)
         chunks = list(call.chunks())
@@ -55,8 +56,9 @@ def triplet_all_fwd(
             close = call.distances(first, rows, d)
             arguments = {
                 "d_ptr": d, "w_ptr": w, "chosen_ptr": chosen, "begin_ptr": call.begin,
-                "end_ptr": call.end, "margin": margin, "first": first, "M": M, "IN_BATCH": in_batch,
-                "SEMIHARD": semihard, "SOFT": soft, "DISTANCE": call.distance,
+                "end_ptr": call.end, "exclude_ptr": call.exclude, "margin": margin, "first": first,
+                "M": M, "IN_BATCH": in_batch, "EXCLUDES": call.leaves_out, "SEMIHARD": semihard,
+                "SOFT": soft, "DISTANCE": call.distance,
                 "POSITIVES": call.config.positives, "NEGATIVES": call.config.negatives,
                 "num_warps": 8,
             }  # fmt: skip
@@ -86,4 +88,9 @@ def _valid(call: Call, semihard: bool) -> Tensor:
     """Number of triplets."""
     same = call.end - call.begin
     others = call.M - same
-    return ((same - int(call.in_batch)) * (others.clamp_max(1) if semihard else others)).sum()
+    if call.in_batch:
+        same = same - 1
+    elif call.leaves_out:
+        positive = (call.exclude >= call.begin) & (call.exclude < call.end)
+        same, others = same - positive.long(), others - ((call.exclude >= 0) & ~positive).long()
+    return (same * (others.clamp_max(1) if semihard else others)).sum()

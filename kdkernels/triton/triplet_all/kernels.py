@@ -2,9 +2,10 @@
 """Kernels of triplet_all: rows of distances become losses and weights.
 
 References are in the order of their labels, so the positives of an anchor are one stretch of its
-row of distances, `begin` to `end`, less itself; all else are negatives. Nothing counts past an end:
-there a positive is at distance -inf and a negative at +inf, so no triplet with it has a loss. So
-too where the anchor lacks one of the two: it is left without both.
+row of distances, `begin` to `end`; all else are negatives. One reference is left out: in batch the
+anchor itself, else the one that `exclude` names. Nothing counts past an end: there a positive is at
+distance -inf and a negative at +inf, so no triplet with it has a loss. So too where the anchor
+lacks one of the two: it is left without both.
 """
 
 from __future__ import annotations
@@ -18,29 +19,40 @@ _NO_ROW = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _stretch(begin_ptr, end_ptr, anchor, M, IN_BATCH: tl.constexpr):
-    """(begin, end, whether the anchor has triplets) of an anchor."""
+def _stretch(
+    begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH: tl.constexpr, EXCLUDES: tl.constexpr
+):
+    """(begin, end, the reference left out or -1, whether the anchor has triplets)."""
     begin = tl.load(begin_ptr + anchor).to(tl.int32)
     end = tl.load(end_ptr + anchor).to(tl.int32)
     positives = end - begin
+    negatives = M - positives
+    out = anchor
     if IN_BATCH:
         positives -= 1
-    return begin, end, (positives > 0) & (M - end + begin > 0)
+    elif EXCLUDES:
+        out = tl.load(exclude_ptr + anchor).to(tl.int32)
+        is_positive = (out >= begin) & (out < end)
+        positives -= is_positive.to(tl.int32)
+        negatives -= ((out >= 0) & ~is_positive).to(tl.int32)
+    return begin, end, out, (positives > 0) & (negatives > 0)
 
 
 @triton.jit
-def _positives(row_ptr, offs, end, anchor, kept, IN_BATCH: tl.constexpr):
+def _positives(row_ptr, offs, end, out, kept, LEAVES_OUT: tl.constexpr):
     """(distances; which of them are of positives)."""
     some = (offs < end) & kept
-    if IN_BATCH:
-        some = some & (offs != anchor)
+    if LEAVES_OUT:
+        some = some & (offs != out)
     return tl.load(row_ptr + offs, mask=some, other=-float("inf")), some
 
 
 @triton.jit
-def _negatives(row_ptr, offs, begin, end, kept, M):
+def _negatives(row_ptr, offs, begin, end, out, kept, M, EXCLUDES: tl.constexpr):
     """(distances; which of them are of negatives)."""
     some = ((offs < begin) | (offs >= end)) & (offs < M) & kept
+    if EXCLUDES:  # in batch an anchor is no negative of itself anyway
+        some = some & (offs != out)
     return tl.load(row_ptr + offs, mask=some, other=float("inf")), some
 
 
@@ -64,6 +76,7 @@ def _triplet_all_positives_kernel(
     chosen_ptr,  # [rows, M] int32: the negative of each positive, or -1; with SEMIHARD
     begin_ptr,  # [B] int64
     end_ptr,  # [B] int64
+    exclude_ptr,  # [B] int64; with EXCLUDES
     order_ptr,  # [M] int64: original row of each reference
     place_ptr,  # [M] int64: reference of each original row
     loss_ptr,  # [B] fp64
@@ -72,6 +85,7 @@ def _triplet_all_positives_kernel(
     first,
     M,
     IN_BATCH: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     SEMIHARD: tl.constexpr,
     SOFT: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -81,13 +95,13 @@ def _triplet_all_positives_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * M
     anchor = first + tl.program_id(0)
-    begin, end, kept = _stretch(begin_ptr, end_ptr, anchor, M, IN_BATCH)
+    begin, end, out, kept = _stretch(begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES)
     if SEMIHARD:  # the farthest negative; equal ones go to the lowest original row
         far = tl.full((NEGATIVES,), -float("inf"), tl.float32)
         far_row = tl.full((NEGATIVES,), _NO_ROW, tl.int32)
         for n in range(0, M, NEGATIVES):
             offs_n = n + tl.arange(0, NEGATIVES)
-            d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, kept, M)
+            d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, out, kept, M, EXCLUDES)
             row_n = tl.load(order_ptr + offs_n, mask=some_n, other=_NO_ROW).to(tl.int32)
             better = some_n & ((d_n > far) | ((d_n == far) & (row_n < far_row)))
             far = tl.where(better, d_n, far)
@@ -98,13 +112,13 @@ def _triplet_all_positives_kernel(
     nonzero = tl.full((), 0, tl.int64)
     for p in range(begin, end, POSITIVES):
         offs_p = p + tl.arange(0, POSITIVES)
-        d_p, some_p = _positives(d_ptr + row, offs_p, end, anchor, kept, IN_BATCH)
+        d_p, some_p = _positives(d_ptr + row, offs_p, end, out, kept, IN_BATCH or EXCLUDES)
         if SEMIHARD:
             near = tl.full((POSITIVES, NEGATIVES), float("inf"), tl.float32)
             near_row = tl.full((POSITIVES, NEGATIVES), _NO_ROW, tl.int32)
             for n in range(0, M, NEGATIVES):
                 offs_n = n + tl.arange(0, NEGATIVES)
-                d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, kept, M)
+                d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, out, kept, M, EXCLUDES)
                 row_n = tl.load(order_ptr + offs_n, mask=some_n, other=_NO_ROW).to(tl.int32)
                 key = tl.where(d_n == d_n, d_n, -float("inf"))  # NaN comes before all
                 # beside NaN everything is beyond, and NaN is beyond everything
@@ -128,7 +142,7 @@ def _triplet_all_positives_kernel(
             count_pn = tl.zeros((POSITIVES, NEGATIVES), tl.int32)
             for n in range(0, M, NEGATIVES):
                 offs_n = n + tl.arange(0, NEGATIVES)
-                d_n, _ = _negatives(d_ptr + row, offs_n, begin, end, kept, M)
+                d_n, _ = _negatives(d_ptr + row, offs_n, begin, end, out, kept, M, EXCLUDES)
                 loss, slope = _loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
                 loss_pn += loss
                 slope_pn += slope
@@ -151,10 +165,12 @@ def _triplet_all_negatives_kernel(
     chosen_ptr,  # [rows, M] int32: the negative of each positive, or -1; with SEMIHARD
     begin_ptr,  # [B] int64
     end_ptr,  # [B] int64
+    exclude_ptr,  # [B] int64; with EXCLUDES
     margin,
     first,
     M,
     IN_BATCH: tl.constexpr,
+    EXCLUDES: tl.constexpr,
     SEMIHARD: tl.constexpr,
     SOFT: tl.constexpr,
     DISTANCE: tl.constexpr,
@@ -163,13 +179,13 @@ def _triplet_all_negatives_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * M
     anchor = first + tl.program_id(0)
-    begin, end, kept = _stretch(begin_ptr, end_ptr, anchor, M, IN_BATCH)
+    begin, end, out, kept = _stretch(begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES)
     offs_n = tl.program_id(1) * NEGATIVES + tl.arange(0, NEGATIVES)
-    d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, kept, M)
+    d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, out, kept, M, EXCLUDES)
     slope_pn = tl.zeros((POSITIVES, NEGATIVES), tl.float32)
     for p in range(begin, end, POSITIVES):
         offs_p = p + tl.arange(0, POSITIVES)
-        d_p, some_p = _positives(d_ptr + row, offs_p, end, anchor, kept, IN_BATCH)
+        d_p, some_p = _positives(d_ptr + row, offs_p, end, out, kept, IN_BATCH or EXCLUDES)
         _, slope = _loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
         if SEMIHARD:
             chosen = tl.load(chosen_ptr + row + offs_p, mask=some_p, other=-1)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, gradients_of_pairs, wide
+from kdkernels.reference._distances import distances, gradients_of_pairs, left_out, wide
 
 
 def triplet_all(
@@ -23,6 +23,7 @@ def triplet_all(
     reference_labels: Tensor,  # [M]
     *,
     in_batch: bool,
+    exclude: Tensor | None = None,  # [B]
     negatives: str = "all",
     margin: float,
     soft: bool = False,
@@ -32,12 +33,14 @@ def triplet_all(
 
     negatives="all" takes every positive with every negative. "semihard" takes every positive with
     the nearest negative strictly beyond it, or where there is none with the farthest. `in_batch`
-    says that the references are the embeddings: an anchor is not the positive of itself.
+    says that the references are the embeddings: an anchor is not the positive of itself. `exclude`
+    names one reference per anchor that is neither its positive nor its negative, or none by -1.
     """
     d = distances(embeddings, references, distance)
     total = d[:0].sum()
     nonzero, valid = (torch.zeros((), dtype=torch.int64, device=d.device) for _ in range(2))
-    for _, u, _, _ in _triplets(d, labels, reference_labels, in_batch, negatives, margin):
+    rows = labels, reference_labels, in_batch, exclude
+    for _, u, _, _ in _triplets(d, *rows, negatives, margin):
         losses = _softplus(u) if soft else u.clamp_min(0)
         total = total + losses.sum()
         nonzero, valid = nonzero + (losses > 0).sum(), valid + losses.numel()
@@ -53,17 +56,19 @@ def _triplets(
     labels: Tensor,
     reference_labels: Tensor,
     in_batch: bool,
+    exclude: Tensor | None,
     negatives: str,
     margin: float,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """For each anchor with triplets: (anchor, d_ap - d_an + margin [P, K], positives [P],
     negatives [P, K])."""
+    out = left_out(exclude, d)
     for a, row in enumerate(d.unbind()):
         same = labels[a] == reference_labels
-        n = (~same).nonzero().squeeze(1)
+        n = (~(same | out[a])).nonzero().squeeze(1)
         if in_batch:
             same[a] = False
-        p = same.nonzero().squeeze(1)
+        p = (same & ~out[a]).nonzero().squeeze(1)
         if len(p) == 0 or len(n) == 0:
             continue
         d_ap, d_an = row[p][:, None], row[n][None]
@@ -83,6 +88,7 @@ def triplet_all_fwd(
     references: Tensor,
     reference_labels: Tensor,
     in_batch: bool,
+    exclude: Tensor | None,
     negatives: str,
     margin: float,
     soft: bool,
@@ -92,14 +98,15 @@ def triplet_all_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, r = wide(embeddings), wide(references)
     total, nonzero, valid = triplet_all(
-        x, labels, r, reference_labels, in_batch=in_batch, negatives=negatives, margin=margin,
-        soft=soft, distance=distance,
+        x, labels, r, reference_labels, in_batch=in_batch, exclude=exclude, negatives=negatives,
+        margin=margin, soft=soft, distance=distance,
     )  # fmt: skip
     dx = dr = x.new_empty(0)
     if need_embeddings or need_references:
         d = distances(x, r, distance)
         weight = torch.zeros_like(d)
-        for a, u, p, n in _triplets(d, labels, reference_labels, in_batch, negatives, margin):
+        rows = labels, reference_labels, in_batch, exclude
+        for a, u, p, n in _triplets(d, *rows, negatives, margin):
             slope = u.sigmoid() if soft else torch.where(u > 0, 1.0, 0 * u)
             weight[a].index_add_(0, p, slope.sum(1))
             weight[a].index_add_(0, n.flatten(), slope.flatten(), alpha=-1)

@@ -8,37 +8,68 @@ form, as derived in docs/ops/gram_mse.md, whose names (r, q, x, a, b, c, C, K, M
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS
-from kdkernels.reference._rows import normalize_backward
+from kdkernels.reference._definition import definition
+from kdkernels.reference._rows import normalize_backward, unit
 
 
+@definition
 def gram_mse(
     student: Tensor,  # [..., B, D_s]
     teacher: Tensor,  # [..., B, D_t]
+    *,
+    normalize: Literal["row_l2", "row_l1", "feature", "none"] = "row_l2",
+    kernel: Literal["linear", "rbf_taylor"] = "linear",
+    gamma: float = 0.4,
+    order: int = 2,
+    sample_mask: Tensor | None = None,  # [..., B]
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:  # [] or [...]
+    """Mean over i, j of (G_student - G_teacher)_ij^2 per group, differentiable by autograd."""
+    options: dict[str, Any] = {
+        "normalize": normalize, "kernel": kernel, "gamma": gamma, "order": order,
+        "sample_mask": sample_mask,
+    }  # fmt: skip
+    sums = (gram(student, **options) - gram(teacher, **options)).square().sum((-2, -1))
+    if reduction == "sum":
+        return sums.sum()
+    rows = torch.full_like(sums, student.shape[-2])
+    if sample_mask is not None:
+        rows = sample_mask.sum(-1)
+    per_group = sums / (rows * rows).clamp_min(1)
+    if reduction == "none":
+        return per_group
+    groups = per_group.numel() if sample_mask is None else int((rows > 0).sum())
+    return per_group.sum() / max(groups, 1)
+
+
+def gram(
+    x: Tensor,  # [..., B, D]
     *,
     normalize: str = "row_l2",
     kernel: str = "linear",
     gamma: float = 0.4,
     order: int = 2,
-) -> Tensor:  # [...]
-    """Sum over i, j of (G_student - G_teacher)_ij^2 per group, differentiable by autograd."""
-
-    def gram(x: Tensor) -> Tensor:
-        if normalize == "feature":
-            x = F.normalize(x, dim=-1)
-        g = x @ x.mT
-        if kernel == "rbf_taylor":
-            g = sum(c * g**p for p, c in enumerate(taylor_coefficients(gamma, order)))
-        if normalize in ("row_l2", "row_l1"):
-            g = F.normalize(g, p=int(normalize[-1]), dim=-1)
-        return g
-
-    return (gram(student) - gram(teacher)).square().sum((-2, -1))
+    sample_mask: Tensor | None = None,  # [..., B]
+) -> Tensor:  # [..., B, B]
+    """G of one side, 0 in rows and columns that do not count."""
+    if sample_mask is not None:
+        x = x.where(sample_mask[..., None], 0.0)
+    if normalize == "feature":
+        x = unit(x)
+    g = x @ x.mT
+    if kernel == "rbf_taylor":
+        g = sum(c * g**p for p, c in enumerate(taylor_coefficients(gamma, order)))
+    if sample_mask is not None:
+        g = g.where(sample_mask[..., None] & sample_mask[..., None, :], 0.0)
+    if normalize in ("row_l2", "row_l1"):
+        g = unit(g, int(normalize[-1]))
+    return g
 
 
 def taylor_coefficients(gamma: float, order: int) -> list[float]:
@@ -57,9 +88,11 @@ def gram_mse_fwd(
     order: int,
     algorithm: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    s, t = _prepare(student, normalize), _prepare(teacher, normalize)
+    s, t = (_prepare(x, normalize, algorithm) for x in (student, teacher))
+    acc = torch.promote_types(student.dtype, torch.float32)
     if algorithm == "factored":
-        return _factored_fwd(s, t, normalize)
+        loss, *residuals = _factored_fwd(s, t, normalize)
+        return loss.to(acc), *residuals
     gram_s, gram_t = s @ s.mT, t @ t.mT
     if kernel == "rbf_taylor":
         coefficients = taylor_coefficients(gamma, order)
@@ -77,7 +110,7 @@ def gram_mse_fwd(
         loss, coef = (gram_s - gram_t).square().sum((1, 2)), _uniform_coef(s)
     if algorithm == "streamed":  # two tensors, since an operator's results may not alias
         gram_s, gram_t = s.new_empty(len(s), 0, 0), s.new_empty(len(s), 0, 0)
-    return loss.to(s.dtype), coef, gram_s, gram_t, s.new_empty(len(s), 0, 0)
+    return loss.to(acc), coef, gram_s, gram_t, s.new_empty(len(s), 0, 0)
 
 
 def gram_mse_bwd(
@@ -96,7 +129,7 @@ def gram_mse_bwd(
     order: int,
     algorithm: str,
 ) -> tuple[Tensor, Tensor]:
-    s, t = _prepare(student, normalize), _prepare(teacher, normalize)
+    s, t = (_prepare(x, normalize, algorithm) for x in (student, teacher))
     a, b_s, b_t, c_s, c_t = coef.unsqueeze(-1).unbind(1)  # each [G, B, 1], fp64
     if algorithm == "streamed":
         gram_student, gram_teacher = s @ s.mT, t @ t.mT
@@ -133,10 +166,15 @@ def gram_mse_bwd(
     )
 
 
-def _prepare(x: Tensor, normalize: str) -> Tensor:
-    """Features in the accumulation dtype, normalised if the Gram is that of unit vectors."""
-    x = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-    return F.normalize(x, dim=-1, eps=NORM_EPS) if normalize == "feature" else x
+def _prepare(x: Tensor, normalize: str, algorithm: str) -> Tensor:
+    """Features in the dtype that products are made in, normalised if the Gram is that of unit
+    vectors.
+
+    Factors of fp32 features are fp64: docs/numerics.md has the reason.
+    """
+    wide = algorithm == "factored" and x.dtype == torch.float32
+    x = x.to(torch.promote_types(x.dtype, torch.float64 if wide else torch.float32))
+    return unit(x) if normalize == "feature" else x
 
 
 def _polynomial(g: Tensor, coefficients: list[float]) -> Tensor:
@@ -189,4 +227,4 @@ def _factored_fwd(
     else:
         norm2 = [f.square().sum((1, 2), dtype=torch.float64) for f in (gram_s, gram_t, cross)]
         loss, coef = (norm2[0] + norm2[1] - 2 * norm2[2]).clamp_min(0), _uniform_coef(s)
-    return loss.to(s.dtype), coef, gram_s, gram_t, cross
+    return loss, coef, gram_s, gram_t, cross

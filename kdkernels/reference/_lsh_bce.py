@@ -7,13 +7,18 @@ are the operators in closed form, as derived in docs/ops/lsh_bce.md.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels.reference._definition import definition
+
 BLOCK = 4096  # bits that `lsh_bce_encode` projects at a time; a multiple of 8
 
 
+@definition
 def lsh_encode(
     features: Tensor,  # [B, D]
     weight: Tensor,  # [N, D]
@@ -23,13 +28,35 @@ def lsh_encode(
     return pack(F.linear(features, weight, bias) > 0)
 
 
+@definition
 def lsh_bce(
     student: Tensor,  # [B, D]
     codes: Tensor,  # [B, ceil(N / 8)] uint8
     weight: Tensor,  # [N, D]
     bias: Tensor | None = None,  # [N]
+    *,
+    sample_mask: Tensor | None = None,  # [B]
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:  # [] or [B]
+    """The cross-entropy of the bits, differentiable by autograd."""
+    losses = _sums_over_bits(student, codes, weight, bias)
+    if sample_mask is not None:
+        losses = losses.where(sample_mask, 0.0)
+    if reduction == "sum":
+        return losses.sum()
+    losses = losses / max(weight.shape[0], 1)
+    if reduction == "none":
+        return losses
+    count = len(student) if sample_mask is None else int(sample_mask.sum())
+    return losses.sum() / max(count, 1)
+
+
+def _sums_over_bits(
+    student: Tensor,  # [B, D]
+    codes: Tensor,  # [B, ceil(N / 8)] uint8
+    weight: Tensor,  # [N, D]
+    bias: Tensor | None,  # [N]
 ) -> Tensor:  # [B]
-    """Sum over the bits of each row's cross-entropy, differentiable by autograd."""
     z = F.linear(student, weight, bias)
     y = unpack(codes, len(weight)).to(z.dtype)
     return F.binary_cross_entropy_with_logits(z, y, reduction="none").sum(-1)
@@ -71,7 +98,7 @@ def lsh_bce_fwd(
     need_student: bool,
 ) -> tuple[Tensor, Tensor]:
     s, w, b = _selected(student, sample_mask), _wide(weight), _wide(bias)
-    loss = lsh_bce(s, codes, w, b)
+    loss = _sums_over_bits(s, codes, w, b)
     dloss = s.new_empty(0)
     if need_student:
         dloss = _dz(s, codes, w, b) @ w

@@ -6,19 +6,27 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, finite_pairs, gradients_of_pairs, wide
-from kdkernels.reference._rows import normalize_backward
+from kdkernels.reference._definition import definition
+from kdkernels.reference._distances import (
+    distances,
+    finite_pairs,
+    gradients_of_pairs,
+    wide,
+)
+from kdkernels.reference._rows import normalize_backward, norms, unit
 
 
+@definition
 def pairwise(
     x: Tensor,  # [..., N, D]
     y: Tensor | None = None,  # [..., M, D]
     *,
-    metric: str = "cosine",
+    metric: Literal["dot", "cosine", "euclidean", "sqeuclidean", "rbf"] = "cosine",
     gamma: float = 1.0,
 ) -> Tensor:  # [..., N, M]
     """The value of each row of x with each row of y (None: of x), differentiable by autograd.
@@ -27,14 +35,11 @@ def pairwise(
     """
     y = x if y is None else y
     if metric == "cosine":
-        x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
+        x, y = unit(x), unit(y)
     if metric in ("dot", "cosine"):
         return x @ y.mT
     difference = x[..., :, None, :] - y[..., None, :, :]
-    if metric == "euclidean":
-        value = torch.linalg.vector_norm(difference, dim=-1)  # with a gradient of 0 at 0
-    else:
-        value = difference.square().sum(-1)
+    value = norms(difference) if metric == "euclidean" else difference.square().sum(-1)
     if metric == "rbf":
         value = torch.exp(-gamma * value)
     return torch.where(finite_pairs(x, y), value, torch.nan)
@@ -70,7 +75,7 @@ def pairwise_bwd(
     if in_batch:
         dout = dout + dout.mT
     if out is None:
-        unit_x, unit_y = (F.normalize(t, dim=-1) if metric == "cosine" else t for t in (x, y))
+        unit_x, unit_y = (unit(t) if metric == "cosine" else t for t in (x, y))
         dx, dy = dout @ unit_y, dout.mT @ unit_x
         if metric == "cosine":
             dx, dy = normalize_backward(x, dx), normalize_backward(y, dy)

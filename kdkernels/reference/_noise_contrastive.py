@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._similarity import NOISE_EPS
-from kdkernels.reference.sampled_similarity import sampled_similarity
+from kdkernels.reference._sampled_similarity import sampled_similarity
 
 
 def noise_contrastive(

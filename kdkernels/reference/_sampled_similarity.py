@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from kdkernels._checks import accumulation_dtype
+from kdkernels.reference._definition import definition
 
 
+@definition
 def sampled_similarity(
     x: Tensor,  # [B, D]
     bank: Tensor,  # [N, D]
     indices: Tensor,  # [B, K]
 ) -> Tensor:  # [B, K]
     """<x_i, bank[indices_ik]>, differentiable by autograd."""
-    return (bank[indices.long()] @ x[:, :, None]).squeeze(-1)
+    return (bank[indices.long()].to(x.dtype) @ x[:, :, None]).squeeze(-1)
 
 
 def sampled_similarity_fwd(

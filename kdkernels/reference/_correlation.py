@@ -10,7 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels.reference._definition import counting, definition
+from kdkernels.reference._rows import norms
 
+
+@definition
 def correlation(
     student: Tensor,  # [B, C]
     teacher: Tensor,  # [B, C]
@@ -20,16 +24,17 @@ def correlation(
     column_weight: float = 1.0,
     centered: bool = True,
     eps: float = 1e-8,
+    sample_mask: Tensor | None = None,  # [B]
 ) -> Tensor:
-    """The loss, differentiable by autograd."""
+    """The loss, differentiable by autograd; the teacher is detached."""
+    student, teacher = counting(sample_mask, student, teacher)
     if student.numel() == 0:
         return student.sum()
-    a, b = (torch.softmax(x / temperature, 1) for x in (student, teacher))
+    a, b = (torch.softmax(x / temperature, 1) for x in (student, teacher.detach()))
 
     def rho(dim: int) -> Tensor:
         x, y = (v - v.mean(dim, keepdim=True) if centered else v for v in (a, b))
-        norms = (torch.linalg.vector_norm(v, dim=dim) for v in (x, y))
-        return (x * y).sum(dim) / (next(norms) * next(norms) + eps)
+        return (x * y).sum(dim) / (norms(x, dim=dim) * norms(y, dim=dim) + eps)
 
     rows, columns = (1 - rho(1)).mean(), (1 - rho(0)).mean()
     return temperature**2 * (row_weight * rows + column_weight * columns)

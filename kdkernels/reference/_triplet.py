@@ -8,10 +8,48 @@ never |x|^2 + |y|^2 - 2 <x, y>. NaN counts as the extreme, and as beyond any oth
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from kdkernels.reference._distances import distances, wide
+from kdkernels._mined_triplets import MinedTriplets
+from kdkernels.reference._definition import definition
+from kdkernels.reference._distances import distances, left_out, wide
+from kdkernels.reference._labelled import sides
+
+
+@definition
+def mine_triplets(
+    embeddings: Tensor,  # [B, D]
+    labels: Tensor,  # [B]
+    *,
+    references: Tensor | None = None,  # [M, D]
+    reference_labels: Tensor | None = None,  # [M]
+    positives: Literal["hardest", "semihard", "easiest"] = "hardest",
+    negatives: Literal["hardest", "semihard", "easiest"] = "hardest",
+    distance: Literal["euclidean", "sqeuclidean", "cosine"] = "euclidean",
+    normalize_embeddings: bool = True,
+    exclude: Tensor | None = None,  # [B]
+    sample_mask: Tensor | None = None,  # [B]
+    ignore_index: int | None = None,
+) -> MinedTriplets:
+    """The triplets of the anchors that have one."""
+    found = sides(
+        embeddings, labels, references, reference_labels,
+        divide=normalize_embeddings or distance == "cosine", exclude=exclude,
+        sample_mask=sample_mask, ignore_index=ignore_index,
+    )  # fmt: skip
+    with torch.no_grad():
+        mined = triplet(
+            *found.rows, in_batch=found.in_batch, exclude=found.exclude, positives=positives,
+            negatives=negatives, distance=distance,
+        )  # fmt: skip
+    chosen = (mined[0] >= 0).nonzero().squeeze(1)
+    positive, negative, d_ap, d_an = (x[chosen] for x in mined)
+    return MinedTriplets(
+        found.anchors[chosen], found.bank[positive], found.bank[negative], d_ap, d_an
+    )
 
 
 def triplet(
@@ -21,6 +59,7 @@ def triplet(
     reference_labels: Tensor,  # [M]
     *,
     in_batch: bool,
+    exclude: Tensor | None = None,  # [B]
     positives: str = "hardest",
     negatives: str = "hardest",
     distance: str = "euclidean",
@@ -28,11 +67,14 @@ def triplet(
     """(index of the positive, of the negative, d_ap, d_an), differentiable by autograd.
 
     `in_batch` says that the references are the embeddings: an anchor is not the positive of itself.
-    An anchor that lacks one of the two has index -1 twice and distances 0; ties go to the lowest
-    index. "cosine" takes unit vectors.
+    `exclude` names one reference per anchor that is neither its positive nor its negative, or none
+    by -1. An anchor that lacks one of the two has index -1 twice and distances 0; ties go to the
+    lowest index. "cosine" takes unit vectors.
     """
     d = distances(embeddings, references, distance)
-    positive, negative, valid = pick(d, labels, reference_labels, in_batch, positives, negatives)
+    positive, negative, valid = pick(
+        d, labels, reference_labels, in_batch, exclude, positives, negatives
+    )
 
     def chosen(index: Tensor) -> Tensor:
         if d.shape[1] == 0:
@@ -47,15 +89,17 @@ def pick(
     labels: Tensor,
     reference_labels: Tensor,
     in_batch: bool,
+    exclude: Tensor | None,
     positives: str,
     negatives: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(positive, negative, whether the anchor has both), each [B]; -1 where it has not."""
     d = d.detach()
     same = labels[:, None] == reference_labels[None]
-    is_positive, is_negative = same, ~same
+    others = ~left_out(exclude, d)
+    is_positive, is_negative = same & others, ~same & others
     if in_batch:
-        is_positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=d.device)
+        is_positive = is_positive & ~torch.eye(len(labels), dtype=torch.bool, device=d.device)
 
     def extreme(mask: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
         """(index of the extreme, or 0; its distance), both [B, 1]."""
@@ -90,13 +134,14 @@ def triplet_fwd(
     references: Tensor,
     reference_labels: Tensor,
     in_batch: bool,
+    exclude: Tensor | None,
     positives: str,
     negatives: str,
     distance: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return triplet(
-        embeddings, labels, references, reference_labels, in_batch=in_batch, positives=positives,
-        negatives=negatives, distance=distance,
+        embeddings, labels, references, reference_labels, in_batch=in_batch, exclude=exclude,
+        positives=positives, negatives=negatives, distance=distance,
     )  # fmt: skip
 
 

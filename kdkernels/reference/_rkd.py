@@ -11,16 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdkernels.reference._definition import counting, definition
 from kdkernels.reference._distances import distances, gradients_of_pairs, wide
+from kdkernels.reference._rows import norms
 
 CHUNK = 1 << 22  # angles held at once
 
 
+@definition
 def rkd_distance(
     student: Tensor,  # [B, D_s]
     teacher: Tensor,  # [B, D_t]
+    *,
+    sample_mask: Tensor | None = None,  # [B]
 ) -> Tensor:
     """Mean over B^2 pairs of huber(h_student - h_teacher), h = distance / mean distance."""
+    student, teacher = counting(sample_mask, student, teacher)
     h_s, h_t = (_relative(distances(x, x, "euclidean"))[0] for x in (student, teacher))
     return F.smooth_l1_loss(h_s, h_t, reduction="sum") / max(len(h_s) ** 2, 1)
 
@@ -31,16 +37,20 @@ def _relative(d: Tensor) -> tuple[Tensor, Tensor]:
     return d / torch.where(mean == 0, 1, mean), mean
 
 
+@definition
 def rkd_angle(
     student: Tensor,  # [B, D_s]
     teacher: Tensor,  # [B, D_t]
+    *,
+    sample_mask: Tensor | None = None,  # [B]
 ) -> Tensor:
     """Mean over B^3 triples of huber(psi_student - psi_teacher), psi_ijk the cosine of the angle at
     x_i between x_j and x_k."""
+    student, teacher = counting(sample_mask, student, teacher)
 
     def cosines(x: Tensor) -> Tensor:  # [B, B, B]
         e = wide(x)[None] - wide(x)[:, None]
-        n = e.norm(dim=2, keepdim=True)
+        n = norms(e, keepdim=True)
         u = torch.where(n == 0, 0.0, e / torch.where(n == 0, 1.0, n))
         return u @ u.mT
 
