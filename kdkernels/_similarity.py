@@ -15,15 +15,15 @@ def no_infinity(x: Tensor) -> Tensor:
     return x.nan_to_num(nan=torch.nan, posinf=torch.nan)
 
 
-def norms(x: Tensor, p: float = 2, dim: int = -1, keepdim: bool = False) -> Tensor:
-    """Norms of rows, NaN where the sum of powers overflows."""
-    return no_infinity(torch.linalg.vector_norm(x, p, dim, keepdim))
+def norms(x: Tensor, keepdim: bool = False) -> Tensor:
+    """Norms of rows, NaN where the sum of squares overflows."""
+    return no_infinity(torch.linalg.vector_norm(x, dim=-1, keepdim=keepdim))
 
 
-def unit(x: Tensor, p: float = 2) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     """Rows divided by their norm, clamped at NORM_EPS: `F.normalize`, but NaN for a row whose norm
     overflows."""
-    return x / norms(x, p, keepdim=True).clamp_min(NORM_EPS)
+    return x / norms(x, keepdim=True).clamp_min(NORM_EPS)
 
 
 def similarities(

@@ -217,6 +217,20 @@ def test_minus_one_is_a_class_unless_it_is_ignored() -> None:
     )
 
 
+def test_unsigned_indices_and_labels_hold_no_minus_one() -> None:
+    x, y = torch.randn(6, 4, dtype=torch.float64), torch.arange(6)
+    mask, last = y % 2 == 0, torch.full_like(y, 255)
+    bank = torch.randn(256, 4, dtype=torch.float64)
+    for function, args in ((kd.relational_kl, (x, x.flip(0), bank)), (kd.info_nce, (x, bank, y))):
+        for exclude in (last, last.masked_fill(~mask, 7)):
+            options = {"sample_mask": mask, "reduction": "none"}
+            wanted = function(*args, exclude=exclude, **options)
+            found = function(*args, exclude=exclude.to(torch.uint8), **options)
+            assert torch.equal(found, wanted)
+    labels, criterion = torch.tensor([255, 255, 1, 1, 0, 0]), kd.nn.SupConLoss(ignore_index=-1)
+    assert torch.equal(criterion(x, labels.to(torch.uint8)), criterion(x, labels))
+
+
 def test_mined_rows_are_those_of_what_was_given() -> None:
     x, y = torch.randn(12, 4, dtype=torch.float64), torch.arange(12) % 3
     mask = torch.arange(12) % 5 != 0

@@ -190,6 +190,7 @@ class SupConLoss(TemperedLoss):
         else:
             _checks.matrix("references", references)
             _checks.labels("reference_labels", reference_labels, "references", references)
+            reference_labels = reference_labels.long()
             keys_counting = _rows.of_label(reference_labels, None, self.ignore_index)
         num_keys = None
         if keys_counting is not None:
@@ -321,7 +322,7 @@ def _counting_first(
         0, order, torch.arange(len(order), device=order.device)
     )
     moved = (
-        None if x is None else place[x.clamp_min(0).long()].masked_fill(x < 0, -1) for x in indices
+        None if x is None else place[x.long().clamp_min(0)].masked_fill(x < 0, -1) for x in indices
     )
     return order, counting.sum().clamp_min(1), *moved
 
@@ -340,6 +341,7 @@ def _rows_of_views(
             raise ValueError("labels must be given for embeddings [B, D], got None")
         labels = torch.arange(len(embeddings), device=embeddings.device)
     _checks.labels("labels", labels, "embeddings", embeddings)
+    labels = labels.long()  # an unsigned dtype holds no -1, which may be ignored
     _checks.sample_mask(sample_mask, "embeddings", embeddings.flatten(1))
     if embeddings.dim() == 2:
         return embeddings, labels, sample_mask

@@ -67,6 +67,19 @@ def check_exclude(exclude: Any, rows_name: str, rows: Tensor, keys: Tensor) -> N
     _checks.same_device("exclude", exclude, rows_name, rows)
 
 
+def excluded(
+    exclude: Tensor,  # [B]
+    sample_mask: Tensor | None,  # [B]
+    keys: Tensor,  # [K, D]
+) -> Tensor:  # [B] int64
+    """One key per row by index, -1 for a row that does not count."""
+    exclude = exclude.long()  # first: an unsigned dtype holds no -1
+    if sample_mask is not None:
+        exclude = exclude.masked_fill(~sample_mask, -1)
+    within("exclude", exclude, -1, keys.shape[0])
+    return exclude
+
+
 def counting(num_keys: int | Tensor | None, keys: Tensor) -> int:
     """How many keys count, or how many there are where the number lies on a device that would be
     waited for. Refuses a number in a tensor that is out of range."""

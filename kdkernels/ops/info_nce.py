@@ -187,15 +187,9 @@ def info_nce(
             (own_keys,) = _rows.zeroed(sample_mask, own_keys)
         if positives is not None:
             positives = positives.masked_fill(~sample_mask, 0)
-        if exclude is not None:
-            mask = exclude.dtype == torch.bool
-            exclude = (
-                exclude & sample_mask[:, None] if mask else exclude.masked_fill(~sample_mask, -1)
-            )
     counting = _key_bank.counting(num_keys, keys)
-    if exclude is not None and exclude.dtype != torch.bool:
-        _key_bank.within("exclude", exclude, -1, keys.shape[0])
-        exclude = exclude.long()
+    if exclude is not None:
+        exclude = _excluded(exclude, sample_mask, keys)
     x = _key_bank.divided(queries.to(dtype), by, normalize)
     keys = _key_bank.counted(keys, num_keys, dtype)
     if exclude is not None and exclude.dtype == torch.bool:
@@ -224,6 +218,17 @@ def info_nce(
         labels = key_labels[: len(keys)]
         losses = _with_labels(losses, call, own_logit, positives, labels, normalize)
     return _rows.reduced(losses, sample_mask, reduction)
+
+
+def _excluded(
+    exclude: Tensor,  # [B], or [B, K] bool
+    sample_mask: Tensor | None,  # [B]
+    keys: Tensor,  # [K, D]
+) -> Tensor:
+    """Nothing is excluded for a query that does not count."""
+    if exclude.dtype == torch.bool:
+        return exclude if sample_mask is None else exclude & sample_mask[:, None]
+    return _key_bank.excluded(exclude, sample_mask, keys)
 
 
 def _counting_positives(

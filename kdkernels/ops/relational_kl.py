@@ -356,12 +356,9 @@ def relational_kl(
         student, teacher = _rows.zeroed(sample_mask, student, teacher)
         if own_keys is not None:
             (own_keys,) = _rows.zeroed(sample_mask, own_keys)
-        if exclude is not None:
-            exclude = exclude.masked_fill(~sample_mask, -1)
     _key_bank.counting(num_keys, keys)
     if exclude is not None:
-        _key_bank.within("exclude", exclude, -1, keys.shape[0])
-        exclude = exclude.long()
+        exclude = _key_bank.excluded(exclude, sample_mask, keys)
     x = _key_bank.divided(student.to(dtype), by_student, normalize)
     y = _key_bank.divided(teacher.to(dtype), by_teacher, normalize)
     keys, teacher_keys = (_key_bank.counted(bank, num_keys, dtype) for bank in (keys, teacher_keys))
