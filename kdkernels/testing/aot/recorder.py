@@ -118,11 +118,13 @@ def _launched(
 def _specialise(
     kernel: Any, arguments: dict[str, Any], dtype: torch.dtype, arch: Arch
 ) -> AotVariant:
-    """A launch as the JIT specialises it: 1 is a constant, multiples of 16 are noted."""
+    """A launch as the JIT specialises it: 1 and None are constants, multiples of 16
+    are noted."""
     signature, constexprs, divisible = {}, {}, set()
     for param, declared in inspect.signature(kernel.fn).parameters.items():
         value = arguments[param]
-        if "constexpr" in str(declared.annotation) or (isinstance(value, int) and value == 1):
+        constant = value is None or (isinstance(value, int) and value == 1)
+        if constant or "constexpr" in str(declared.annotation):
             signature[param] = "constexpr"
             constexprs[param] = value
         elif isinstance(value, Tensor):
