@@ -33,48 +33,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kdkernels import _dispatch
 from kdkernels.testing.steps import Step, steps
 
-# Operations that start no kernel: views, and allocations.
-_NO_KERNEL = [
-    "_local_scalar_dense",
-    "_reshape_alias",
-    "_unsafe_view",
-    "alias",
-    "as_strided",
-    "detach",
-    "diagonal",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "expand",
-    "expand_as",
-    "lift_fresh",
-    "mH",
-    "mT",
-    "movedim",
-    "new_empty",
-    "new_empty_strided",
-    "permute",
-    "reshape",
-    "resize_",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "squeeze",
-    "sym_size",
-    "t",
-    "transpose",
-    "unbind",
-    "unflatten",
-    "unfold",
-    "unsqueeze",
-    "view",
-    "view_as",
-]
+# Operations that start no kernel, though their results are new; a view's are not.
+_ALLOCATIONS = frozenset(
+    ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_")
+)
 _RUNS = 200
 
 
@@ -116,14 +83,13 @@ class _Operations(TorchDispatchMode):
             with self:  # torch has turned it off for the time of this function
                 return getattr(launchers, name)(*inputs)
         results = function(*args, **(kwargs or {}))
-        if name not in _NO_KERNEL:
-            self.counts.operations[name] += 1
         given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
-        for result in results if isinstance(results, (tuple, list)) else (results,):
-            if isinstance(result, Tensor):
-                storage = result.untyped_storage()
-                if storage.data_ptr() not in given:
-                    self.counts.bytes += storage.nbytes()
+        found = (x for x in tree_leaves(results) if isinstance(x, Tensor))
+        stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
+        new = [size for place, size in stored.items() if place not in given]
+        self.counts.bytes += sum(new)
+        if name not in _ALLOCATIONS and (new or function._schema.is_mutable):
+            self.counts.operations[name] += 1
         return results
 
 

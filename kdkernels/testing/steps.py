@@ -62,7 +62,11 @@ def steps() -> Iterator[Step]:
     yield step("triplet_loss 64x128, batch_hard", (x, labels), _batch_hard)
     yield step("triplet_loss 64x128, batch_all", (x, labels), _batch_all, mining="batch_all")
     yield step("contrastive_loss 64x128", (x, labels), _contrastive)
-    yield step("triplet_distillation 64x128", (*pair(), labels), _triplet_distillation)
+    with_labels = *pair(), labels
+    yield step("triplet_distillation 64x128, random", with_labels, _drawn_of_others)
+    yield step(
+        "triplet_distillation 64x128, hardest", with_labels, _nearest_of_others, negatives="hardest"
+    )
     yield step("lsh_bce 64x128, 2048 hashes", (x, codes, w), partial(_lsh_bce, bits=bits))
     yield step("pkt 64x128", pair(), _pkt)
     yield step("rkd_distance 64x128", pair(), _rkd_distance)
@@ -123,14 +127,15 @@ def _contrastive(x: Tensor, labels: Tensor) -> Tensor:
     ).sum().clamp_min(1)
 
 
-def _triplet_distillation(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    d, teacher = _distances(s), _distances(t)
-    same = labels[:, None] == labels
-    own = torch.eye(len(s), dtype=torch.bool)
-    p = torch.where(same & ~own, d, -torch.inf).argmax(1)
-    n = torch.where(same, torch.inf, d).argmin(1)
-    i = torch.arange(len(s))
-    return (d[i, p] - d[i, n] + (teacher[i, n] - teacher[i, p]).clamp(0, 1)).relu().mean()
+def _nearest_of_others(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    d = torch.cdist(t.float(), s.float())
+    nearest = torch.where(labels[:, None] == labels, torch.inf, d).amin(1)
+    return (d.diagonal() - nearest + 5.0).relu().mean()
+
+
+def _drawn_of_others(s: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    drawn = torch.multinomial((labels[:, None] != labels).float(), 1).squeeze(1)
+    return F.triplet_margin_loss(t.float(), s.float(), s[drawn].float(), margin=5.0)
 
 
 def _lsh_bce(x: Tensor, codes: Tensor, w: Tensor, bits: Tensor) -> Tensor:
