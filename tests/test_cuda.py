@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import cuda_host
 import pytest
@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdkernels import _native
 from kdkernels.cuda import gram_mse, relational_kl
+from kdkernels.testing.fp32 import fp32_products
 from kdkernels.testing.opinfo import Sample, opinfos, randn
 from kdkernels.testing.opinfos import _key_bank, lsh_bce
 
@@ -147,25 +148,16 @@ def _large(name: str, dtype: torch.dtype) -> Case:
     return Case(info, "cuda", CPU, dtype, LARGE[name](dtype))
 
 
-@pytest.fixture
-def fp32_matmul() -> Iterator[Callable[[str], None]]:
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")],
+    [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")],
     ids=["fp32-ieee", "fp32-tf32x3", "bf16"],
 )
 @pytest.mark.parametrize("name", LARGE)
-def test_several_tiles(
-    name: str, dtype: torch.dtype, precision: str, fp32_matmul: Callable[[str], None]
-) -> None:
-    fp32_matmul(precision)
+def test_several_tiles(name: str, dtype: torch.dtype, precision: Literal["ieee", "tf32"]) -> None:
     case = _large(name, dtype)
-    assert_within_budget(case, case.errors())
+    with fp32_products(precision):
+        assert_within_budget(case, case.errors())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

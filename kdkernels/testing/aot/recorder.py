@@ -23,6 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kdkernels.testing.fp32 import fp32_products
 from kdkernels.triton.common.launch import Arch, assume_arch
 
 # What kernels are compiled for, with the processors and the cache of a typical product.
@@ -33,12 +34,12 @@ TARGETS = {
     "gfx942": Arch("gfx942", 304, 256 << 20),
 }
 
-# What a call is made with: the dtype of its features, and torch's setting for fp32 matmuls.
+# What a call is made with: the dtype of its features, and torch's setting for fp32 products.
 _PRECISIONS = {
-    "fp16": (torch.float16, "highest"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
 }
 _EXTRA_TARGET = "sm_90"
 _POINTERS = {
@@ -99,19 +100,15 @@ def _launched(
     arch: Arch, precision: str, call: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> list[AotVariant]:
     """What one call launches, configured for `arch` and not run, under the names of the kernels."""
-    dtype, fp32_matmul = _PRECISIONS[precision]
+    dtype, products = _PRECISIONS[precision]
     variants = []
 
     def record(kernel: Any, *, grid: Any, warmup: bool, **given: Any) -> None:
         variants.append(_specialise(kernel, given, dtype, arch))
 
-    outer = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(fp32_matmul)
-    try:
-        with assume_arch(arch), mock.patch.object(type(_compilable), "run", record):
-            call(dtype, *arguments)
-    finally:
-        torch.set_float32_matmul_precision(outer)
+    patch = mock.patch.object(type(_compilable), "run", record)
+    with fp32_products(products), assume_arch(arch), patch:
+        call(dtype, *arguments)
     return variants
 
 
