@@ -25,6 +25,7 @@ from torch import Tensor
 from triton.backends.compiler import BaseBackend
 from triton.runtime.jit import native_specialize_impl
 
+from kdkernels.testing.fp32 import fp32_products
 from kdkernels.triton.common.launch import Arch, assume_arch
 
 # What kernels are compiled for, with the processors and the cache of a typical product.
@@ -35,12 +36,12 @@ TARGETS = {
     "gfx942": Arch("gfx942", 304, 256 << 20),
 }
 
-# What a call is made with: the dtype of its features, and torch's setting for fp32 matmuls.
+# What a call is made with: the dtype of its features, and torch's setting for fp32 products.
 _PRECISIONS = {
-    "fp16": (torch.float16, "highest"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
 }
 _EXTRA_TARGET = "sm_90"
 _OPTIONS = ("num_warps", "num_stages")
@@ -92,14 +93,9 @@ def launched(
     arch: Arch, precision: str, call: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> list[AotVariant]:
     """What one call launches, configured for `arch` and not run, under the names of the kernels."""
-    dtype, fp32_matmul = _PRECISIONS[precision]
-    outer = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(fp32_matmul)
-    try:
-        with recorded(arch, dtype) as variants:
-            call(dtype, *arguments)
-    finally:
-        torch.set_float32_matmul_precision(outer)
+    dtype, products = _PRECISIONS[precision]
+    with fp32_products(products), recorded(arch, dtype) as variants:
+        call(dtype, *arguments)
     return variants
 
 
