@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
 
 EPS = tl.constexpr(1e-12)  # the clamp of F.normalize, on the norm
@@ -29,7 +29,7 @@ def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:
     return dx
 
 
-@triton.jit
+@kernel
 def _normalise_gradient_kernel(
     x_ptr,  # [G, B, D] features
     v_ptr,  # [G, B, D] fp32: the gradient of the unit vectors u = x / |x|, divided by |x|

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import Arch, Tile, given, split_length
 
 
@@ -66,8 +67,8 @@ def multiply_groups(
     _product_kernel[(G * tile.count(M, N), splits)](
         w_ptr=w, x_ptr=x, w2_ptr=w, x2_ptr=x, scale_ptr=w, keep_ptr=w, count_ptr=w, out_ptr=out,
         M=M, N=N, K=K, split_k=split_length(K, splits, tile.k),
-        stride_wg=w.stride(0), stride_wm=w.stride(1), stride_wk=w.stride(2),
-        stride_xg=x.stride(0), stride_xk=x.stride(1), stride_xn=x.stride(2),
+        stride_wg=w.stride(0) if G > 1 else 0, stride_wm=w.stride(1), stride_wk=w.stride(2),
+        stride_xg=x.stride(0) if G > 1 else 0, stride_xk=x.stride(1), stride_xn=x.stride(2),
         stride_x2k=0, stride_x2n=0, stride_keep=0,
         stride_os=out.stride(0), stride_og=out.stride(1),
         GROUPED=True, HAS_SCALE=False, HAS_KEEP=False, HAS_COUNT=False, TWO=False, ADD=add,
@@ -75,7 +76,7 @@ def multiply_groups(
     )  # fmt: skip
 
 
-@triton.jit
+@kernel
 def _product_kernel(
     w_ptr,  # [M, K]; [G, M, K] with GROUPED
     x_ptr,  # [K, N]; [G, K, N] with GROUPED

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot_split
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import cdiv
 from kdkernels.triton.common.norms import normalise_gradient
 from kdkernels.triton.gram_mse.call import Call, add_splits, coefficients, products, uniform_coef
@@ -56,7 +57,7 @@ def _features_by_factor(
     return acc
 
 
-@triton.jit
+@kernel
 def _gram_mse_fwd_kernel_factored(
     s_ptr,  # [G, B, D_s]
     t_ptr,  # [G, B, D_t]
@@ -160,7 +161,7 @@ def _gram_mse_fwd_kernel_factored(
         tl.store(out + B, tl.sum(y * t, 1), mask=mask_m)
 
 
-@triton.jit
+@kernel
 def _gram_mse_bwd_kernel_factored(
     dout_ptr,  # [G], stride_dout apart
     x_ptr,  # [G, B, D_x] features of the side that is differentiated

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import cdiv
 from kdkernels.triton.common.norms import normalise_gradient
 from kdkernels.triton.common.product import multiply_groups
@@ -64,7 +65,7 @@ def _pair_of_tiles(
     return a, k
 
 
-@triton.jit
+@kernel
 def _gram_mse_fwd_kernel_streamed(
     s_ptr,  # [G, B, D_s]
     t_ptr,  # [G, B, D_t]
@@ -140,7 +141,7 @@ def _gram_mse_fwd_kernel_streamed(
         )
 
 
-@triton.jit
+@kernel(lengths=("B",))
 def _gram_mse_bwd_kernel_streamed(
     dout_ptr,  # [G], stride_dout apart
     s_ptr,  # [G, B, D_s]
