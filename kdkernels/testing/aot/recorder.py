@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 
 from kdkernels.triton.common.launch import Arch, assume_arch
+from kdkernels.triton.common.prepared import every_launch_through_triton
 
 # What kernels are compiled for, with the processors and the cache of a typical product.
 TARGETS = {
@@ -108,7 +109,11 @@ def _launched(
     outer = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(fp32_matmul)
     try:
-        with assume_arch(arch), mock.patch.object(type(_compilable), "run", record):
+        with (
+            assume_arch(arch),
+            every_launch_through_triton(),
+            mock.patch.object(type(_compilable), "run", record),
+        ):
             call(dtype, *arguments)
     finally:
         torch.set_float32_matmul_precision(outer)
@@ -148,10 +153,16 @@ def _specialise(
 
 
 def _facets(variant: AotVariant, launched: list[AotVariant]) -> list[str]:
-    """What tells it from other launches of its kernel in one call: flags, multiples of 16."""
+    """What tells it from other launches of its kernel in one call: flags, integers that are 1,
+    multiples of 16."""
 
     def facets(one: AotVariant) -> set[str]:
-        return {param.lower() for param, value in one.constexprs if value} | one.divisible
+        constants = {
+            param.lower() if param.isupper() else f"{param}_1"
+            for param, value in one.constexprs
+            if value
+        }
+        return constants | one.divisible
 
     others = [facets(other) for other in launched if other.kernel is variant.kernel]
     return sorted(facets(variant) - set.intersection(*others))
