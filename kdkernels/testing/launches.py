@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -92,17 +91,12 @@ class _Operations(TorchDispatchMode):
         return results
 
 
-@contextlib.contextmanager
-def _for_a_gpu() -> Iterator[None]:
+def _for_a_gpu() -> contextlib.AbstractContextManager[None]:
     """Tensors on the CPU are taken by Triton's launchers, configured for an H200."""
     from kdkernels.testing.aot.recorder import TARGETS
-    from kdkernels.triton.common.launch import assume_arch
+    from kdkernels.testing.no_launches import cpu_tensors_for
 
-    package = importlib.import_module("kdkernels.triton")
-    _dispatch.implementation.cache_clear()
-    with mock.patch.object(package, "rejects", return_value=None), assume_arch(TARGETS["sm_90"]):
-        yield
-    _dispatch.implementation.cache_clear()
+    return cpu_tensors_for(TARGETS["sm_90"])
 
 
 def run(step: Step, function: Callable[..., Tensor]) -> None:

@@ -1,12 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A driver for Triton that takes launches for an H200 and drops them, where there is no GPU."""
+"""Launches of Triton kernels for a GPU that need not be here: a driver takes and drops them."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
+
+from kdkernels import _dispatch
+from kdkernels.triton.common.launch import Arch, assume_arch
+
+H200 = GPUTarget("cuda", 90, 32)
 
 
 class _Utils:
@@ -39,6 +48,9 @@ class Driver:
     utils = _Utils()
     launcher_cls = _Launcher
 
+    def __init__(self, target: GPUTarget = H200) -> None:
+        self._target = target
+
     def get_current_device(self) -> int:
         return 0
 
@@ -49,7 +61,17 @@ class Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self._target
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def cpu_tensors_for(arch: Arch) -> Iterator[None]:
+    """Triton's launchers take tensors on the CPU, configured for a GPU."""
+    package = importlib.import_module("kdkernels.triton")
+    _dispatch.implementation.cache_clear()
+    with mock.patch.object(package, "rejects", return_value=None), assume_arch(arch):
+        yield
+    _dispatch.implementation.cache_clear()

@@ -6,10 +6,10 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
 from kdkernels.triton.common.prepared import REMEMBERED, Launch
 
@@ -37,7 +37,7 @@ def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:
     return dx
 
 
-@triton.jit
+@kernel
 def _normalise_gradient_kernel(
     x_ptr,  # [G, B, D] features
     v_ptr,  # [G, B, D] fp32: the gradient of the unit vectors u = x / |x|, divided by |x|

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import Arch, Tile, given, split_length
 from kdkernels.triton.common.prepared import REMEMBERED, Launch
 
@@ -102,11 +103,12 @@ def _multiply_groups(
 ) -> Launch:
     splits, G, M, N, K = shape
     w, x, out = strides
+    w_group, x_group = (w[0], x[0]) if G > 1 else (0, 0)
     return Launch(
         _product_kernel, (G * tile.count(M, N), splits), M=M, N=N, K=K,
-        split_k=split_length(K, splits, tile.k), stride_wg=w[0], stride_wm=w[1], stride_wk=w[2],
-        stride_xg=x[0], stride_xk=x[1], stride_xn=x[2], stride_x2k=0, stride_x2n=0, stride_keep=0,
-        stride_os=out[0], stride_og=out[1], GROUPED=True, HAS_SCALE=False, HAS_KEEP=False,
+        split_k=split_length(K, splits, tile.k), stride_wg=w_group, stride_wm=w[1], stride_wk=w[2],
+        stride_xg=x_group, stride_xk=x[1], stride_xn=x[2], stride_x2k=0, stride_x2n=0,
+        stride_keep=0, stride_os=out[0], stride_og=out[1], GROUPED=True, HAS_SCALE=False, HAS_KEEP=False,
         HAS_COUNT=False, TWO=False, ADD=add, PRECISION=precision, **tile.launch(),
     )  # fmt: skip
 
@@ -129,7 +131,7 @@ def multiply_groups(
     launch(w_ptr=w, x_ptr=x, w2_ptr=w, x2_ptr=x, scale_ptr=w, keep_ptr=w, count_ptr=w, out_ptr=out)
 
 
-@triton.jit
+@kernel
 def _product_kernel(
     w_ptr,  # [M, K]; [G, M, K] with GROUPED
     x_ptr,  # [K, N]; [G, K, N] with GROUPED

@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.triton.common.jit import kernel
+
 # The table of numbers per row, fp32 [7, B]: maxima and sums of both softmaxes, rho, and
 # the factors self_ and other of the gradient.
 MAX, SUM, RHO, SELF, OTHER = (tl.constexpr(index) for index in (0, 2, 4, 5, 6))
@@ -39,7 +41,7 @@ def _correlate(aa, bb, ab, eps):
     return rho, tl.where(norm_a > 0.0, rho * norm_b / (norm_a * den), 0.0), 1.0 / den
 
 
-@triton.jit
+@kernel
 def _correlation_rows_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -105,7 +107,7 @@ def _probabilities(
     return tl.exp(z - most[:, None]) / total[:, None]
 
 
-@triton.jit
+@kernel
 def _correlation_columns_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -178,7 +180,7 @@ def _correlation_columns_kernel(
     tl.store(at + 4 * C, ab, mask=mask_c)
 
 
-@triton.jit
+@kernel
 def _correlation_merge_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -263,7 +265,7 @@ def _derivatives(
     return tl.where(valid, a, 0.0), tl.where(valid, dy, 0.0)
 
 
-@triton.jit
+@kernel
 def _correlation_gradient_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]

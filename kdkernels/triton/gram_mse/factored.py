@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot_split
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import COLUMNS, cdiv
 from kdkernels.triton.common.norms import normalise_gradient
 from kdkernels.triton.common.prepared import REMEMBERED, Launch
@@ -61,7 +62,7 @@ def _features_by_factor(
     return acc
 
 
-@triton.jit
+@kernel
 def _gram_mse_fwd_kernel_factored(
     s_ptr,  # [G, B, D_s]
     t_ptr,  # [G, B, D_t]
@@ -166,7 +167,7 @@ def _gram_mse_fwd_kernel_factored(
         tl.store(out + B, tl.sum(y * t, 1), mask=mask_m)
 
 
-@triton.jit
+@kernel
 def _gram_mse_bwd_kernel_factored(
     dout_ptr,  # [G], stride_dout apart
     x_ptr,  # [G, B, D_x] features of the side that is differentiated

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.dots import dot, dot_split
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.norms import EPS
 from kdkernels.triton.common.product import upper_tile
 
@@ -98,7 +99,7 @@ def _store_product(
     tl.store(out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], acc, mask=mask)
 
 
-@triton.jit
+@kernel(counts=("w_ss_ptr", "w_tt_ptr", "w_ts_ptr", "stride_wg"))
 def _gram_mse_product_kernel(
     s_ptr,  # [G, M_s, K_s]
     t_ptr,  # [G, M_t, K_t]
@@ -201,7 +202,7 @@ def _sum_splits(
     tl.store(out_ptr + offs, total, mask=mask)
 
 
-@triton.jit
+@kernel
 def _gram_mse_reduce_kernel(
     ss_parts_ptr,  # [splits, G, M_s, M_s] fp32, as _gram_mse_product_kernel leaves them
     tt_parts_ptr,  # [splits, G, M_t, M_t]
@@ -249,7 +250,7 @@ def _inverse_norms(
     return 1.0 / tl.where(norm < EPS, EPS, norm)  # the where keeps NaN
 
 
-@triton.jit
+@kernel
 def _gram_mse_norms_kernel(
     s_ptr,  # [G, B, D_s]
     t_ptr,  # [G, B, D_t]
@@ -331,7 +332,7 @@ def store_coefficients(
     tl.store(coef_ptr + 4 * B + rows, c_t, mask=mask)
 
 
-@triton.jit
+@kernel(counts=("parts_s", "parts_t"))
 def _gram_mse_coef_kernel(
     stats_ptr,  # [parts, G, 3, B] fp32: parts of the sums of A^2, K^2, A K
     coef_ptr,  # [G, 5, B] fp64

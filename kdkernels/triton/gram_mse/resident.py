@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot_weights
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
 from kdkernels.triton.common.norms import normalise_gradient
 from kdkernels.triton.common.prepared import REMEMBERED, Launch
@@ -35,7 +36,7 @@ def _sum_parts(parts_ptr, source, G, B, splits, mask, ROWS: tl.constexpr, COLUMN
     return total
 
 
-@triton.jit
+@kernel(lengths=("B",))
 def _gram_mse_fwd_kernel_resident(
     ss_parts_ptr,  # [splits, G, B, B] fp32, tiles on or above the diagonal
     tt_parts_ptr,  # [splits, G, B, B]
@@ -111,7 +112,7 @@ def _gram_mse_fwd_kernel_resident(
         store_uniform(coef_ptr, rows, B)
 
 
-@triton.jit
+@kernel(lengths=("B",))
 def _gram_mse_bwd_kernel_resident(
     dout_ptr,  # [G], stride_dout apart
     x_ptr,  # [G, B, D] features of the side that is differentiated

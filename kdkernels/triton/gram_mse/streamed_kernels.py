@@ -6,6 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.gram_mse.product import accumulate, store_coefficients, store_uniform
 from kdkernels.triton.gram_mse.tile import ROW, gram_weights, squared_error
 
@@ -51,7 +52,7 @@ def _pair_of_tiles(
     return a, k
 
 
-@triton.jit
+@kernel(counts=("first_tile",))
 def _gram_mse_fwd_kernel_streamed(
     s_ptr,  # [G, B, D_s]
     t_ptr,  # [G, B, D_t]
@@ -160,7 +161,7 @@ def _sum_blocks(
     return total
 
 
-@triton.jit
+@kernel(counts=("count",))
 def _gram_mse_gather_kernel(
     row_sums_ptr,  # [G, n_blocks, STATS, m_blocks BLOCK] fp32 or fp64, as the sweep leaves them
     column_sums_ptr,  # [G, m_blocks, STATS, n_blocks BLOCK] likewise
@@ -222,7 +223,7 @@ def _gram_mse_gather_kernel(
         )
 
 
-@triton.jit
+@kernel(lengths=("B",))
 def _gram_mse_bwd_kernel_streamed(
     dout_ptr,  # [G], stride_dout apart
     s_ptr,  # [G, B, D_s]

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kdkernels.triton.common.dots import dot
 from kdkernels.triton.common.exp_math import two_atanh
+from kdkernels.triton.common.jit import kernel
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _project(
     return acc
 
 
-@triton.jit
+@kernel
 def _lsh_bce_encode_kernel(
     x_ptr,  # [B, D]
     w_ptr,  # [N, D]
@@ -102,7 +103,7 @@ def _lsh_bce_encode_kernel(
     )
 
 
-@triton.jit
+@kernel
 def _lsh_bce_project_kernel(
     s_ptr,  # [B, D]
     codes_ptr,  # [B, ceil(N / 8)] uint8
@@ -182,7 +183,7 @@ def _lsh_bce_project_kernel(
             tl.store(db_ptr + i.to(tl.int64) * N + offs_n, tl.sum(dz, 0), mask=offs_n < N)
 
 
-@triton.jit
+@kernel(counts=("loss_programs", "stride_partial"))
 def _lsh_bce_finish_kernel(
     partial_ptr,  # [tiles, B] fp32, stride_partial apart: losses
     loss_ptr,  # [B] fp32
@@ -221,7 +222,7 @@ def _lsh_bce_finish_kernel(
         tl.store(dloss_ptr + offs, dloss, mask=offs < count)
 
 
-@triton.jit
+@kernel
 def _lsh_bce_bwd_kernel_scale(
     dout_ptr,  # [B]
     dloss_ptr,  # [B, D]

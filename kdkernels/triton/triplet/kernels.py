@@ -14,11 +14,12 @@ import triton.language as tl
 
 from kdkernels.triton.common.distances import CLOSE, EUCLIDEAN, FINITE, LARGEST, SQEUCLIDEAN
 from kdkernels.triton.common.dots import dot
+from kdkernels.triton.common.jit import kernel
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@kernel(counts=("N",))
 def _triplet_norms_kernel(
     x_ptr,  # [N, D]
     norm_ptr,  # [N] fp32, squared norms
@@ -96,7 +97,7 @@ def _improve(
     return tl.where(less, least, best), tl.where(less, row, best_row)
 
 
-@triton.jit
+@kernel(counts=("M",))
 def _triplet_mine_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
@@ -222,7 +223,7 @@ def _distance(d2, nan, DISTANCE: tl.constexpr):
         return 0.5 * d2
 
 
-@triton.jit
+@kernel
 def _triplet_distances_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
@@ -282,7 +283,7 @@ def _slope(d, DISTANCE: tl.constexpr):
         return tl.full(d.shape, 1.0, tl.float32)
 
 
-@triton.jit
+@kernel
 def _triplet_bwd_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]

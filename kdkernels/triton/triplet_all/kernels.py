@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.distances import gradient_weight
+from kdkernels.triton.common.jit import kernel
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
@@ -69,7 +70,7 @@ def _loss(u, SOFT: tl.constexpr):
         return tl.where(u <= 0.0, 0.0, u), tl.where(u > 0.0, 1.0, 0.0)
 
 
-@triton.jit
+@kernel
 def _triplet_all_positives_kernel(
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
     w_ptr,  # [rows, M] fp32 weights; written for positives and the anchor itself
@@ -158,7 +159,7 @@ def _triplet_all_positives_kernel(
     tl.store(nonzero_ptr + anchor, nonzero)
 
 
-@triton.jit
+@kernel
 def _triplet_all_negatives_kernel(
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
     w_ptr,  # [rows, M] fp32 weights; written for negatives
