@@ -16,7 +16,7 @@ import torch
 
 from kdkernels.cli import bench as command
 from kdkernels.cli.main import main
-from kdkernels.testing import bench, clock, record, work
+from kdkernels.testing import bench, clock, oracle, record, work
 from kdkernels.testing.gpu_table import GPU_TABLE
 from kdkernels.testing.opinfo import opinfos
 
@@ -119,6 +119,22 @@ def test_a_capture_that_fails_leaves_the_other_ways(
         graph["variants"]["reference"]["failed"] == "graph: AssertionError: a capture cannot wait"
     )
     assert graph["variants"]["eager"]["rounds"] == call["variants"]["reference"]["rounds"] == 5
+
+
+def test_what_lacks_errors_or_memory_is_timed(
+    fake: fake_cuda.Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(oracle, "relative_errors", full)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", full)
+    (entry,) = _run(timings=("graph",))
+    for name in ("reference", "eager"):
+        result = entry["variants"][name]
+        assert result["error_failed"] == "OutOfMemoryError: planted"
+        assert result["peak_extra_mib_skipped"] == "OutOfMemoryError: planted"
+        assert result["rounds"] == 5
 
 
 def test_a_full_device_is_a_record(fake: fake_cuda.Fake, monkeypatch: pytest.MonkeyPatch) -> None:
