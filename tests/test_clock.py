@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,23 @@ def test_a_graph_is_captured_after_warm_up_and_replayed(fake: fake_cuda.Fake) ->
     assert seconds >= 5 * fake_cuda.REPLAY_MS * 1e-3
     graph.release()
     assert fake.resets == 1
+
+
+def test_a_replay_keeps_what_its_graph_reads(fake: fake_cuda.Fake) -> None:
+    class Reads:
+        def __call__(self, i: int) -> None: ...
+
+    made: list[weakref.ref[Reads]] = []
+
+    def make() -> clock.Call:
+        call = Reads()
+        made.append(weakref.ref(call))
+        return call
+
+    replay = clock.of(CUDA).graph(make, 2).call
+    assert made[0]() is not None
+    del replay
+    assert made[0]() is None
 
 
 def test_a_graph_whose_nodes_are_not_counted_is_timed(fake: fake_cuda.Fake) -> None:
