@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _gpu
+from kdkernels._similarity import unit, unit_gradient
 
 
 def ieee() -> bool:
@@ -27,3 +28,22 @@ def too_small(first: Tensor) -> str | None:
     if kib < _MOST_KIB:
         return f"a block needs {_MOST_KIB} KiB of shared memory, and this GPU has {kib}"
     return None
+
+
+def unit_rows(
+    x: Tensor,  # [B, D]
+    r: Tensor,  # [M, D]
+    in_batch: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both sides divided by their norms, in fp32; one side where the references are the rows."""
+    x = unit(x.float())
+    return x, x if in_batch else unit(r.float())
+
+
+def given_rows_gradients(
+    rows: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rows from those of `unit_rows`; [0] stays."""
+    return tuple(
+        du if du.dim() == 1 else unit_gradient(x, du) for x, du in zip(rows, gradients, strict=True)
+    )
