@@ -22,8 +22,16 @@ def refuse_fp64(first: Tensor) -> str | None:
 
 
 def fp32_matmul() -> str:
-    """How fp32 features are multiplied: "highest", "high" or "medium", as torch is set."""
-    return torch.get_float32_matmul_precision()
+    """How fp32 features are multiplied: "highest", or "high" where torch would take tf32.
+
+    torch's own products on a GPU follow `torch.backends.cuda.matmul.fp32_precision`, which inherits
+    from `torch.backends.cudnn.fp32_precision` and `torch.backends.fp32_precision`. The older
+    setters write it too; the older getter raises where only a newer one was used.
+    """
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:  # a torch that has the older getter alone
+        return torch.get_float32_matmul_precision()
+    return "high" if setting == "tf32" else "highest"
 
 
 def sorted_exclude(

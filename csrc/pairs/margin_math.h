@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "../common/host_device.h"
+#include "../common/quotient.h"
 
 namespace kdk::pairs {
 
@@ -23,7 +23,7 @@ KDK_HOST_DEVICE Term<T> hinge(T u) {
 template <typename T>
 KDK_HOST_DEVICE Term<T> softplus(T u) {
   const T z = std::exp(-std::abs(u));
-  return {(u <= 0 ? T(0) : u) + std::log1p(z), (u < 0 ? z : T(1)) / (1 + z)};
+  return {(u <= 0 ? T(0) : u) + std::log1p(z), quotient<T>(u < 0 ? z : T(1), 1 + z)};
 }
 
 }  // namespace kdk::pairs

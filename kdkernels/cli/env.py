@@ -21,6 +21,7 @@ import torch
 
 import kdkernels
 from kdkernels import _dispatch, _native
+from kdkernels._gpu import fp32_matmul
 from kdkernels.cli.table import Table, report_stream, write_json
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 
@@ -61,7 +62,7 @@ def collect() -> dict[str, Any]:
         "torch": {
             "threads": torch.get_num_threads(),
             "CPU capability": torch.backends.cpu.get_cpu_capability(),
-            "float32 matmul precision": torch.get_float32_matmul_precision(),
+            "fp32 products on a GPU": "tf32" if fp32_matmul() != "highest" else "fp32",
             "KDKERNELS_BACKEND": os.environ.get("KDKERNELS_BACKEND", "not set (auto)"),
         },
         "devices": [

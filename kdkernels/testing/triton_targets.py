@@ -79,7 +79,7 @@ def compile_all(cache_dir: str | Path) -> dict[str, dict[str, list[Compiled]]]:
 
 def op_names() -> list[str]:
     """The ops that take part."""
-    return [_name(op) for op in _calls_of_ops()]
+    return [name_of(op) for op in calls_of_ops()]
 
 
 def kernels_of_all_ops() -> set[str]:
@@ -96,11 +96,11 @@ def _modules(package_name: str) -> list[ModuleType]:
     return [importlib.import_module(name) for name in sorted(info.name for info in found)]
 
 
-def _calls_of_ops() -> list[ModuleType]:
+def calls_of_ops() -> list[ModuleType]:
     return [module for module in _modules("kdkernels.testing.aot") if hasattr(module, "call")]
 
 
-def _name(op: ModuleType) -> str:
+def name_of(op: ModuleType) -> str:
     return op.__name__.rpartition(".")[2]
 
 
@@ -175,7 +175,7 @@ _work: list[tuple[str, Any, list[Any]]] = []  # target, op, variants
 
 def _do(index: int) -> tuple[str, str, list[dict[str, Any]]]:
     target, op, variants = _work[index]
-    return target, _name(op), [asdict(_compile(variant, target)) for variant in variants]
+    return target, name_of(op), [asdict(_compile(variant, target)) for variant in variants]
 
 
 def main() -> None:
@@ -183,7 +183,7 @@ def main() -> None:
     # made before the fork: variants hold functions, which cannot be sent
     _work.extend(
         (target, op, list(recorder.variants_of(recorder.TARGETS[target], op)))
-        for op in _calls_of_ops()
+        for op in calls_of_ops()
         for target in TARGETS
     )
     _work.sort(key=lambda work: -len(work[2]))  # the longest first, or all would wait for it

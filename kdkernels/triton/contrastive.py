@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kdkernels._similarity import unit, unit_gradient
 from kdkernels.triton.common.distances import distance_tile, gradient_weight
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import on_device, supports
 from kdkernels.triton.common.pairs import Call, in_order
 from kdkernels.triton.common.pairs_kernels import store_close
@@ -24,7 +24,7 @@ from kdkernels.triton.common.pairs_kernels import store_close
 __all__ = ["contrastive_fwd", "supports"]
 
 
-@triton.jit
+@kernel
 def _contrastive_pairs_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.distances import EUCLIDEAN, SQEUCLIDEAN, margin_loss
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.norms import EPS
 
 
@@ -22,7 +23,7 @@ def _slope(d, DISTANCE: tl.constexpr):
         return tl.full(d.shape, 1.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["B", "M"])
+@kernel(counts=("M",))
 def _triplet_entries_kernel(
     positive_ptr,  # [B] int64, rows of r, or -1
     negative_ptr,  # [B] int64
@@ -138,7 +139,7 @@ def _row_gradient(
     return total
 
 
-@triton.jit(do_not_specialize=["stride_dloss", "B"])
+@kernel(counts=("stride_dloss",))
 def _triplet_bwd_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]

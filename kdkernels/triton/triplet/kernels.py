@@ -23,13 +23,14 @@ from kdkernels.triton.common.distances import (
     SQEUCLIDEAN,
     margin_loss,
 )
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.norms import row_statistics
 from kdkernels.triton.common.product import product_tile
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
 
-@triton.jit(do_not_specialize=["B", "M", "splits"])
+@kernel(counts=("M",))
 def _triplet_prepare_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]; not read with IN_BATCH
@@ -135,7 +136,7 @@ def _improve(
     return tl.where(less, least, best), tl.where(less, row, best_row)
 
 
-@triton.jit(do_not_specialize=["B", "M", "splits", "split_length"])
+@kernel(counts=("M", "split_length"))
 def _triplet_mine_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
@@ -256,7 +257,7 @@ def _distance(d2, nan, DISTANCE: tl.constexpr):
         return 0.5 * d2
 
 
-@triton.jit(do_not_specialize=["B", "splits"])
+@kernel
 def _triplet_distances_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
@@ -318,7 +319,7 @@ def _triplet_distances_kernel(
     tl.store(loss_ptr + rows, tl.where(valid, loss, 0.0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["B"])
+@kernel
 def _triplet_sums_kernel(
     loss_ptr,  # [B] fp32
     positive_ptr,  # [B] int64

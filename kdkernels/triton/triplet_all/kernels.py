@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.distances import gradient_weight, margin_loss
+from kdkernels.triton.common.jit import kernel
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
@@ -56,7 +57,7 @@ def _negatives(row_ptr, offs, begin, end, out, kept, M, EXCLUDES: tl.constexpr):
     return tl.load(row_ptr + offs, mask=some, other=float("inf")), some
 
 
-@triton.jit
+@kernel
 def _triplet_all_positives_kernel(
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
     w_ptr,  # [rows, M] fp32 weights; written for positives and the anchor itself
@@ -145,7 +146,7 @@ def _triplet_all_positives_kernel(
     tl.store(nonzero_ptr + anchor, nonzero)
 
 
-@triton.jit
+@kernel
 def _triplet_all_negatives_kernel(
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
     w_ptr,  # [rows, M] fp32 weights; written for negatives
