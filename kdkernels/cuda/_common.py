@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _gpu, _native
+from kdkernels._similarity import unit, unit_gradient
 
 
 def ieee() -> bool:
@@ -23,3 +24,22 @@ def refuse_shared(first: Tensor, kib: int, what: str) -> str | None:
     if kib <= found:
         return None
     return f"{what} need {kib} KiB of shared memory, and this GPU gives a block {found}"
+
+
+def unit_rows(
+    x: Tensor,  # [B, D]
+    r: Tensor,  # [M, D]
+    in_batch: bool,
+) -> tuple[Tensor, Tensor]:
+    """Both sides divided by their norms, in fp32; one side where the references are the rows."""
+    x = unit(x.float())
+    return x, x if in_batch else unit(r.float())
+
+
+def given_rows_gradients(
+    rows: tuple[Tensor, Tensor], gradients: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rows from those of `unit_rows`; [0] stays."""
+    return tuple(
+        du if du.dim() == 1 else unit_gradient(x, du) for x, du in zip(rows, gradients, strict=True)
+    )

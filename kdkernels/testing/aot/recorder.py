@@ -27,6 +27,7 @@ from triton.runtime.jit import native_specialize_impl
 
 from kdkernels.testing.fp32 import fp32_products
 from kdkernels.triton.common.launch import Arch, assume_arch
+from kdkernels.triton.common.prepared import every_launch_through_triton
 
 # What kernels are compiled for, with the processors and the cache of a typical product, and what
 # a program may have there.
@@ -112,7 +113,11 @@ def recorded(arch: Arch, dtype: torch.dtype) -> Iterator[list[AotVariant]]:
     def record(kernel: Any, *, grid: Any, warmup: bool, **given: Any) -> None:
         variants.append(_specialise(kernel, given, dtype, arch))
 
-    with assume_arch(arch), mock.patch.object(type(_compilable), "run", record):
+    with (
+        assume_arch(arch),
+        every_launch_through_triton(),
+        mock.patch.object(type(_compilable), "run", record),
+    ):
         yield variants
 
 
@@ -147,10 +152,16 @@ def _specialise(
 
 
 def _facets(variant: AotVariant, launched: list[AotVariant]) -> list[str]:
-    """What tells it from other launches of its kernel in one call: flags, multiples of 16."""
+    """What tells it from other launches of its kernel in one call: flags, integers that are 1,
+    multiples of 16."""
 
     def facets(one: AotVariant) -> set[str]:
-        return {param.lower() for param, value in one.constexprs if value} | one.divisible
+        constants = {
+            param.lower() if param.isupper() else f"{param}_1"
+            for param, value in one.constexprs
+            if value
+        }
+        return constants | one.divisible
 
     others = [facets(other) for other in launched if other.kernel is variant.kernel]
     return sorted(facets(variant) - set.intersection(*others))

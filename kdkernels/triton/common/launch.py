@@ -67,6 +67,7 @@ def _device_arch(index: int) -> Arch:
 
 
 _assumed: Arch | None = None
+_AS_IT_IS = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -95,8 +96,10 @@ def supports(*args: Any) -> str | None:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device; make it that of the tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Launches go to the current device; make it that of the tensor, where it is not."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(tensor.device)
 
 
 def given(x: Tensor | None, other: Tensor) -> Tensor:

@@ -24,11 +24,13 @@ def _logits(x_ptr, rows, cols, valid, stride_row, stride_col, temperature):
 
 @triton.jit
 def _add_logits(z, most, total):
-    """Online maximum and sum of exp(z - maximum); a sum of NaN stays one."""
+    """Online maximum and sum of exp(z - maximum); a sum of NaN stays one. Before the first class
+    that is not ruled out, exp would be of inf - inf, and all that counts is NaN."""
     now = tl.maximum(most, tl.max(z, 1))
-    seen = now > -float("inf")  # before, exp would be of inf - inf
+    seen = now > -float("inf")
     kept = tl.where(seen, tl.exp(most - now), 1.0)
-    return now, total * kept + tl.sum(tl.where(seen[:, None], tl.exp(z - now[:, None]), z * 0.0), 1)
+    terms = tl.where(seen[:, None], tl.exp(z - now[:, None]), tl.where(z == z, 0.0, z))
+    return now, total * kept + tl.sum(terms, 1)
 
 
 @triton.jit
