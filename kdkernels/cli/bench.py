@@ -172,13 +172,11 @@ def _failures(entry: dict[str, Any]) -> list[str]:
     """What went wrong in a record that is the fault of this package."""
     where = f"{entry['op']} {entry['shape']['name']} {entry['dtype']} {entry['timing']}"
     found = [f"{where}: {entry['failed']}"] if "failed" in entry else []
-    return found + [
-        f"{where} on {name}: {result['failed']}"
-        for name, result in entry["variants"].items()
-        if name in _dispatch.BACKENDS
-        and "failed" in result
-        and not result["failed"].startswith(GATE)
-    ]
+    for name, result in entry["variants"].items():
+        reason = result.get("failed") or result.get("error_failed")
+        if name in _dispatch.BACKENDS and reason and not reason.startswith(GATE):
+            found.append(f"{where} on {name}: {reason}")
+    return found
 
 
 def _device(args: argparse.Namespace) -> torch.device:

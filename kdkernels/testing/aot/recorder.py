@@ -29,12 +29,16 @@ from kdkernels.testing.fp32 import fp32_products
 from kdkernels.triton.common.launch import Arch, assume_arch
 from kdkernels.triton.common.prepared import every_launch_through_triton
 
-# What kernels are compiled for, with the processors and the cache of a typical product.
+# What kernels are compiled for, with the processors and the cache of a typical product, and what
+# a program may have there.
 TARGETS = {
-    "sm_80": Arch("sm_80", 108, 40 << 20),
-    "sm_90": Arch("sm_90", 132, 50 << 20),
-    "sm_100": Arch("sm_100", 148, 126 << 20),
-    "gfx942": Arch("gfx942", 304, 256 << 20),
+    "sm_80": Arch("sm_80", 108, 40 << 20, 163 << 10),
+    "sm_86": Arch("sm_86", 82, 6 << 20, 99 << 10),
+    "sm_89": Arch("sm_89", 128, 72 << 20, 99 << 10),
+    "sm_90": Arch("sm_90", 132, 50 << 20, 227 << 10),
+    "sm_100": Arch("sm_100", 148, 126 << 20, 227 << 10),
+    "sm_120": Arch("sm_120", 170, 96 << 20, 99 << 10),
+    "gfx942": Arch("gfx942", 304, 256 << 20, 64 << 10),
 }
 
 # What a call is made with: the dtype of its features, and torch's setting for fp32 products.

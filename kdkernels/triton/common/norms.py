@@ -6,6 +6,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -35,6 +36,40 @@ def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:
     dx = x.new_empty(x.shape)
     _normalise_gradient(x.shape, x.stride())(x_ptr=x, v_ptr=v, dx_ptr=dx)
     return dx
+
+
+@triton.jit
+def row_statistics(
+    x_ptr,  # [N, D], contiguous
+    rows,
+    N,
+    D,
+    NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(what each row is multiplied by, its squared norm then), fp32.
+
+    The factor is 1, or with NORMALIZE the inverse of the norm, NaN where the norm overflows.
+    """
+    acc = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for column in range(0, D, COLUMNS):
+        cols = column + tl.arange(0, COLUMNS)
+        mask = (rows < N)[:, None] & (cols < D)[None, :]
+        offs = rows.to(tl.int64)[:, None] * D + cols[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+        acc += x * x
+    squared = tl.sum(acc, 1)
+    norm = squared.to(tl.float32)
+    scale = tl.full((ROWS,), 1.0, tl.float32)
+    if NORMALIZE:
+        length = tl.sqrt(squared)
+        inverse = 1.0 / tl.where(length < EPS, EPS, length)
+        inverse = tl.where(norm < float("inf"), inverse, float("nan"))
+        scale = inverse.to(tl.float32)
+        wide = scale.to(tl.float64)
+        norm = (squared * wide * wide).to(tl.float32)
+    return scale, norm
 
 
 @kernel
