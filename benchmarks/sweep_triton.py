@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import torch
 
 from kdkernels.ops.gram_mse import choose_algorithm, weight_of_factored
-from kdkernels.testing import bench, record
+from kdkernels.testing import bench, oracle, record
 from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample, opinfos
 
 FIELDS = {
@@ -96,7 +96,7 @@ def sweep(
     )  # fmt: skip
     function = bench.variant_function(info, sample, "triton")
     call = bench.timed(function, bench.input_sets(sample, device), "fwd_bwd", "triton")
-    truth = bench.oracle(info, shape, sample)
+    truth = oracle.oracle(info, shape, sample, device)
     override = Override()
     default = _picked(override, function, sample)
     fields = FIELDS[algorithm]
@@ -114,7 +114,7 @@ def sweep(
             }  # fmt: skip
             override.tile = (field, tile)
             try:
-                line["error"] = bench.relative_errors(function, sample, truth, info.diff_args[0])
+                line["error"] = oracle.relative_errors(function, sample, truth, info.diff_args[0])
             except (
                 OutOfResources
             ) as refusal:  # an answer, not a failure: this tile does not fit the device

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS, similarities
 from kdkernels.reference import _relational_kl as reference
-from kdkernels.testing.opinfo import BenchShape, Cost, Sample, randn
+from kdkernels.testing.opinfo import BenchShape, ByRows, Cost, Sample, randn
 
 # (B, D, K); keys beyond one tile of a kernel, and numbers of them that fill none
 SHAPES = {
@@ -129,6 +129,19 @@ def without_options(sample: Sample) -> None:
     """Refuse what an eager baseline does not write."""
     if sample.kwargs:
         raise ValueError(f"sample must have no option, got {sample.kwargs}")
+
+
+def by_rows(definition: Callable[..., Tensor], keys_at: int) -> ByRows:
+    """Of a mean over rows, each of which sees all keys and no other row."""
+
+    def losses(sample: Sample, rows: Tensor) -> Tensor:
+        args = [x if at == keys_at else x[rows] for at, x in enumerate(sample.args)]
+        options = dict(sample.kwargs)
+        if "exclude" in options:
+            options["exclude"] = options["exclude"][rows]
+        return definition(*args, **options, reduction="none")
+
+    return ByRows(losses, divisor=len, independent=True)
 
 
 def two_products(queries: Tensor, keys: Tensor, *_: Tensor) -> Tensor:

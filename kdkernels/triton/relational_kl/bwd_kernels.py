@@ -4,15 +4,15 @@ and their products with what each side's logits come from."""
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.product import number_that_count
 from kdkernels.triton.relational_kl.kernels import logits, second_bank
 from kdkernels.triton.relational_kl.row_kernels import LSE_S, LSE_T, SCALE_S, SCALE_T
 
 
-@triton.jit
+@kernel(counts=("first_row", "first_key"))
 def _relational_kl_derivatives_kernel(
     x_ptr,  # [B, D] contiguous
     y_ptr,  # [B, E] contiguous, or None

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.dots import dot, dot_weights
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.product import number_that_count, split_tile, store_split
 from kdkernels.triton.relational_kl.row_kernels import LSE_S, LSE_T, OWN_S, OWN_T, SCALE_S, SCALE_T
 
@@ -75,7 +76,7 @@ def _below_largest(a):
     return a - tl.where(none, 0.0, most)[:, None], tl.where(none, -float("inf"), most)
 
 
-@triton.jit
+@kernel
 def _relational_kl_weights_kernel(
     x_ptr,  # [B, D] contiguous
     y_ptr,  # [B, E] contiguous, or None
@@ -187,7 +188,7 @@ def _raised(most, max_ptr, mask):
     return tl.where(top > most, top, most)
 
 
-@triton.jit
+@kernel
 def _relational_kl_merge_kernel(
     stats_ptr,  # [5 or 3, tiles, rows] fp32; with FACTORS maxima become factors of weights
     positives_ptr,  # [B] int64, or None
@@ -295,7 +296,7 @@ def _relational_kl_merge_kernel(
                 tl.store(at + _MAX_T * step, w, mask=read)
 
 
-@triton.jit
+@kernel
 def _relational_kl_fwd_kernel_product(
     weights_ptr,  # [1 or 2, rows, K]
     stats_ptr,  # [5 or 3, tiles, rows] fp32: factors in the maxima's places

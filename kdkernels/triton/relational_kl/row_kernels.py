@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.norms import EPS
 
 # Places of `RowNumbers`, of B numbers each.
@@ -71,7 +72,7 @@ def _scale(
     return 1.0 / by
 
 
-@triton.jit
+@kernel
 def _relational_kl_scales_kernel(
     x_ptr,  # [B, D]
     y_ptr,  # [B, E], or None
@@ -183,7 +184,7 @@ def _through_scale(
     return along
 
 
-@triton.jit
+@kernel
 def _relational_kl_bwd_rows_kernel(
     v_ptr,  # [B, D] fp32: derivatives by the rows times their scales, of the student less dout
     x_ptr,  # [B, D], or None where it is neither the student's gradient nor that of its own keys
@@ -248,7 +249,7 @@ def _relational_kl_bwd_rows_kernel(
             tl.store(dfactor_ptr + rows, dfactor.to(tl.float32), mask=mask)
 
 
-@triton.jit
+@kernel
 def _relational_kl_bwd_keys_kernel(
     v_ptr,  # [K, D] fp32: derivatives by the keys over their norms
     keys_ptr,  # [K, D]
