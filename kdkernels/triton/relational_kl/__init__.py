@@ -132,6 +132,7 @@ def _teacher_derivatives(call: KeyBankCall, facts: Facts, table: _Table) -> Tens
     keys = call.keys if call.teacher_keys is None else call.teacher_keys
     B, K = facts.B, facts.K
     out = dout.new_empty((B, facts.E))
+    scale = table["key_scales_ptr"][-1] if call.normalize else None  # those of the teacher's bank
     step = config.chunk(B, K * config.derivative_dtype.itemsize, config.logits.m)
     memory = keys.new_empty(step * K, dtype=config.derivative_dtype)
     for begin in range(0, B, step):
@@ -140,7 +141,7 @@ def _teacher_derivatives(call: KeyBankCall, facts: Facts, table: _Table) -> Tens
         derivatives(facts, rows, range(K), dout.stride(0), False, by_rows=False)(table)
         multiply(
             config.product, config.arch, config.of_weights, h, keys, out[begin : rows.stop],
-            count=call.num_keys,
+            scale=scale, count=call.num_keys,
         )  # fmt: skip
     return out
 

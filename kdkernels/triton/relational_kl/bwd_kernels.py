@@ -44,7 +44,7 @@ def _relational_kl_derivatives_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Derivatives times what the product with rows (BY_ROWS) or with keys needs: their scales."""
+    """Derivatives, times the scales of the rows where a product with them follows (BY_ROWS)."""
     tiles_m = tl.cdiv(rows, BLOCK_M)
     local_m = tl.program_id(0) % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
     local_n = tl.program_id(0) // tiles_m * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -61,16 +61,14 @@ def _relational_kl_derivatives_kernel(
     if y_ptr is not None:
         rows_t_ptr = numbers_ptr + SCALE_T * step
         if teacher_keys_ptr is None:
-            scales_t_ptr = key_scales_ptr
             b = logits(
-                y_ptr, keys_ptr, rows_t_ptr, scales_t_ptr, offs_m, offs_n, last_m, last_n, D,
+                y_ptr, keys_ptr, rows_t_ptr, key_scales_ptr, offs_m, offs_n, last_m, last_n, D,
                 PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
-            scales_t_ptr = second_bank(key_scales_ptr, K)
             b = logits(
-                y_ptr, teacher_keys_ptr, rows_t_ptr, scales_t_ptr, offs_m, offs_n, last_m, last_n,
-                E, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                y_ptr, teacher_keys_ptr, rows_t_ptr, second_bank(key_scales_ptr, K), offs_m,
+                offs_n, last_m, last_n, E, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     # the products are made: what is loaded or decided before them would take registers from them
     counting = number_that_count(num_keys_ptr, K, num_keys_ptr is not None)
@@ -93,8 +91,6 @@ def _relational_kl_derivatives_kernel(
         h = dout[:, None] * (p * (c - loss[:, None]))
         if BY_ROWS:
             h *= tl.load(of_row + SCALE_T * step, mask=mask_m, other=0.0)[:, None]
-        elif scales_t_ptr is not None:
-            h *= tl.load(scales_t_ptr + offs_n, mask=offs_n < last_n, other=0.0)[None, :]
         h = tl.where(counts, h, 0.0)
         tl.store(h_ptr + at_w, h.to(h_ptr.dtype.element_ty), mask=stored)
     elif positives_ptr is not None:

@@ -100,27 +100,30 @@ def _relational_kl_scales_kernel(
         rows = block * ROWS + tl.arange(0, ROWS)
         mask = rows < B
         to = numbers_ptr + rows.to(tl.int64)
-        zero = tl.zeros((ROWS,), tl.float64)
+        step = tl.cast(B, tl.int64)
+        zero = tl.zeros((ROWS,), tl.float32)
         scale_s = _scale(
             x_ptr, x_factor_ptr, x_temperature, rows, mask, D, NORMALIZE, ROWS, COLUMNS
-        )
+        ).to(tl.float32)
         scale_t, scale_own, own_s, own_t = zero, zero, zero, zero
         if y_ptr is not None:
             scale_t = _scale(
                 y_ptr, y_factor_ptr, y_temperature, rows, mask, E, NORMALIZE, ROWS, COLUMNS
-            )
+            ).to(tl.float32)
         if own_ptr is not None:
             scale_own = _scale(own_ptr, None, 1.0, rows, mask, D, NORMALIZE, ROWS, COLUMNS)
-            own_s = scale_s * scale_own * _inner(x_ptr, own_ptr, rows, mask, D, ROWS, COLUMNS)
+            scale_own = scale_own.to(tl.float32)
+            product = _inner(x_ptr, own_ptr, rows, mask, D, ROWS, COLUMNS)
+            own_s = (product * scale_own).to(tl.float32) * scale_s
             if y_ptr is not None:
-                own_t = scale_t * scale_own * _inner(y_ptr, own_ptr, rows, mask, D, ROWS, COLUMNS)
-        step = tl.cast(B, tl.int64)
-        tl.store(to + LSE_T * step, zero.to(tl.float32), mask=mask)
-        tl.store(to + SCALE_S * step, scale_s.to(tl.float32), mask=mask)
-        tl.store(to + SCALE_T * step, scale_t.to(tl.float32), mask=mask)
-        tl.store(to + SCALE_OWN * step, scale_own.to(tl.float32), mask=mask)
-        tl.store(to + OWN_S * step, own_s.to(tl.float32), mask=mask)
-        tl.store(to + OWN_T * step, own_t.to(tl.float32), mask=mask)
+                product = _inner(y_ptr, own_ptr, rows, mask, D, ROWS, COLUMNS)
+                own_t = (product * scale_own).to(tl.float32) * scale_t
+        tl.store(to + LSE_T * step, zero, mask=mask)
+        tl.store(to + SCALE_S * step, scale_s, mask=mask)
+        tl.store(to + SCALE_T * step, scale_t, mask=mask)
+        tl.store(to + SCALE_OWN * step, scale_own, mask=mask)
+        tl.store(to + OWN_S * step, own_s, mask=mask)
+        tl.store(to + OWN_T * step, own_t, mask=mask)
     elif NORMALIZE:
         block -= of_rows
         of_bank = tl.cdiv(K, ROWS)
