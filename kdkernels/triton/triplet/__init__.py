@@ -191,7 +191,7 @@ def _entries(positive: Tensor, negative: Tensor, M: int) -> Tensor:  # [2 B] int
     entries = _new(positive, 2 * B, dtype=torch.int64)
     bwd_kernels._triplet_entries_kernel[(cdiv(2 * B, SORTED),)](
         positive_ptr=positive, negative_ptr=negative, entry_ptr=entries, B=B, M=M, BLOCK=SORTED,
-        num_warps=4,
+        num_warps=8,
     )  # fmt: skip
     return entries.sort()[0]  # no two are equal
 
