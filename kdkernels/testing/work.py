@@ -47,7 +47,8 @@ class Work:
         self.results.clear()
         self._sample = info.bench_sample(self.shape, device, self.dtype)
         limit = bench.memory_limit(device) if memory_limit is None else memory_limit
-        torch._dynamo.reset()
+        if "compile" in asked:  # importing it takes seconds
+            torch._dynamo.reset()
         for name in asked:
             self.results[name] = {}
             if name in refused:
