@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "../common/quotient.h"
 #include "../common/rows_math.h"
 
 namespace kdk::pairwise {
@@ -20,7 +21,7 @@ KDK_HOST_DEVICE bool is_distance(Metric metric) {
 template <Metric kMetric, typename T>
 KDK_HOST_DEVICE T slope(T value, T factor) {
   if constexpr (kMetric == Metric::kEuclidean) {
-    return value == T(0) ? T(0) : T(1) / value;
+    return value == T(0) ? T(0) : quotient<T>(1, value);
   } else if constexpr (kMetric == Metric::kSqEuclidean) {
     return T(2);
   } else {

@@ -50,11 +50,14 @@ struct SweepShared {
   Marks marks;
 };
 
-template <Math kMath>
-constexpr int kWeightsBytes = kStages * kStageBytes<kMath> + static_cast<int>(sizeof(SweepShared));
-static_assert(kWeightsBytes<Math::kBFloat16> <= kMostSharedBytes);
-static_assert(2 * (kWeightsBytes<Math::kBFloat16> + 1024) <= 228 << 10,
+template <Math kMath, int kCount>
+constexpr int kWeightsBytes = kCount * kStageBytes<kMath> + static_cast<int>(sizeof(SweepShared));
+static_assert(2 * (kWeightsBytes<Math::kBFloat16, kStages> + 1024) <= 228 << 10,
               "two blocks have to fit a multiprocessor of sm_90");
+// Where kStages of them do not fit. Rows of bf16 keys and 128 features stay in shared memory only
+// with kStages.
+constexpr int kFewStages = 3;
+static_assert(kWeightsBytes<Math::kBFloat16, kFewStages> <= kEverywhereBytes);
 
 // Marks the logits of keys that do not count, and leaves the largest logit that each warp has of a
 // row in `shared.across`.
@@ -94,11 +97,11 @@ __device__ __forceinline__ float maximum_now(const SweepShared& shared, float be
 
 __device__ __forceinline__ float finite(float max) { return max == -kInfinity ? 0.0f : max; }
 
-template <Math kMath>
+template <Math kMath, int kCount>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     relational_kl_weights_product_kernel(const __grid_constant__ WeightsParams p) {
   const SweepParams& of = p.sweep;
-  auto& shared = *reinterpret_cast<SweepShared*>(shared_memory() + kStages * kStageBytes<kMath>);
+  auto& shared = *reinterpret_cast<SweepShared*>(shared_memory() + kCount * kStageBytes<kMath>);
   const Place place(of);
   const int tiles = static_cast<int>(ceil_div(place.counting, kTile));
   KDK_UNROLL
@@ -108,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   if (threadIdx.x < kTile) shared.most[0][threadIdx.x] = -kInfinity;
   shared.marks.fill(of, place);
   if (tiles == 0) __syncthreads();  // otherwise the sweep's barriers do
-  sweep<kMath>(of, shared_memory(), place, tiles, [&](Accumulators& acc, int tile) {
+  sweep<kMath, kCount>(of, shared_memory(), place, tiles, [&](Accumulators& acc, int tile) {
     const int turn = tile % 2;
     scale_logits(acc, of, place, tile);
     if (!of.teacher) {
@@ -270,6 +273,7 @@ struct RowsShared {
 template <Math kMath>
 constexpr int kDerivativesBytes =
     kStages * kStageBytes<kMath> + static_cast<int>(sizeof(RowsShared));
+static_assert(kDerivativesBytes<Math::kBFloat16> <= kEverywhereBytes);
 
 template <Math kMath>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
@@ -330,8 +334,15 @@ void launch_relational_kl_prepare(const PrepareParams& params, Math math, cudaSt
 
 void launch_relational_kl_weights(const WeightsParams& params, Math math, cudaStream_t stream) {
   for_wide_math(math, [&]<Math kMath>() {
-    launch(relational_kl_weights_product_kernel<kMath>, grid_of_sweep(params.sweep), kThreads,
-           kWeightsBytes<kMath>, stream, params);
+    const auto with_stages = [&]<int kCount>() {
+      launch(relational_kl_weights_product_kernel<kMath, kCount>, grid_of_sweep(params.sweep),
+             kThreads, kWeightsBytes<kMath, kCount>, stream, params);
+    };
+    constexpr int kBytes = kWeightsBytes<kMath, kStages>;
+    if constexpr (kBytes > kEverywhereBytes) {
+      if (shared_bytes() < kBytes) return with_stages.template operator()<kFewStages>();
+    }
+    with_stages.template operator()<kStages>();
   });
 }
 

@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(kThreads)
     return static_cast<const T*>(from.data) + at * from.stride;
   };
   const auto gradient_weight = [&](int64_t entry) {
-    return static_cast<float>(p.dd[entry] * pairs::slope(p.d[entry], p.distance));
+    return p.dd[entry] * pairs::slope<float>(p.d[entry], p.distance);
   };
   for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
     float total = 0;

@@ -57,7 +57,7 @@ def _operator_args(
     y = form(labels, dtype=torch.int64)
     mined = "hardest" if negatives == "random" else negatives
     sides = form(teacher, dtype=dtype), y, form(student, dtype=dtype), y
-    return *sides, False, None, "paired", mined, "euclidean"
+    return *sides, False, None, False, "paired", mined, options["margin"], False, "euclidean"
 
 
 def _choices(negatives: str, **_: Any) -> dict[str, str]:
@@ -134,13 +134,13 @@ def triplet_distillation(
         negative, kept = _draw(y, generator)
         d_ap = F.pairwise_distance(anchors, rows)
         d_an = F.pairwise_distance(anchors, rows[negative])
-    else:
-        _, index, d_ap, d_an = TripletFunction.apply(
-            anchors, y, rows, None, None, "paired", negatives, "euclidean", chosen_backend
-        )
-        kept = index >= 0
-    losses = torch.where(kept, (d_ap - d_an + margin).relu(), 0.0)
-    return losses.sum() / kept.sum().clamp_min(1)
+        losses = torch.where(kept, (d_ap - d_an + margin).relu(), 0.0)
+        return losses.sum() / kept.sum().clamp_min(1)
+    total, _, valid = TripletFunction.apply(
+        anchors, y, rows, None, None, False, "paired", negatives, margin, False, "euclidean",
+        False, chosen_backend,
+    )  # fmt: skip
+    return total / valid.clamp_min(1)
 
 
 def _draw(labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fp64 value and gradient that a benchmark's errors are measured against.
 
-In this order, as far as memory allows on the device that runs: the definition with autograd; the
-reference backend; the definition a few rows at a time, where `OpInfo.by_rows` says how; on a CPU
-its own backend, whose fp64 kernels the tests hold to the definition. Where none can, errors are not
-measured and the record says why.
+In this order, as far as memory allows on the device that runs: the definition with autograd; on a
+GPU the definition a few rows at a time, where `OpInfo.by_rows` says how; the reference backend; on
+a CPU its own backend, whose fp64 kernels the tests hold to the definition. Where none can, errors
+are not measured and the record says why.
 """
 
 from __future__ import annotations
@@ -68,30 +68,26 @@ def _ways(
     def needs(variant: str) -> float:
         return 0.0 if info.memory is None else info.memory(shape, torch.float64, variant)
 
-    def whole(name: str, function: Callable[..., Tensor]) -> Callable[[], Oracle]:
-        return lambda: Oracle(name, *_value_and_gradient(function, args))
+    def whole(name: str, variant: str, limit: float, function: Callable[..., Tensor]) -> _Way:
+        def compute() -> Oracle:
+            return Oracle(name, *_value_and_gradient(function, args))
 
-    ways = [
-        ("definition in fp64", needs("eager"), DEFINITION_BYTES, bench.definition(info, sample)),
-        (
-            "reference backend in fp64", needs("reference"), free,
-            bench.variant_function(info, sample, "reference"),
-        ),
-    ]  # fmt: skip
-    if device.type == "cpu":
-        function = bench.variant_function(info, sample, "cpu")
-        ways.append(("cpu backend in fp64", needs("cpu"), free, function))
-    found: list[_Way] = [(*way[:3], whole(way[0], way[3])) for way in ways]
+        return name, needs(variant), limit, compute
+
+    def rows() -> Oracle:
+        synchronise = clock.of(device).synchronise
+        return by_rows(info.by_rows, replace(sample, args=args), budget, synchronise)
+
+    budget = min(ROWS_BYTES, free / 4)
+    definition = bench.definition(info, sample)
+    ways = [whole("definition in fp64", "eager", DEFINITION_BYTES, definition)]
     if device.type != "cpu" and info.by_rows is not None:
-        budget = min(ROWS_BYTES, free / 4)
-        whole_sample = replace(sample, args=args)
-        found.append(
-            (
-                "definition in fp64 by rows", 0.0, budget,
-                lambda: by_rows(info.by_rows, whole_sample, budget, clock.of(device).synchronise),
-            )
-        )  # fmt: skip
-    return found
+        ways.append(("definition in fp64 by rows", 0.0, budget, rows))
+    backends = ("reference", "cpu") if device.type == "cpu" else ("reference",)
+    for backend in backends:
+        function = bench.variant_function(info, sample, backend)
+        ways.append(whole(f"{backend} backend in fp64", backend, free, function))
+    return ways
 
 
 def by_rows(

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels._similarity import unit, unit_gradient
 from kdkernels.triton.common.distances import distance_tile, gradient_weight
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import on_device, supports
 from kdkernels.triton.common.pairs import Call, in_order
 from kdkernels.triton.common.pairs_kernels import store_close
@@ -23,7 +24,7 @@ from kdkernels.triton.common.pairs_kernels import store_close
 __all__ = ["contrastive_fwd", "supports"]
 
 
-@triton.jit
+@kernel
 def _contrastive_pairs_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
@@ -91,6 +92,7 @@ def contrastive_fwd(
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
     exclude: Tensor | None,  # [B] int64
+    normalize: bool,
     margin: float,
     distance: str,
     need_embeddings: bool,
@@ -102,6 +104,10 @@ def contrastive_fwd(
     dr = references.new_zeros(references.shape if need_references else (0,), dtype=torch.float32)
     if B == 0 or M == 0:
         return dx.new_zeros(()), labels.new_zeros(()), dx, dr
+    given = embeddings, references
+    if normalize:
+        embeddings = unit(embeddings.float())
+        references = embeddings if in_batch else unit(references.float())
     weights = need_embeddings or need_references
     with on_device(embeddings):
         call = Call(embeddings, labels, references, reference_labels, in_batch, exclude, distance)
@@ -124,9 +130,13 @@ def contrastive_fwd(
                 dx[first : first + rows] = call.gradient_of(w[:rows], first, close)
             if need_references:
                 dr += call.gradient_of(w[:rows], first, close, references=True)
+        dx = in_order(dx, call.order) if need_embeddings else dx
+        dr = in_order(dr, call.reference_order) if need_references else dr
         return (
             losses.sum().float(),
             nonzero.sum(),
-            in_order(dx, call.order) if need_embeddings else dx,
-            in_order(dr, call.reference_order) if need_references else dr,
+            *(
+                unit_gradient(x, g) if normalize and g.dim() == 2 else g
+                for x, g in zip(given, (dx, dr), strict=True)
+            ),
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from kdkernels import reference as definitions
 from kdkernels.ops.triplet_loss import triplet_loss
 from kdkernels.reference._rows import norms, unit
-from kdkernels.reference._triplet import triplet
+from kdkernels.reference._triplet import pick
 from kdkernels.testing.opinfo import BadInput, BenchShape, ByRows, Cost, OpInfo, Sample
 from kdkernels.testing.opinfos import _labelled
 from kdkernels.testing.opinfos._labelled import shape
@@ -70,16 +70,15 @@ def above_zero(losses: Tensor) -> Tensor:
 
 
 def losses_of_rows(sample: Sample, rows: Tensor) -> Tensor:  # [R]
-    """Of anchors, which are mined among all rows without a gradient; that of the distances to the
-    rows that they found is taken afterwards."""
+    """Of anchors. Their triplets are mined by fp64 products, which may only confuse distances that
+    are equal to the square root of fp64's rounding; the distances are those of the definition."""
     if sample.kwargs:
         raise ValueError(f"sample must have no option, got {sample.kwargs}")
     x, labels = sample.args
     u = unit(x)
     with torch.no_grad():
-        positive, negative, _, _ = triplet(
-            u[rows], labels[rows], u, labels, in_batch=False, exclude=rows
-        )
+        d2 = 2 - 2 * u[rows] @ u.T
+        positive, negative, _ = pick(d2, labels[rows], labels, False, rows, "hardest", "hardest")
     d_ap, d_an = (norms(u[rows] - u[of]) for of in (positive, negative))
     return torch.where(positive >= 0, (d_ap - d_an + MARGIN).relu(), 0.0)
 

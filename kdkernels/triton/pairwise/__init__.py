@@ -96,7 +96,8 @@ def _gradient(
     kernels._pairwise_bwd_kernel[(tiles, splits)](
         dout_ptr=dout, out_ptr=values, x_ptr=x, y_ptr=y, x_norm_ptr=x_norm, y_norm_ptr=y_norm,
         dx_ptr=parts, G=G, N=N, M=M, D=D, gamma=gamma, split_length=length,
-        stride_dg=dout.stride(0), stride_dn=dout.stride(1), stride_dm=dout.stride(2),
+        stride_dg=dout.stride(0) if G > 1 else 0, stride_dn=dout.stride(1),
+        stride_dm=dout.stride(2),
         stride_on=values.stride(1), stride_om=values.stride(2), IN_BATCH=in_batch,
         METRIC=_METRICS[metric], PRODUCT=metric in _PRODUCTS,
         PRECISION=config.gradient_precision, **tile.launch(),

@@ -12,13 +12,14 @@ import triton.language as tl
 
 from kdkernels.triton.common.distances import CLOSE, COSINE, EUCLIDEAN, SQEUCLIDEAN, distance_tile
 from kdkernels.triton.common.dots import dot_split
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.product import product_tile, upper_tile
 
 DOT = tl.constexpr(3)
 RBF = tl.constexpr(4)
 
 
-@triton.jit
+@kernel
 def _pairwise_fwd_kernel(
     x_ptr,  # [G, N, D]
     y_ptr,  # [G, M, D]
@@ -136,7 +137,7 @@ def _weights(
     return w, near
 
 
-@triton.jit
+@kernel
 def _pairwise_bwd_kernel(
     dout_ptr,  # [G, N, M]
     out_ptr,  # [G, N, M], distances only

@@ -4,14 +4,14 @@ and their products with what each side's logits come from."""
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.product import number_that_count
 from kdkernels.triton.relational_kl.kernels import logits
 
 
-@triton.jit
+@kernel
 def _relational_kl_derivatives_kernel(
     x_ptr,  # [B, D] fp32, contiguous
     y_ptr,  # [B, E] fp32, contiguous, or unused

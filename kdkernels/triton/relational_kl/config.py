@@ -60,5 +60,6 @@ def _tiles(B: int, dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile
             return Tile(64, 64, 16, 4, stages), Tile(64, 64, 16, 8, stages)
         return Tile(64, 64, 32, 8, stages), Tile(64, 64, 32, 8, stages)
     rows, warps = (64, 4) if B <= 64 else (128, 8)
-    # fp32 rows, of which a step holds two bf16 pieces beside the keys
-    return Tile(rows, 64, 32, warps, stages), Tile(rows, 64, 32, warps, stages)
+    # fp32 rows, of which a step holds two bf16 pieces beside the keys, or two tf32 pieces of both
+    step = 16 if arch.narrow and dtype == torch.float16 else 32
+    return Tile(rows, 64, step, warps, stages), Tile(rows, 64, 32, warps, stages)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.dots import dot_split, dot_weights
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.product import number_that_count, split_tile, store_split
 
 _MAX_S = tl.constexpr(0)  # places of the statistics of a tile
@@ -75,7 +76,7 @@ def _below_largest(a):
     return a - tl.where(none, 0.0, most)[:, None], tl.where(none, -float("inf"), most)
 
 
-@triton.jit
+@kernel
 def _relational_kl_weights_kernel(
     x_ptr,  # [B, D] fp32, contiguous
     y_ptr,  # [B, E] fp32, contiguous, or unused
@@ -167,7 +168,7 @@ def _relative(max_ptr, sum_ptr, mask, most):
     return tl.where(top == -float("inf"), 0.0, tl.exp(below)), total, below
 
 
-@triton.jit
+@kernel
 def _relational_kl_merge_kernel(
     stats_ptr,  # [5 or 3, tiles, B] fp32; with FACTORS maxima become factors of weights
     positives_ptr,  # [B] int64, or unused
@@ -268,7 +269,7 @@ def _relational_kl_merge_kernel(
                 tl.store(row + _MAX_T * step, tl.where(no_key, 0.0, w / sum_t), mask=mask)
 
 
-@triton.jit
+@kernel
 def _relational_kl_fwd_kernel_product(
     ws_ptr,  # [B, K]
     wt_ptr,  # [B, K], or unused

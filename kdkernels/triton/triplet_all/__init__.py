@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kdkernels._similarity import unit, unit_gradient
 from kdkernels.triton.common.launch import cdiv, on_device, supports
 from kdkernels.triton.common.pairs import Call, in_order
 from kdkernels.triton.triplet_all import kernels
@@ -26,6 +27,7 @@ def triplet_all_fwd(
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
     exclude: Tensor | None,  # [B] int64
+    normalize: bool,
     negatives: str,
     margin: float,
     soft: bool,
@@ -39,6 +41,10 @@ def triplet_all_fwd(
     dr = references.new_zeros(references.shape if need_references else (0,), dtype=torch.float32)
     if B == 0 or M == 0:
         return dx.new_zeros(()), labels.new_zeros(()), labels.new_zeros(()), dx, dr
+    given = embeddings, references
+    if normalize:
+        embeddings = unit(embeddings.float())
+        references = embeddings if in_batch else unit(references.float())
     weights, semihard = need_embeddings or need_references, negatives == "semihard"
     with on_device(embeddings):
         call = Call(embeddings, labels, references, reference_labels, in_batch, exclude, distance)
@@ -75,12 +81,16 @@ def triplet_all_fwd(
             if need_references or (in_batch and need_embeddings):
                 gradient = dx if in_batch else dr
                 gradient += call.gradient_of(w[:rows], first, close, references=True)
+        dx = in_order(dx, call.order) if need_embeddings else dx
+        dr = in_order(dr, call.reference_order) if need_references else dr
         return (
             losses.sum().float(),
             nonzero.sum(),
             _valid(call, semihard),
-            in_order(dx, call.order) if need_embeddings else dx,
-            in_order(dr, call.reference_order) if need_references else dr,
+            *(
+                unit_gradient(x, g) if normalize and g.dim() == 2 else g
+                for x, g in zip(given, (dx, dr), strict=True)
+            ),
         )
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import gradient_weight
+from kdkernels.triton.common.distances import gradient_weight, margin_loss
+from kdkernels.triton.common.jit import kernel
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
@@ -56,20 +57,7 @@ def _negatives(row_ptr, offs, begin, end, out, kept, M, EXCLUDES: tl.constexpr):
     return tl.load(row_ptr + offs, mask=some, other=float("inf")), some
 
 
-@triton.jit
-def _loss(u, SOFT: tl.constexpr):
-    """(loss, its derivative) at u; the loss is NaN where u is."""
-    if SOFT:
-        e = tl.exp(-tl.abs(u))
-        # log(1 + e) with all digits: the rounding of 1 + e is made up for
-        z = 1.0 + e
-        log1p = tl.where(z == 1.0, e, tl.log(z) * e / tl.where(z == 1.0, 1.0, z - 1.0))
-        return tl.where(u <= 0.0, 0.0, u) + log1p, tl.where(u > 0.0, 1.0, e) / z
-    else:
-        return tl.where(u <= 0.0, 0.0, u), tl.where(u > 0.0, 1.0, 0.0)
-
-
-@triton.jit
+@kernel
 def _triplet_all_positives_kernel(
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
     w_ptr,  # [rows, M] fp32 weights; written for positives and the anchor itself
@@ -130,7 +118,7 @@ def _triplet_all_positives_kernel(
             nearest_row = tl.min(tl.where(near == nearest[:, None], near_row, _NO_ROW), 1)
             d_n = tl.where(nearest < float("inf"), nearest, farthest)
             d_n = tl.where(d_n == -float("inf"), float("nan"), d_n)
-            loss, slope = _loss(tl.where(some_p, d_p - d_n + margin, -float("inf")), SOFT)
+            loss, slope = margin_loss(tl.where(some_p, d_p - d_n + margin, -float("inf")), SOFT)
             count = (loss > 0.0).to(tl.int32)
             if WEIGHTS:
                 row_n = tl.where(nearest < float("inf"), nearest_row, farthest_row)
@@ -143,7 +131,7 @@ def _triplet_all_positives_kernel(
             for n in range(0, M, NEGATIVES):
                 offs_n = n + tl.arange(0, NEGATIVES)
                 d_n, _ = _negatives(d_ptr + row, offs_n, begin, end, out, kept, M, EXCLUDES)
-                loss, slope = _loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
+                loss, slope = margin_loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
                 loss_pn += loss
                 slope_pn += slope
                 count_pn += (loss > 0.0).to(tl.int32)
@@ -158,7 +146,7 @@ def _triplet_all_positives_kernel(
     tl.store(nonzero_ptr + anchor, nonzero)
 
 
-@triton.jit
+@kernel
 def _triplet_all_negatives_kernel(
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
     w_ptr,  # [rows, M] fp32 weights; written for negatives
@@ -186,7 +174,7 @@ def _triplet_all_negatives_kernel(
     for p in range(begin, end, POSITIVES):
         offs_p = p + tl.arange(0, POSITIVES)
         d_p, some_p = _positives(d_ptr + row, offs_p, end, out, kept, IN_BATCH or EXCLUDES)
-        _, slope = _loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
+        _, slope = margin_loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
         if SEMIHARD:
             chosen = tl.load(chosen_ptr + row + offs_p, mask=some_p, other=-1)
             slope = tl.where(chosen[:, None] == offs_n[None, :], slope, 0.0)
