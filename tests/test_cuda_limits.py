@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -26,16 +27,16 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tensor:
+def gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Tensor]:
     """A tensor on a GPU that has the properties asked for."""
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**request.param)
     )
     monkeypatch.setattr(_native, "cuda_host_library", lambda: None)
     _gpu.refuse_device.cache_clear()
-    request.addfinalizer(_gpu.refuse_device.cache_clear)
     with FakeTensorMode():
-        return torch.empty(4, 4, device="cuda")
+        yield torch.empty(4, 4, device="cuda")
+    _gpu.refuse_device.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -38,4 +38,4 @@ def rejects(op: str, tensors: list[Tensor]) -> str | None:
             )
         if kind not in ("cpu", "cuda"):
             return f"Triton kernels run on CUDA and ROCm devices, not on {kind}"
-    return launch.arch_of(tensors[0]).refuses(op)
+    return launch.refuse_arch(launch.arch_of(tensors[0]), op)

@@ -72,12 +72,12 @@ class AotVariant:
     tensor_core: bool  # whether its products belong on tensor cores
 
 
-def variants_of(arch: Arch, op: ModuleType) -> Iterator[AotVariant]:
-    """Each specialisation that the calls of an op compile, once."""
+def variants_of(arch: Arch, op: ModuleType, every: bool = False) -> Iterator[AotVariant]:
+    """Each specialisation that the calls of an op compile, once; `every` call for all targets."""
     groups: tuple[Calls, ...] = (op.EVERYWHERE, op.EXTRA)
     calls = [
         (precision, label, arguments)
-        for group in (groups if arch.name == _EXTRA_TARGET else groups[:1])
+        for group in (groups if every or arch.name == _EXTRA_TARGET else groups[:1])
         for precision, labelled in group.items()
         for label, arguments in labelled.items()
     ]

@@ -40,13 +40,15 @@ class Arch:
         KiB a program and 1536 threads a processor, for which the compiler keeps registers low."""
         return self.vendor == "cuda" and self.shared_bytes < 128 << 10
 
-    def refuses(self, op: str) -> str | None:
-        """Why the kernels of an op do not run there; None if they do."""
-        if self.vendor == "cuda":
-            reason = refuse_capability(*divmod(int(self.name.removeprefix("sm_")), 10))
-            if reason is not None:
-                return reason
-        return refuse_shared(op, self.name, self.shared_bytes)
+
+@cache
+def refuse_arch(arch: Arch, op: str) -> str | None:
+    """Why the kernels of an op do not run on an architecture; None if they do."""
+    if arch.vendor == "cuda":
+        reason = refuse_capability(*divmod(int(arch.name.removeprefix("sm_")), 10))
+        if reason is not None:
+            return reason
+    return refuse_shared(op, arch.name, arch.shared_bytes)
 
 
 # With two "processors" and a tiny cache, so that small samples are split and chunked.

@@ -35,7 +35,7 @@ def generation(name: str) -> str | None:
 
 def refuse_shared(op: str, name: str, shared_bytes: int) -> str | None:
     """Why a GPU that gives a program so much shared memory cannot run an op; None if it can."""
-    kib = KIB[op].get(generation(name) or "", 0)
+    kib = KIB.get(op, {}).get(generation(name) or "", 0)
     if kib << 10 <= shared_bytes:
         return None
     return (
