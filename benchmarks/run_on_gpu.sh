@@ -39,6 +39,8 @@ python="${PYTHON:-python3}"
 out="${OUT:-gpu-results}"
 limit="${LIMIT_SECONDS:-$planned}"
 results=build/gpu-results
+parts=$(($(nproc) / 4))
+((parts > 0)) || parts=1
 summary="$out/summary.txt"
 
 versions() { limited "$python" -m kdkernels env --json "$results/env.json"; }
@@ -48,11 +50,13 @@ libraries() { limited "$python" benchmarks/gpu_libraries.py install; }
 # The CUDA kernels, which need no compilation, are checked on the GPU meanwhile.
 warm() { limited "$python" -m kdkernels.testing.warm --table --seconds "$soon"; }
 
+# A check keeps Python busy more than the GPU, so parts of it run side by side.
 check_cuda() { check cuda; }
 check_triton() { check triton; }
 check() {
-  limited "$python" -m kdkernels check --device cuda --backend "$1" --dtype bfloat16 float32 float16 \
-    --lines "$results/$stage.jsonl" --limit "$soon"
+  limited xargs -P "$parts" -I '{}' "$python" -m kdkernels check --device cuda --backend "$1" \
+    --dtype bfloat16 float32 float16 --shard "{}/$parts" --lines "$results/$stage-{}.jsonl" --limit "$soon" \
+    < <(seq "$parts")
 }
 
 # Of each shape of the table all backends, eager mode and the products alone: by graph replay, by calls, and each kernel.
@@ -67,11 +71,12 @@ counters() {
     --limit "$soon"
 }
 
-# Status 99 is an error that the sanitizer found.
+# Status 99 is an error that the sanitizer found. Each tensor is an allocation of its own there, so that memcheck sees where
+# it ends.
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 sanitize() {
-  limited compute-sanitizer --tool "$1" --error-exitcode 99 "${our_kernels[@]}" \
+  limited env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 "${our_kernels[@]}" \
     "$python" -m kdkernels check --device cuda --backend cuda triton --dtype bfloat16 float32 --quick \
     --lines "$results/$stage.jsonl" --limit "$soon"
 }
@@ -158,6 +163,8 @@ if ! nvidia-smi > "$results/nvidia-smi.txt" 2>&1; then
   say "no GPU: $(tail -n 1 "$results/nvidia-smi.txt")"
   exit 2
 fi
+nvidia-smi dmon -s puc -d 2 -o T > "$results/clocks.txt" 2>&1 & # what the times below were measured at
+process[clocks]="$!"
 
 # The sanitizer looks at kernels by a part of their names: the namespace of the CUDA ones, the functions of the Triton ones.
 our_kernels=(--kernel-name kns=_ZN3kdk)
@@ -178,5 +185,6 @@ for row in "${plan[@]}"; do
   beside=
 done
 
+kill "${process[clocks]}" 2> /dev/null
 say "finished after $SECONDS s; everything is in $out/results.tar.gz"
 pack
