@@ -24,7 +24,8 @@ plan=(
   "warm           50 beside"
   "check_cuda     50"
   "check_triton   75"
-  "table         130"
+  "table         100"
+  "kernels        30"
   "counters       70"
   "memcheck       35"
   "racecheck      35"
@@ -45,7 +46,7 @@ versions() { limited "$python" -m kdkernels env --json "$results/env.json"; }
 libraries() { limited "$python" benchmarks/gpu_libraries.py install; }
 
 # The CUDA kernels, which need no compilation, are checked on the GPU meanwhile.
-warm() { limited "$python" -m kdkernels.testing.warm --seconds "$soon"; }
+warm() { limited "$python" -m kdkernels.testing.warm --table --seconds "$soon"; }
 
 check_cuda() { check cuda; }
 check_triton() { check triton; }
@@ -54,13 +55,15 @@ check() {
     --lines "$results/$stage.jsonl" --limit "$soon"
 }
 
-table() {
-  limited "$python" -m kdkernels bench --device cuda --table --dtype bf16 --backend triton cuda eager mm \
-    --lines "$results/table.jsonl" --limit "$soon"
+# Of each shape of the table all backends, eager mode and the products alone: by graph replay, by calls, and each kernel.
+table() { bench --mode graph call --time 2; }
+kernels() { bench --mode kernels; }
+bench() {
+  limited "$python" -m kdkernels bench --device cuda --table "$@" --lines "$results/$stage.jsonl" --limit "$soon"
 }
 
 counters() {
-  limited "$python" benchmarks/counters.py --table "$results/table.jsonl" --lines "$results/counters.jsonl" \
+  limited "$python" benchmarks/counters.py --table "$results/kernels.jsonl" --lines "$results/counters.jsonl" \
     --limit "$soon"
 }
 
@@ -151,11 +154,10 @@ export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/gpu-triton}"
 declare -A process=() began=() given=()
 trap interrupted INT TERM
 
-if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-  say "no GPU: $python has no torch, or its torch sees no CUDA device"
+if ! nvidia-smi > "$results/nvidia-smi.txt" 2>&1; then
+  say "no GPU: $(tail -n 1 "$results/nvidia-smi.txt")"
   exit 2
 fi
-nvidia-smi > "$results/nvidia-smi.txt" 2>&1 || say "nvidia-smi: failed"
 
 # The sanitizer looks at kernels by a part of their names: the namespace of the CUDA ones, the functions of the Triton ones.
 our_kernels=(--kernel-name kns=_ZN3kdk)

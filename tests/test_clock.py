@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from kdkernels.cli import bench as command
 from kdkernels.cli.main import main
-from kdkernels.testing import bench, clock, record, work
+from kdkernels.testing import bench, clock, oracle, record, work
 from kdkernels.testing.gpu_table import GPU_TABLE
 from kdkernels.testing.opinfo import opinfos
 
@@ -56,6 +57,23 @@ def test_a_graph_is_captured_after_warm_up_and_replayed(fake: fake_cuda.Fake) ->
     assert seconds >= 5 * fake_cuda.REPLAY_MS * 1e-3
     graph.release()
     assert fake.resets == 1
+
+
+def test_a_replay_keeps_what_its_graph_reads(fake: fake_cuda.Fake) -> None:
+    class Reads:
+        def __call__(self, i: int) -> None: ...
+
+    made: list[weakref.ref[Reads]] = []
+
+    def make() -> clock.Call:
+        call = Reads()
+        made.append(weakref.ref(call))
+        return call
+
+    replay = clock.of(CUDA).graph(make, 2).call
+    assert made[0]() is not None
+    del replay
+    assert made[0]() is None
 
 
 def test_a_graph_whose_nodes_are_not_counted_is_timed(fake: fake_cuda.Fake) -> None:
@@ -119,6 +137,22 @@ def test_a_capture_that_fails_leaves_the_other_ways(
         graph["variants"]["reference"]["failed"] == "graph: AssertionError: a capture cannot wait"
     )
     assert graph["variants"]["eager"]["rounds"] == call["variants"]["reference"]["rounds"] == 5
+
+
+def test_what_lacks_errors_or_memory_is_timed(
+    fake: fake_cuda.Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> Any:
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(oracle, "relative_errors", full)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", full)
+    (entry,) = _run(timings=("graph",))
+    for name in ("reference", "eager"):
+        result = entry["variants"][name]
+        assert result["error_failed"] == "OutOfMemoryError: planted"
+        assert result["peak_extra_mib_skipped"] == "OutOfMemoryError: planted"
+        assert result["rounds"] == 5
 
 
 def test_a_full_device_is_a_record(fake: fake_cuda.Fake, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,7 +44,7 @@ def _cells(name: str, result: dict[str, Any], peers: Sequence[str]) -> list[str]
         number("times_mm", ".2f"),
         number("percent_of_limit", ".0f"),
     )
-    notes = ("failed", "skipped", "peak_extra_mib_skipped", "launches_unknown")
+    notes = ("failed", "skipped", "error_failed", "peak_extra_mib_skipped", "launches_unknown")
     note = next((result[key] for key in notes if key in result), "")
     counts = number("peak_extra_mib", ".1f"), number("launches", ".4g")
     return [name, *times, *ratios, *errors, *counts, note]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kdkernels import _gpu
+from kdkernels import _gpu, _native
 from kdkernels._similarity import unit, unit_gradient
 
 
@@ -15,19 +15,15 @@ def ieee() -> bool:
     return _gpu.fp32_matmul() == "highest"
 
 
-# Of shared memory, that the largest blocks of csrc need (kMostSharedBytes). GPUs of compute
-# capability 8.6, 8.9 and 12 have 99, those of data centres at least 163.
-_MOST_KIB = 128
-
-
-def too_small(first: Tensor) -> str | None:
-    """Why the largest blocks do not fit a GPU; None if they do."""
-    if not first.is_cuda:
+def refuse_shared(first: Tensor, kib: int, what: str) -> str | None:
+    """Why blocks that need more shared memory than every GPU has cannot run; None if they can."""
+    if first.is_cuda:
+        found = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin // 1024
+    else:
+        found = _native.cuda_host_shared_kib()
+    if kib <= found:
         return None
-    kib = torch.cuda.get_device_properties(first.device).shared_memory_per_block_optin // 1024
-    if kib < _MOST_KIB:
-        return f"a block needs {_MOST_KIB} KiB of shared memory, and this GPU has {kib}"
-    return None
+    return f"{what} need {kib} KiB of shared memory, and this GPU gives a block {found}"
 
 
 def unit_rows(

@@ -214,6 +214,7 @@ def input_sets(sample: Sample, device: torch.device) -> list[tuple[Any, ...]]:
 def memory_limit(device: torch.device) -> float:
     """Bytes that a variant may be estimated to need: half of what is free."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of ended work is free, too
         return 0.5 * torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

@@ -99,10 +99,8 @@ class CudaClock:
             call = make()
             for i in range(WARM_UP_CALLS):
                 call(i)
-        torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()  # its pool is another, and a capture frees nothing
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.graph(graph, stream=stream):
+        with torch.cuda.graph(graph, stream=stream):  # it waits, and frees what torch caches
             for i in range(calls):
                 call(i)
         launches, unknown = None, None
@@ -112,7 +110,11 @@ class CudaClock:
             unknown = f"{type(error).__name__}: {error}"
         graph.instantiate()
         torch.cuda.synchronize(self._device)
-        return Graph(lambda i: graph.replay(), calls, launches, unknown, graph.reset)
+
+        def replay(_: int, reads: Call = call) -> None:  # keeps the tensors that the graph reads
+            graph.replay()
+
+        return Graph(replay, calls, launches, unknown, graph.reset)
 
     def kernels(self, call: Call, count: int) -> list[Kernel]:
         """What `count` calls run on the device, the longest first."""
@@ -127,6 +129,26 @@ class CudaClock:
 
 def of(device: torch.device) -> HostClock | CudaClock:
     return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+class DeviceLostError(RuntimeError):
+    """A variant left the device so that nothing can run on it in this process."""
+
+    def __init__(self, variant: str, reason: str) -> None:
+        super().__init__(f"{variant} broke the device: {reason}")
+        self.variant, self.reason = variant, reason
+
+
+def lost(device: torch.device) -> str | None:
+    """Why nothing can run on a device any more, as after a kernel that wrote where it must not;
+    None if it can."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
 
 
 def _nodes(raw_graph: int) -> int:

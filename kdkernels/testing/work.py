@@ -47,7 +47,8 @@ class Work:
         self.results.clear()
         self._sample = info.bench_sample(self.shape, device, self.dtype)
         limit = bench.memory_limit(device) if memory_limit is None else memory_limit
-        torch._dynamo.reset()
+        if "compile" in asked:
+            torch._dynamo.reset()
         for name in asked:
             self.results[name] = {}
             if name in refused:
@@ -75,15 +76,27 @@ class Work:
         self._samples[name] = bench.variant_sample(self.info, self._sample, name)
         self._functions[name] = bench.variant_function(self.info, self._sample, name)
 
-    def _attempt(self, name: str, stage: str, step: Callable[[], None]) -> None:
-        """Do something for a variant. If it fails, that is its result, and it is done with."""
+    def _attempt(
+        self, name: str, stage: str, step: Callable[[], None], lacking: str | None = None
+    ) -> None:
+        """Do something for a variant. If it fails, that is its result, and it is done with; or if
+        it only lacks a number then, the reason is the result of the name `lacking`."""
         try:
             step()
         except Exception as error:
-            self._fail(name, stage, error)
+            if lacking is None:
+                self._fail(name, stage, error)
+            else:
+                self.results[name][lacking] = bench.reason(error)
         else:
             return
+        self._raise_if_lost(name)
         self._clock.forget_failure()  # the exception, and the tensors that its frames hold, is gone
+
+    def _raise_if_lost(self, name: str) -> None:
+        reason = clock.lost(self.device)
+        if reason is not None:
+            raise clock.DeviceLostError(name, reason)
 
     def _fail(self, name: str, stage: str, error: Exception) -> None:
         self.results[name]["failed"] = f"{stage}: {bench.reason(error)}"
@@ -110,7 +123,7 @@ class Work:
             }
 
         for i, name in enumerate(judged):
-            self._attempt(name, "error", functools.partial(judge, name))
+            self._attempt(name, "error", functools.partial(judge, name), "error_failed")
             self._say("error", (i + 1) / len(judged))
 
     def measure_memory(self) -> None:
@@ -129,7 +142,8 @@ class Work:
         for i, name in enumerate(names):
             self._say("memory", i / len(names))
             if reason is None:
-                self._attempt(name, "memory", functools.partial(measure, name))
+                step = functools.partial(measure, name)
+                self._attempt(name, "memory", step, "peak_extra_mib_skipped")
             else:
                 self.results[name]["peak_extra_mib_skipped"] = reason
         self._say("memory", 1.0)
@@ -179,10 +193,15 @@ class Work:
 
         for name in list(self._functions):
             self._attempt(name, timing, functools.partial(make, name))
+
+        def drop(name: str, error: Exception) -> None:
+            self._fail(name, timing, error)
+            self._raise_if_lost(name)
+
         timed = bench.measure(
             calls, seconds=seconds, device=self.device, calls_of=calls_of,
             on_round=lambda share: self._say("time", share),
-            on_failure=lambda name, error: self._fail(name, timing, error),
+            on_failure=drop,
             **({} if rounds is None else {"min_rounds": rounds, "max_rounds": rounds}),
         )  # fmt: skip
         for name, times in timed.items():

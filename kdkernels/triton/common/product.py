@@ -108,8 +108,8 @@ def _multiply_groups(
         _product_kernel, (G * tile.count(M, N), splits), M=M, N=N, K=K,
         split_k=split_length(K, splits, tile.k), stride_wg=w_group, stride_wm=w[1], stride_wk=w[2],
         stride_xg=x_group, stride_xk=x[1], stride_xn=x[2], stride_x2k=0, stride_x2n=0,
-        stride_keep=0, stride_os=out[0], stride_og=out[1], GROUPED=True, HAS_SCALE=False, HAS_KEEP=False,
-        HAS_COUNT=False, TWO=False, ADD=add, PRECISION=precision, **tile.launch(),
+        stride_keep=0, stride_os=out[0], stride_og=out[1], GROUPED=True, HAS_SCALE=False,
+        HAS_KEEP=False, HAS_COUNT=False, TWO=False, ADD=add, PRECISION=precision, **tile.launch(),
     )  # fmt: skip
 
 

@@ -48,7 +48,9 @@ def _tiles(B: int, dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile
     if dtype == torch.float32:
         # without tensor cores every operand of a step is held in registers: a short step
         step = 16 if precision == "ieee" and arch.vendor == "cuda" else 32
-        return Tile(64, 64, step, 8, stages), Tile(64, 64, step, 8, stages)
+        project = Tile(64, 64, step, 8, 2 if arch.narrow else stages)
+        return project, Tile(64, 64, step, 8, stages)
     rows, warps = (64, 4) if B <= 64 else (128, 8)
     columns = 64 if arch.vendor == "hip" else 128
-    return Tile(rows, 64, 64, warps, stages), Tile(rows, columns, 64, warps, stages)
+    step = 32 if arch.narrow else 64
+    return Tile(rows, 64, step, warps, stages), Tile(rows, columns, 64, warps, stages)

@@ -57,6 +57,7 @@ def _tile(dtype: torch.dtype, arch: Arch, precision: str) -> Tile:
         if precision == "ieee" and arch.vendor == "cuda":
             # without tensor cores every operand of a step is held in registers: a short step
             return Tile(64, 64, 16, 8, stages)
-        return Tile(128 if arch.vendor == "hip" else 64, 64, 32, 8, stages)
+        step = 16 if arch.narrow else 32
+        return Tile(128 if arch.vendor == "hip" else 64, 64, step, 8, stages)
     # Narrow tiles: the loop over differences holds the scales of both sides beside their distances.
     return Tile(128, 32, 32 if arch.vendor == "hip" else 64, 8, stages)
