@@ -53,6 +53,7 @@ class Fake:
         self.captures: list[bool] = []  # for each graph, whether it was captured on a side stream
         self.events = EVENTS
         self.nodes_status = 0
+        self.lost: str | None = None  # why nothing can run any more
         self._ahead_ms = 0.0
         self._stream: object = "default"
 
@@ -157,6 +158,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Fake:
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(clock, "lost", lambda device: fake.lost)
     monkeypatch.setattr(clock.ctypes, "CDLL", lambda name: Driver())
     monkeypatch.setattr(record, "environment", record.environment.__wrapped__)  # nothing is kept
     return fake

@@ -235,8 +235,7 @@ def test_what_is_red_is_not_timed_and_all_else_is(
     path = tmp_path / "lines.jsonl"
     argv = [*QUICK, "--op", "pkt", "correlation", "--backend", "reference", "eager"]
     assert main([*argv, "--lines", str(path)]) == 1
-    assert "FAIL planted" not in (text := capsys.readouterr().err)
-    assert "FAIL a result is wrong: planted" in text
+    assert "FAIL planted" in capsys.readouterr().err
     gates = [line for line in _lines(path) if "gate" in line]
     entries = [line for line in _lines(path) if "gate" not in line]
     key = {"backend": "reference", "dtype": "fp32"}

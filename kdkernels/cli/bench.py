@@ -18,7 +18,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ import torch
 from kdkernels import _dispatch
 from kdkernels._progress import Progress
 from kdkernels.cli import UsageError, _bench_report, lines
+from kdkernels.cli._bench_findings import DTYPE_NAMES, Findings, Planned, sizes
 from kdkernels.cli.lines import Lines, positive
 from kdkernels.cli.table import write_json
 from kdkernels.testing import bench, clock, record
@@ -36,14 +37,8 @@ from kdkernels.testing.opinfo import BenchShape, OpInfo, opinfos
 
 NAME = "bench"
 HELP = "time the ops against eager PyTorch, torch.compile and one matrix product"
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
 TABLE_VARIANTS = ("triton", "cuda", "eager", "mm")
-GATE = "a result is wrong: "
+MOST_LOST = 20  # processes that may go on with the rest
 DEFAULT_TIMINGS = {"cuda": ("graph", "call"), "cpu": ("call",)}
 SWEEP_ROWS = tuple(2**k for k in range(8, 15))
 SWEEP_WIDTH = 512
@@ -62,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"alone (backends {' '.join(TABLE_VARIANTS)})",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, help="default: fp32, or bf16 with --table"
+        "--dtype", nargs="+", choices=DTYPE_NAMES, help="default: fp32, or bf16 with --table"
     )
     parser.add_argument(
         "--mode", nargs="+", choices=(*bench.MODES, *clock.TIMINGS), default=[],
@@ -118,65 +113,65 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(
             f"--shape must name a shape for {device.type}, see --list, got {' '.join(args.shape)}"
         )
-    records: list[dict[str, Any]] = []
-    failed: list[str] = []
-    gates: dict[tuple[str, str], dict[str, str]] = {}
-    with Progress(len(plan), "bench") as progress, Lines(args.lines) as out:
+    with Progress(len(plan), "bench") as progress, Lines(args.lines, args.resume) as out:
+        found = Findings(out)
         for work in plan:
             progress.note(f"{work} ...")
-            key = work.info.name, work.dtype
-            if key not in gates and limit.over() is None:
-                gates[key] = _gate(work, args, device, out)
-                failed += gates[key].values()
-            for entry in record.records(
-                work.info, work.shape, DTYPES[work.dtype], work.part,
-                device=device,
-                timings=work.timings,
-                variants=_variants(work.info, args, device),
-                refused=gates.get(key, {}),
-                seconds=args.time,
-                rounds=args.rounds,
-                memory=not args.no_memory,
-                memory_limit=_memory_limit(args),
-                progress=lambda what, share, title=str(work): progress.step(
-                    f"{title}: {what} {share:.0%}", count=0
-                ),
-                limit=limit,
-            ):  # fmt: skip
-                records.append(entry)
-                out.write(entry)
-                failed += _failures(entry)
-                progress.note(_text(entry))
-                # after each record, so that an interrupted run keeps what it has
-                if args.output is not None:
-                    args.output.mkdir(parents=True, exist_ok=True)
-                    path = args.output / f"{_stem(args, device)}.json"
-                    write_json({"records": records}, str(path))
+            try:
+                _measure(work, args, device, limit, found, progress)
+            except clock.DeviceLostError as lost:
+                found.lose(work, lost)
+                progress.note(str(lost))
+                if args.lines and len(found.lost) < MOST_LOST:
+                    lines.start_anew(args.words, limit)
             progress.step(str(work))
     if args.json:
-        write_json({"records": records}, args.json)
+        write_json({"records": found.records}, args.json)
     if args.output is not None:
-        _write_plots(records, args.output, sweep=args.sweep)
-    for text in dict.fromkeys(failed):
+        _write_plots(found.records, args.output, sweep=args.sweep)
+    failed = found.failures()
+    for text in failed:
         print(f"FAIL {text}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _measure(
+    work: Planned,
+    args: argparse.Namespace,
+    device: torch.device,
+    limit: Limit,
+    found: Findings,
+    progress: Progress,
+) -> None:
+    timings = found.missing(work)
+    if timings and limit.over() is None:
+        _gate(work, args, device, found)
+    for entry in record.records(
+        work.info, work.shape, work.torch_dtype, work.part,
+        device=device,
+        timings=timings,
+        variants=_variants(work.info, args, device),
+        refused=found.refused(work),
+        seconds=args.time,
+        rounds=args.rounds,
+        memory=not args.no_memory,
+        memory_limit=_memory_limit(args),
+        progress=lambda what, share: progress.step(f"{work}: {what} {share:.0%}", count=0),
+        limit=limit,
+    ):  # fmt: skip
+        found.add(entry)
+        progress.note(_text(entry))
+        # after each record, so that an interrupted run keeps what it has
+        if args.output is not None:
+            args.output.mkdir(parents=True, exist_ok=True)
+            path = args.output / f"{_stem(args, device)}.json"
+            write_json({"records": found.records}, str(path))
 
 
 def _text(entry: dict[str, Any]) -> str:
     ended = [f"{key}: {entry[key]}" for key in ("failed", "not_reached") if key in entry]
     table = _bench_report.table(entry).render()
     return "\n".join((table, *ended, *_bench_report.footnotes(entry), ""))
-
-
-def _failures(entry: dict[str, Any]) -> list[str]:
-    """What went wrong in a record that is the fault of this package."""
-    where = f"{entry['op']} {entry['shape']['name']} {entry['dtype']} {entry['timing']}"
-    found = [f"{where}: {entry['failed']}"] if "failed" in entry else []
-    for name, result in entry["variants"].items():
-        reason = result.get("failed") or result.get("error_failed")
-        if name in _dispatch.BACKENDS and reason and not reason.startswith(GATE):
-            found.append(f"{where} on {name}: {reason}")
-    return found
 
 
 def _device(args: argparse.Namespace) -> torch.device:
@@ -199,31 +194,10 @@ def _list(infos: Sequence[OpInfo]) -> None:
         print(info.name)
         for shape in info.bench:
             only = f" ({shape.device} only)" if shape.device else ""
-            print(f"  {shape.name:<14} {_sizes(shape):<22} {shape.workload}{only}")
+            print(f"  {shape.name:<14} {sizes(shape):<22} {shape.workload}{only}")
 
 
-def _sizes(shape: BenchShape) -> str:
-    return " ".join(f"{name}={size}" for name, size in shape.sizes.items())
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """A measurement of one shape."""
-
-    info: OpInfo
-    shape: BenchShape
-    dtype: str
-    part: str  # of `bench.MODES`
-    timings: tuple[str, ...]
-
-    def __str__(self) -> str:
-        what = f"{self.info.name} {self.shape.name} {_sizes(self.shape)}"
-        return f"{what} {self.dtype} {self.part} by {', '.join(self.timings)}"
-
-
-def _plan(
-    infos: Sequence[OpInfo], args: argparse.Namespace, device: torch.device
-) -> list[_Planned]:
+def _plan(infos: Sequence[OpInfo], args: argparse.Namespace, device: torch.device) -> list[Planned]:
     parts = [mode for mode in args.mode if mode in bench.MODES]
     plan = [
         (info, shape, dtype, part)
@@ -241,7 +215,7 @@ def _plan(
         tuple(name for name in timings if (name == "kernels") is profiled)
         for profiled in (False, True)
     )
-    return [_Planned(*what, of) for of in (first, last) if of for what in plan]
+    return [Planned(*what, of) for of in (first, last) if of for what in plan]
 
 
 def _timings(args: argparse.Namespace, device: torch.device) -> tuple[str, ...]:
@@ -286,25 +260,22 @@ def _variants(info: OpInfo, args: argparse.Namespace, device: torch.device) -> S
     return args.backend or record.default_variants(info, device)
 
 
-def _gate(
-    work: _Planned, args: argparse.Namespace, device: torch.device, out: Lines
-) -> dict[str, str]:
-    """What is wrong with each backend: nothing is timed that misses its error budget."""
-    wrong = {}
+def _gate(work: Planned, args: argparse.Namespace, device: torch.device, found: Findings) -> None:
+    """Find what is wrong with each backend: nothing is timed that misses its error budget."""
     for backend in _variants(work.info, args, device):
-        if backend not in _dispatch.BACKENDS:
+        key = work.info.name, backend, work.dtype
+        if backend not in _dispatch.BACKENDS or key in found.gates:
             continue
         if isinstance(_dispatch.implementation(work.info.op, backend), str):
             continue  # absent: the record says so
         try:
-            found = bench.gate(work.info, backend, device, DTYPES[work.dtype])
-        except Exception as error:  # of a device that is broken
-            found = [bench.reason(error)]
-        key = {"op": work.info.name, "backend": backend, "dtype": work.dtype}
-        out.write({"gate": not found, **key, "wrong": found})
-        if found:
-            wrong[backend] = f"{GATE}{'; '.join(found)}"
-    return wrong
+            wrong = bench.gate(work.info, backend, device, work.torch_dtype)
+        except Exception as error:  # of the samples themselves
+            wrong = [bench.reason(error)]
+        found.add_gate(*key, wrong)
+        lost = clock.lost(device) if wrong else None
+        if lost is not None:
+            raise clock.DeviceLostError(backend, lost)
 
 
 def _stem(args: argparse.Namespace, device: torch.device) -> str:

@@ -131,6 +131,26 @@ def of(device: torch.device) -> HostClock | CudaClock:
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
 
+class DeviceLostError(RuntimeError):
+    """A variant left the device so that nothing can run on it in this process."""
+
+    def __init__(self, variant: str, reason: str) -> None:
+        super().__init__(f"{variant} broke the device: {reason}")
+        self.variant, self.reason = variant, reason
+
+
+def lost(device: torch.device) -> str | None:
+    """Why nothing can run on a device any more, as after a kernel that wrote where it must not;
+    None if it can."""
+    if device.type != "cuda":
+        return None
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return None
+
+
 def _nodes(raw_graph: int) -> int:
     """Kernels, copies and fills in a graph, by CUDA's driver."""
     count = ctypes.c_size_t(0)

@@ -147,6 +147,9 @@ def records(
         memory_limit: Bytes above which a variant is skipped; by default half of what is free.
         progress: Told what is being done.
         limit: After it nothing new begins, and what was not reached is said.
+
+    Raises:
+        DeviceLostError: after a variant nothing can run on the device.
     """
     work = Work(info, shape, dtype, mode, device, progress or (lambda what, share: None))
     limit = limit or Limit()
@@ -165,13 +168,17 @@ def records(
                     if memory:
                         work.measure_memory()
                 ready = True
+        except clock.DeviceLostError:
+            raise
         except Exception as error:  # of the shape itself, as its tensors on a full device
             yield _entry(work, timing, failed=bench.reason(error))
             continue
         with work.kept():
             try:
                 work.time(timing, seconds, rounds)
-            except Exception as error:  # of a device that a variant broke
+            except clock.DeviceLostError:
+                raise
+            except Exception as error:
                 yield _entry(work, timing, failed=bench.reason(error))
             else:
                 yield _entry(work, timing)

@@ -90,7 +90,13 @@ class Work:
                 self.results[name][lacking] = bench.reason(error)
         else:
             return
+        self._raise_if_lost(name)
         self._clock.forget_failure()  # the exception, and the tensors that its frames hold, is gone
+
+    def _raise_if_lost(self, name: str) -> None:
+        reason = clock.lost(self.device)
+        if reason is not None:
+            raise clock.DeviceLostError(name, reason)
 
     def _fail(self, name: str, stage: str, error: Exception) -> None:
         self.results[name]["failed"] = f"{stage}: {bench.reason(error)}"
@@ -187,10 +193,15 @@ class Work:
 
         for name in list(self._functions):
             self._attempt(name, timing, functools.partial(make, name))
+
+        def drop(name: str, error: Exception) -> None:
+            self._fail(name, timing, error)
+            self._raise_if_lost(name)
+
         timed = bench.measure(
             calls, seconds=seconds, device=self.device, calls_of=calls_of,
             on_round=lambda share: self._say("time", share),
-            on_failure=lambda name, error: self._fail(name, timing, error),
+            on_failure=drop,
             **({} if rounds is None else {"min_rounds": rounds, "max_rounds": rounds}),
         )  # fmt: skip
         for name, times in timed.items():
