@@ -27,7 +27,7 @@ def unavailable() -> str | None:
     return None
 
 
-def rejects(op: str, tensors: list[Tensor]) -> str | None:
+def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
     launch = importlib.import_module("kdkernels.triton.common.launch")
     for kind in sorted({tensor.device.type for tensor in tensors}):
@@ -38,4 +38,4 @@ def rejects(op: str, tensors: list[Tensor]) -> str | None:
             )
         if kind not in ("cpu", "cuda"):
             return f"Triton kernels run on CUDA and ROCm devices, not on {kind}"
-    return launch.refuse_arch(launch.arch_of(tensors[0]), op)
+    return launch.refuse_arch(launch.arch_of(tensors[0]))
