@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,29 @@ def refuse_fp64(first: Tensor) -> str | None:
     if first.dtype == torch.float64:
         return "its products accumulate in fp32, which is not enough for fp64 features"
     return None
+
+
+# The least compute capability of an NVIDIA GPU that the kernels are written for.
+OLDEST_CAPABILITY = (8, 0)
+
+
+def refuse_capability(major: int, minor: int) -> str | None:
+    """Why kernels do not run on an NVIDIA GPU; None if they do."""
+    if (major, minor) >= OLDEST_CAPABILITY:
+        return None
+    return (
+        "its kernels need tensor cores for bf16 and tf32, which GPUs have from compute capability "
+        f"{'.'.join(map(str, OLDEST_CAPABILITY))} on, and this one has {major}.{minor}"
+    )
+
+
+@cache
+def refuse_device(device: torch.device) -> str | None:
+    """Why kernels do not run on a CUDA device; None if they do."""
+    if torch.version.hip:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return refuse_capability(properties.major, properties.minor)
 
 
 def fp32_matmul() -> str:

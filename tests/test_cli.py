@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ import torch
 from console import exit_code, output_of
 
 import kdkernels as kd
-from kdkernels import _dispatch
+from kdkernels import _dispatch, _gpu
 from kdkernels._progress import Progress
 from kdkernels.cli import env
 from kdkernels.cli.main import SUBCOMMANDS, main
@@ -160,6 +161,20 @@ def test_env_reports_what_dispatch_does(capsys: pytest.CaptureFixture[str]) -> N
     for reason in filter(None, record["libraries"].values()):
         assert reason in text
     assert bool(record["build"]) == (record["libraries"]["kdkernels._C"] is None)
+
+
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False)])
+def test_env_says_which_gpus_are_refused(
+    capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    gpu = SimpleNamespace(name="Tesla T4", major=major, minor=minor, total_memory=16 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    _gpu.refuse_device.cache_clear()
+    text = env._description(torch.device("cuda", 0))
+    _gpu.refuse_device.cache_clear()
+    assert text.startswith(f"Tesla T4, sm_{major}{minor}, 16.0 GiB")
+    assert ("capability 8.0 on, and this one has 7.5" in text) == refused
 
 
 def test_env_says_that_the_requested_backend_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:

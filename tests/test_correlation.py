@@ -156,10 +156,10 @@ def test_classes_are_ruled_out_in_whole_blocks_of_a_gpu(
 ) -> None:
     """700 classes are two blocks there; the interpreter's own are smaller."""
     pytest.importorskip("triton")
+    from kdkernels.testing.aot.recorder import TARGETS
     from kdkernels.triton import correlation as triton
-    from kdkernels.triton.common.launch import Arch
 
-    by_gpu = triton.pick_config(3, 700, arch=Arch("sm_90", 132, 50 << 20))
+    by_gpu = triton.pick_config(3, 700, arch=TARGETS["sm_90"])
     assert by_gpu.by_row[1] == 512
     monkeypatch.setattr(triton, "pick_config", lambda B, C, arch: by_gpu)
     (info,) = (info for info in opinfos() if info.name == "correlation")

@@ -29,7 +29,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -43,7 +43,7 @@ from kdkernels.cli import _check_report as report
 from kdkernels.cli._check_report import Findings, Outcome, Skipped
 from kdkernels.cli.lines import Lines
 from kdkernels.cli.table import report_stream, write_json
-from kdkernels.testing import numerics
+from kdkernels.testing import clock, numerics
 from kdkernels.testing.limit import Limit
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 
@@ -54,6 +54,7 @@ DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
+CRASH = "crash"  # in the place of the worst tensor
 QUICK_STRIDE = 5  # --quick takes every fifth sample
 
 
@@ -107,8 +108,9 @@ def run(args: argparse.Namespace) -> int:
         )
     limit = Limit(args.limit)
     about = {"command": NAME, **_versions(device), "quick": args.quick}
-    with Lines(args.lines) as file_of_lines:
-        file_of_lines.write(about)
+    with Lines(args.lines, args.resume) as file_of_lines:
+        if not file_of_lines.before:
+            file_of_lines.write(about)
         found = _check_all(args, device, limit, file_of_lines)
         file_of_lines.write({"ended": True, **report.counts(found)})
     if not found.not_reached and args.shard == (1, 1):  # a part may be empty
@@ -178,6 +180,7 @@ def _check_all(
         if DTYPES[dtype] in info.dtypes
     ]
     number = itertools.count()
+    done = {_key(line): line for line in out.before if "sample" in line}
     with Progress(len(groups), "check") as progress:
         for info, dtype in groups:
             try:
@@ -188,6 +191,13 @@ def _check_all(
                 continue
             for backend, sample in itertools.product(args.backend or _dispatch.BACKENDS, samples):
                 progress.step(f"{info.name} {backend} {dtype} {sample.name}", count=0)
+                known = done.get((info.name, backend, dtype, sample.name))
+                if known is not None and "ok" in known:
+                    outcomes.append(_outcome(known))
+                    continue
+                if known is not None:
+                    refusals[info.name, backend, dtype, known["not_run"]] += 1
+                    continue
                 over = limit.over()
                 if over is not None:
                     late[info.name, backend, dtype, over] += 1
@@ -198,6 +208,8 @@ def _check_all(
                 if isinstance(result, Outcome):
                     outcomes.append(result)
                     out.write({**asdict(result), "seconds": seconds})
+                    if result.worst == CRASH and args.lines and clock.lost(device) is not None:
+                        lines.start_anew(args.words, limit)
                 else:
                     refusals[info.name, backend, dtype, result] += 1
                     key = {"op": info.name, "backend": backend, "dtype": dtype}
@@ -222,6 +234,16 @@ def _samples(
     patterns = args.sample or ["*"]
     named = [s for s in samples if any(fnmatchcase(s.name, pattern) for pattern in patterns)]
     return [sample for sample in named if next(number) % parts == part - 1]
+
+
+def _key(line: dict[str, Any]) -> tuple[str, str, str, str]:
+    return line["op"], line["backend"], line["dtype"], line["sample"]
+
+
+def _outcome(line: dict[str, Any]) -> Outcome:
+    """What was written as a line, where null is infinite."""
+    values = {field.name: line[field.name] for field in fields(Outcome)}
+    return Outcome(**{name: math.inf if v is None else v for name, v in values.items()})
 
 
 def _skips(counts: Counter[tuple[str, str, str, str]]) -> list[Skipped]:
@@ -267,7 +289,7 @@ def _check(info: OpInfo, backend: str, dtype: str, sample: Sample) -> Outcome | 
 
 def _crash(key: tuple[str, str, str, str], error: Exception) -> Outcome:
     message = f"{type(error).__name__}: {error}"
-    return Outcome(*key, False, "crash", math.inf, math.inf, math.inf, 0.0, message)
+    return Outcome(*key, False, CRASH, math.inf, math.inf, math.inf, 0.0, message)
 
 
 def _share(error: numerics.Error) -> float:

@@ -11,7 +11,7 @@ argument, in bf16, small enough that a GPU waits for its host.
 
 With `--time`, kernels are compiled for sm_90 and launched through Triton's own path by a driver
 that launches nothing: the time is what Python takes on this machine's CPU, in one thread, the
-median of many steps. A GPU adds what its driver takes for a launch.
+least of many steps. A GPU adds what its driver takes for a launch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import json
 import os
-import statistics
 import sys
 import time
 from collections import Counter
@@ -111,6 +110,8 @@ def count(step: Step, backend: str) -> Counts:
     """What a step does on "triton", or as "eager" torch."""
     import triton
 
+    from kdkernels.triton.common.prepared import every_launch_through_triton
+
     counts = Counts()
 
     def launched(kernel: Any, *, grid: Any, warmup: bool, **given: Any) -> None:
@@ -118,7 +119,8 @@ def count(step: Step, backend: str) -> Counts:
 
     function = step.eager if backend == "eager" else step.call
     kind = type(triton.jit(run))
-    with _for_a_gpu(), mock.patch.object(kind, "run", launched):
+    watched = mock.patch.object(kind, "run", launched)
+    with _for_a_gpu(), every_launch_through_triton(), watched:
         run(step, function)  # what is computed once and kept is no part of a step
         counts.kernels.clear()
         with _Operations(counts):
@@ -127,7 +129,8 @@ def count(step: Step, backend: str) -> Counts:
 
 
 def host_microseconds(step: Step, backend: str) -> float:
-    """Median time of a step, once everything is compiled."""
+    """Time of a step of this thread, once everything is compiled: the least of many, which other
+    work on the machine disturbs least."""
     from triton.runtime.driver import driver
 
     from kdkernels.testing.no_launches import Driver
@@ -139,10 +142,10 @@ def host_microseconds(step: Step, backend: str) -> float:
             run(step, function)
         taken = []
         for _ in range(_RUNS):
-            begin = time.perf_counter()
+            begin = time.thread_time()
             run(step, function)
-            taken.append(time.perf_counter() - begin)
-    return statistics.median(taken) * 1e6
+            taken.append(time.thread_time() - begin)
+    return min(taken) * 1e6
 
 
 def main() -> None:

@@ -13,8 +13,15 @@ class Limit:
         self._seconds = seconds
         self._begin = time.monotonic()
 
+    def left(self) -> float | None:
+        """Seconds."""
+        if self._seconds is None:
+            return None
+        return self._seconds - (time.monotonic() - self._begin)
+
     def over(self) -> str | None:
         """Why nothing new may begin; None while it may."""
-        if self._seconds is None or time.monotonic() - self._begin < self._seconds:
+        left = self.left()
+        if left is None or left > 0:
             return None
         return f"the limit of {self._seconds:g} s was over"

@@ -27,13 +27,18 @@ from triton.runtime.jit import native_specialize_impl
 
 from kdkernels.testing.fp32 import fp32_products
 from kdkernels.triton.common.launch import Arch, assume_arch
+from kdkernels.triton.common.prepared import every_launch_through_triton
 
-# What kernels are compiled for, with the processors and the cache of a typical product.
+# What kernels are compiled for, with the processors and the cache of a typical product, and what
+# a program may have there.
 TARGETS = {
-    "sm_80": Arch("sm_80", 108, 40 << 20),
-    "sm_90": Arch("sm_90", 132, 50 << 20),
-    "sm_100": Arch("sm_100", 148, 126 << 20),
-    "gfx942": Arch("gfx942", 304, 256 << 20),
+    "sm_80": Arch("sm_80", 108, 40 << 20, 163 << 10),
+    "sm_86": Arch("sm_86", 82, 6 << 20, 99 << 10),
+    "sm_89": Arch("sm_89", 128, 72 << 20, 99 << 10),
+    "sm_90": Arch("sm_90", 132, 50 << 20, 227 << 10),
+    "sm_100": Arch("sm_100", 148, 126 << 20, 227 << 10),
+    "sm_120": Arch("sm_120", 170, 96 << 20, 99 << 10),
+    "gfx942": Arch("gfx942", 304, 256 << 20, 64 << 10),
 }
 
 # What a call is made with: the dtype of its features, and torch's setting for fp32 products.
@@ -67,12 +72,12 @@ class AotVariant:
     tensor_core: bool  # whether its products belong on tensor cores
 
 
-def variants_of(arch: Arch, op: ModuleType) -> Iterator[AotVariant]:
-    """Each specialisation that the calls of an op compile, once."""
+def variants_of(arch: Arch, op: ModuleType, every: bool = False) -> Iterator[AotVariant]:
+    """Each specialisation that the calls of an op compile, once; `every` call for all targets."""
     groups: tuple[Calls, ...] = (op.EVERYWHERE, op.EXTRA)
     calls = [
         (precision, label, arguments)
-        for group in (groups if arch.name == _EXTRA_TARGET else groups[:1])
+        for group in (groups if every or arch.name == _EXTRA_TARGET else groups[:1])
         for precision, labelled in group.items()
         for label, arguments in labelled.items()
     ]
@@ -108,7 +113,11 @@ def recorded(arch: Arch, dtype: torch.dtype) -> Iterator[list[AotVariant]]:
     def record(kernel: Any, *, grid: Any, warmup: bool, **given: Any) -> None:
         variants.append(_specialise(kernel, given, dtype, arch))
 
-    with assume_arch(arch), mock.patch.object(type(_compilable), "run", record):
+    with (
+        assume_arch(arch),
+        every_launch_through_triton(),
+        mock.patch.object(type(_compilable), "run", record),
+    ):
         yield variants
 
 
@@ -143,10 +152,16 @@ def _specialise(
 
 
 def _facets(variant: AotVariant, launched: list[AotVariant]) -> list[str]:
-    """What tells it from other launches of its kernel in one call: flags, multiples of 16."""
+    """What tells it from other launches of its kernel in one call: flags, integers that are 1,
+    multiples of 16."""
 
     def facets(one: AotVariant) -> set[str]:
-        return {param.lower() for param, value in one.constexprs if value} | one.divisible
+        constants = {
+            param.lower() if param.isupper() else f"{param}_1"
+            for param, value in one.constexprs
+            if value
+        }
+        return constants | one.divisible
 
     others = [facets(other) for other in launched if other.kernel is variant.kernel]
     return sorted(facets(variant) - set.intersection(*others))

@@ -332,18 +332,17 @@ def store_coefficients(
     tl.store(coef_ptr + 4 * B + rows, c_t, mask=mask)
 
 
-@kernel
+@kernel(counts=("parts_s", "parts_t"))
 def _gram_mse_coef_kernel(
-    stats_ptr,  # [parts, G, 5 or 3, B] fp32 or fp64: sums of A^2, K^2, A K and, for L1, |A|, |K|
+    stats_ptr,  # [parts, G, 3, B] fp32: parts of the sums of A^2, K^2, A K
     coef_ptr,  # [G, 5, B] fp64
     loss_ptr,  # [G, B] fp32
     G,
     B,
-    parts,
-    L1: tl.constexpr,
+    parts_s,  # of the first and the third; of the second there are parts_t
+    parts_t,
     ROWS: tl.constexpr,
 ):
-    STATS: tl.constexpr = 5 if L1 else 3
     blocks = tl.cdiv(B, ROWS)
     g = (tl.program_id(0) // blocks).to(tl.int64)
     rows = ((tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -351,14 +350,19 @@ def _gram_mse_coef_kernel(
     r2 = tl.zeros((ROWS,), tl.float64)
     q2 = tl.zeros((ROWS,), tl.float64)
     x = tl.zeros((ROWS,), tl.float64)
-    l1_s = tl.zeros((ROWS,), tl.float64)
-    l1_t = tl.zeros((ROWS,), tl.float64)
-    for part in range(parts):
-        ptrs = stats_ptr + (part * G + g) * STATS * B + rows
-        r2 += tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
-        q2 += tl.load(ptrs + B, mask=mask, other=0.0).to(tl.float64)
-        x += tl.load(ptrs + 2 * B, mask=mask, other=0.0).to(tl.float64)
-        if L1:
-            l1_s += tl.load(ptrs + 3 * B, mask=mask, other=0.0).to(tl.float64)
-            l1_t += tl.load(ptrs + 4 * B, mask=mask, other=0.0).to(tl.float64)
-    store_coefficients(coef_ptr + g * 5 * B, loss_ptr + g * B, rows, B, r2, q2, x, l1_s, l1_t, L1)
+    ptrs = stats_ptr + g * 3 * B + rows
+    step = tl.cast(G, tl.int64) * 3 * B
+    for part in range(parts_s):
+        r2 += tl.load(ptrs + part * step, mask=mask, other=0.0).to(tl.float64)
+        x += tl.load(ptrs + part * step + 2 * B, mask=mask, other=0.0).to(tl.float64)
+    for part in range(parts_t):
+        q2 += tl.load(ptrs + part * step + B, mask=mask, other=0.0).to(tl.float64)
+    store_coefficients(coef_ptr + g * 5 * B, loss_ptr + g * B, rows, B, r2, q2, x, r2, q2, False)
+
+
+@triton.jit
+def store_uniform(coef_ptr, rows, B):
+    """a = -2, b = 2, c = 0: no row is normalised."""
+    for c in tl.static_range(5):
+        value = -2.0 if c == 0 else (2.0 if c < 3 else 0.0)
+        tl.store(coef_ptr + c * B + rows, tl.full(rows.shape, value, tl.float64), mask=rows < B)
