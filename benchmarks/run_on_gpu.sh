@@ -3,14 +3,17 @@
 # All that a machine with a GPU is asked in ten minutes: whether the kernels are right there, how long they take, and what
 # its hardware counters say. Run it from anywhere; it needs no network, and what it lacks it names and goes on without.
 #
-#   make gpu-libraries               before, on a machine that may have no GPU: nothing is compiled in the ten minutes then
+#   make gpu-libraries               before, on a machine that may have no GPU: no C++ is compiled in the ten minutes then
 #   benchmarks/run_on_gpu.sh         the whole plan
 #   benchmarks/run_on_gpu.sh --plan  prints it
+#
+# Without gpu-libraries the script builds them, for which the seconds of that stage are few on a machine with few cores:
+# STAGES=libraries LIMIT_SECONDS=6000 does it before.
 #
 # OUT            folder of the results: summary.txt, and results.tar.gz with all logs and records, which is renewed after
 #                every stage, so that a run which is killed leaves what it has (default: gpu-results)
 # PYTHON         interpreter (default: python3)
-# STAGES         only these, as in STAGES="libraries warm tiles"
+# STAGES         only these, as in STAGES="warm tiles"; what earlier runs found is kept beside
 # LIMIT_SECONDS  the whole time; the limits of the stages grow and shrink with it (default: 580)
 #
 # A stage that fails or runs out of time is named in the summary and never stops the next one.
@@ -150,9 +153,8 @@ if [[ "${1:-}" == --plan ]]; then
   exit 0
 fi
 
-rm -rf "$results"
+[[ -n "${STAGES:-}" ]] || rm -rf "$results" "$summary"
 mkdir -p "$results" "$out"
-: > "$summary"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/gpu-triton}"

@@ -171,6 +171,7 @@ def test_dry_run(start: Start, tmp_path: Path) -> None:
     assert "racecheck: failed with status 99" in summary
     for name in wanted:
         assert archived[f"{name}.log"], name
+    assert "132 processors, 60 MiB of L2, 227 KiB of shared memory" in archived["versions.log"]
     assert "gpu-libraries/ is installed" in archived["libraries.log"]
     assert "kernels for sm_90" in archived["warm.log"]
     for name in ("check_cuda-1", "check_triton-1", "memcheck"):
