@@ -24,7 +24,8 @@ plan=(
   "warm           50 beside"
   "check_cuda     50"
   "check_triton   75"
-  "table         130"
+  "table         100"
+  "kernels        30"
   "counters       70"
   "memcheck       35"
   "racecheck      35"
@@ -38,6 +39,8 @@ python="${PYTHON:-python3}"
 out="${OUT:-gpu-results}"
 limit="${LIMIT_SECONDS:-$planned}"
 results=build/gpu-results
+parts=$(($(nproc) / 4))
+((parts > 0)) || parts=1
 summary="$out/summary.txt"
 
 versions() { limited "$python" -m kdkernels env --json "$results/env.json"; }
@@ -45,30 +48,35 @@ versions() { limited "$python" -m kdkernels env --json "$results/env.json"; }
 libraries() { limited "$python" benchmarks/gpu_libraries.py install; }
 
 # The CUDA kernels, which need no compilation, are checked on the GPU meanwhile.
-warm() { limited "$python" -m kdkernels.testing.warm --seconds "$soon"; }
+warm() { limited "$python" -m kdkernels.testing.warm --table --seconds "$soon"; }
 
+# A check keeps Python busy more than the GPU, so parts of it run side by side.
 check_cuda() { check cuda; }
 check_triton() { check triton; }
 check() {
-  limited "$python" -m kdkernels check --device cuda --backend "$1" --dtype bfloat16 float32 float16 \
-    --lines "$results/$stage.jsonl" --limit "$soon"
+  limited xargs -P "$parts" -I '{}' "$python" -m kdkernels check --device cuda --backend "$1" \
+    --dtype bfloat16 float32 float16 --shard "{}/$parts" --lines "$results/$stage-{}.jsonl" --limit "$soon" \
+    < <(seq "$parts")
 }
 
-table() {
-  limited "$python" -m kdkernels bench --device cuda --table --dtype bf16 --backend triton cuda eager mm \
-    --lines "$results/table.jsonl" --limit "$soon"
+# Of each shape of the table all backends, eager mode and the products alone: by graph replay, by calls, and each kernel.
+table() { bench --mode graph call --time 2; }
+kernels() { bench --mode kernels; }
+bench() {
+  limited "$python" -m kdkernels bench --device cuda --table "$@" --lines "$results/$stage.jsonl" --limit "$soon"
 }
 
 counters() {
-  limited "$python" benchmarks/counters.py --table "$results/table.jsonl" --lines "$results/counters.jsonl" \
+  limited "$python" benchmarks/counters.py --table "$results/kernels.jsonl" --lines "$results/counters.jsonl" \
     --limit "$soon"
 }
 
-# Status 99 is an error that the sanitizer found.
+# Status 99 is an error that the sanitizer found. Each tensor is an allocation of its own there, so that memcheck sees where
+# it ends.
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 sanitize() {
-  limited compute-sanitizer --tool "$1" --error-exitcode 99 "${our_kernels[@]}" \
+  limited env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 "${our_kernels[@]}" \
     "$python" -m kdkernels check --device cuda --backend cuda triton --dtype bfloat16 float32 --quick \
     --lines "$results/$stage.jsonl" --limit "$soon"
 }
@@ -151,11 +159,12 @@ export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/gpu-triton}"
 declare -A process=() began=() given=()
 trap interrupted INT TERM
 
-if ! "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-  say "no GPU: $python has no torch, or its torch sees no CUDA device"
+if ! nvidia-smi > "$results/nvidia-smi.txt" 2>&1; then
+  say "no GPU: $(tail -n 1 "$results/nvidia-smi.txt")"
   exit 2
 fi
-nvidia-smi > "$results/nvidia-smi.txt" 2>&1 || say "nvidia-smi: failed"
+nvidia-smi dmon -s puc -d 2 -o T > "$results/clocks.txt" 2>&1 & # what the times below were measured at
+process[clocks]="$!"
 
 # The sanitizer looks at kernels by a part of their names: the namespace of the CUDA ones, the functions of the Triton ones.
 our_kernels=(--kernel-name kns=_ZN3kdk)
@@ -176,5 +185,6 @@ for row in "${plan[@]}"; do
   beside=
 done
 
+kill "${process[clocks]}" 2> /dev/null
 say "finished after $SECONDS s; everything is in $out/results.tar.gz"
 pack

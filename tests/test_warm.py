@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+from kdkernels.testing import warm
+
 # The op with the fewest kernels. In one process: the cache is filled, then every sample is launched
 # through the JIT by a driver that launches nothing, and Triton says of each kernel whether the
 # cache had it.
@@ -28,22 +30,17 @@ knobs.compilation.listener = lambda *, src, cache_hit, **_: found.append([src.na
 failures = []
 with warm.on_cpu_tensors(warm.named("sm_90")):
     for calls in warm.plan([op], [dtype]):
-        for info, sample, gradients in warm.samples(calls):
-            failures.append(warm.call(info, sample, gradients))
+        info, samples, gradients = warm.samples(calls)
+        failures += [warm.call(info, sample, gradients) for sample in samples]
 json.dump({"status": status, "found": found, "failures": failures}, sys.stdout)
 """
 
 
-def _run(*command: str, cache: Path) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache)
-    return subprocess.run(
-        [sys.executable, *command], env=environment, capture_output=True, text=True, check=False
-    )
-
-
 def test_the_jit_finds_every_kernel_in_the_cache(tmp_path: Path) -> None:
-    done = _run("-c", _WARM_AND_LAUNCH, cache=tmp_path)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    command = [sys.executable, "-c", _WARM_AND_LAUNCH]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     words, _, last = done.stdout.rstrip().rpartition("\n")
     report = json.loads(last)
@@ -56,13 +53,10 @@ def test_the_jit_finds_every_kernel_in_the_cache(tmp_path: Path) -> None:
     assert not missed
 
 
-def test_the_interpreter_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "kdkernels.testing.warm"],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET must not be set" in done.stderr
+def test_the_interpreter_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        warm.main([])
+    assert "TRITON_INTERPRET must not be set" in capsys.readouterr().err

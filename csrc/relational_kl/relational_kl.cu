@@ -20,7 +20,8 @@ __device__ __forceinline__ void store_pieces(T* to, float x, int64_t width) {
   if constexpr (sizeof(T) == 2) to[width] = from_float<T>(x - to_float(to[0]));
 }
 
-template <Math kMath>
+// X: the type of the rows, which are multiplied by their scales
+template <Math kMath, typename X>
 __global__ void __launch_bounds__(kThreads)
     relational_kl_prepare_kernel(const __grid_constant__ PrepareParams p) {
   using T = Element<kMath>;
@@ -35,9 +36,11 @@ __global__ void __launch_bounds__(kThreads)
   const bool meets = operand.steps[1] == 0 || bank == side;
   const Source& x = side == 0 ? p.x[0] : p.x[1];
   const bool there = meets && query < x.rows && d < x.cols;
+  const float value =
+      there ? p.scale[side][query] * to_float(static_cast<const X*>(x.data)[query * x.stride + d])
+            : 0.0f;
   store_pieces(static_cast<T*>(operand.data) + row * pieces_of(kMath) * operand.width + column,
-               there ? static_cast<const float*>(x.data)[query * x.stride + d] : 0.0f,
-               operand.width);
+               value, operand.width);
 }
 
 // Behind the stages lie what the warps of a row tell one another, the maxima before and after a
@@ -328,7 +331,11 @@ dim3 grid_of_sweep(const SweepParams& p) {
 void launch_relational_kl_prepare(const PrepareParams& params, Math math, cudaStream_t stream) {
   const dim3 grid = grid_of(ceil_div(params.operand.rows * params.operand.width, kThreads));
   for_wide_math(math, [&]<Math kMath>() {
-    launch(relational_kl_prepare_kernel<kMath>, grid, kThreads, 0, stream, params);
+    using Wide = Element<kMath>;  // of the operand: fp32 for rows of fp16
+    const auto kernel = params.dtype == Dtype::kFloat16
+                            ? relational_kl_prepare_kernel<kMath, fp16_t>
+                            : relational_kl_prepare_kernel<kMath, Wide>;
+    launch(kernel, grid, kThreads, 0, stream, params);
   });
 }
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -32,7 +31,6 @@ class TripletConfig:
     differences: bool  # whether close rows are ranked by them
 
 
-@lru_cache(maxsize=256)
 def pick_config(
     B: int, M: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str
 ) -> TripletConfig:
