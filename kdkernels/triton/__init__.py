@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
+from types import ModuleType
 
 from torch import Tensor
 
@@ -27,9 +29,14 @@ def unavailable() -> str | None:
     return None
 
 
+@cache
+def _launch() -> ModuleType:
+    return importlib.import_module("kdkernels.triton.common.launch")
+
+
 def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
-    launch = importlib.import_module("kdkernels.triton.common.launch")
+    launch = _launch()
     for kind in sorted({tensor.device.type for tensor in tensors}):
         if kind == "cpu" and not launch.INTERPRETED.value:
             return (
