@@ -38,16 +38,18 @@ json.dump({"status": status, "found": found, "failures": failures}, sys.stdout)
 # Keys of all kernels, asked for in either order, each in a process that has asked for none.
 _KEYS = """
 import json, multiprocessing, sys
+from triton import JITFunction
 from kdkernels.testing import triton_targets
 
 found = {}
 for module in triton_targets._modules("kdkernels.triton"):
-    found |= {name: value for name, value in vars(module).items() if "_kernel" in name}
+    functions = {name: f for name, f in vars(module).items() if isinstance(f, JITFunction)}
+    found |= {name: f for name, f in functions.items() if "_kernel" in name}
 
 def keys(names):
     return {name: found[name].cache_key for name in names}
 
-names = sorted(name for name, value in found.items() if hasattr(value, "cache_key"))
+names = sorted(found)
 fork = multiprocessing.get_context("fork")
 with fork.Pool(1) as one, fork.Pool(1) as other:
     orders = [one.apply(keys, [names]), other.apply(keys, [names[::-1]])]
