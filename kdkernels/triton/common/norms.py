@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms of rows, and the gradient through rows that were divided by theirs."""
+"""The gradient through rows that were divided by their norms."""
 
 from __future__ import annotations
 
@@ -11,11 +11,6 @@ from torch import Tensor
 from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
 
 EPS = tl.constexpr(1e-12)  # the clamp of F.normalize, on the norm
-
-
-def squared_norms(x: Tensor) -> Tensor:
-    """Squared norms of the rows [..., D] in fp32, each rounded once."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square().float()
 
 
 def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import Contributions, fp32_matmul, triplet_gradients
+from kdkernels.triton.common.centre import centred
 from kdkernels.triton.common.distances import DISTANCES, FINITE
 from kdkernels.triton.common.launch import COLUMNS, ROWS, arch_of, cdiv, on_device, supports
 from kdkernels.triton.triplet import kernels
@@ -68,18 +69,21 @@ def _winners(
     """The best positive and negative of each anchor within each split of the references."""
     (B, D), M = x.shape, len(r)
     config = pick_config(B, M, dtype=x.dtype, arch=arch_of(x), fp32_matmul=fp32_matmul())
-    x_norm = _squared_norms(x)
-    r_norm = x_norm if in_batch else _squared_norms(r)
+    anchors, candidates = centred(x, None if in_batch else r)
+    x_norm, r_norm = anchors.norm, candidates.norm
     keys = _new(x, 2, config.splits, B)
     rows = _new(x, 2, config.splits, B, dtype=torch.int32)
 
     def mine(signs: dict[int, int], bound: int = _POSITIVE, floor: int = 0) -> None:
         """Search the sides in `signs`; with `floor`, beyond what side `bound` found before."""
         kernels._triplet_mine_kernel[(cdiv(B, config.tile.m), config.splits)](
-            x_ptr=x, r_ptr=r, x_norm_ptr=x_norm, r_norm_ptr=r_norm, x_label_ptr=labels,
+            x_ptr=anchors.x, r_ptr=candidates.x, given_x_ptr=anchors.given,
+            given_r_ptr=candidates.given, x_norm_ptr=x_norm, r_norm_ptr=r_norm, x_label_ptr=labels,
             r_label_ptr=reference_labels, key_ptr=keys, row_ptr=rows, floor_key_ptr=keys[bound],
-            floor_row_ptr=rows[bound], exclude_ptr=left_out, B=B, M=M, D=D, splits=config.splits,
-            split_length=config.split_length, **_strides(x, r), IN_BATCH=in_batch,
+            floor_row_ptr=rows[bound], exclude_ptr=left_out, B=B, M=M, D=D,
+            splits=config.splits, split_length=config.split_length,
+            **_strides(anchors.x, candidates.x),
+            **_strides(anchors.given, candidates.given, "stride_g"), IN_BATCH=in_batch,
             EXCLUDES=exclude is not None, POSITIVE=signs.get(_POSITIVE, 0),
             NEGATIVE=signs.get(_NEGATIVE, 0), FLOOR=floor, DIFFERENCES=config.differences,
             PRECISION=config.precision, **config.tile.launch(),
@@ -134,17 +138,8 @@ def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
         return triplet_gradients(gradient, *args)
 
 
-def _squared_norms(x: Tensor) -> Tensor:  # [N]
-    (N, D), norm = x.shape, _new(x, len(x))
-    kernels._triplet_norms_kernel[(cdiv(N, ROWS),)](
-        x_ptr=x, norm_ptr=norm, N=N, D=D, stride_n=x.stride(0), stride_d=x.stride(1), ROWS=ROWS,
-        COLUMNS=COLUMNS, num_warps=4,
-    )  # fmt: skip
-    return norm
-
-
-def _strides(x: Tensor, r: Tensor) -> dict[str, int]:
-    names = ("stride_xb", "stride_xd", "stride_rm", "stride_rd")
+def _strides(x: Tensor, r: Tensor, prefix: str = "stride_") -> dict[str, int]:
+    names = (prefix + name for name in ("xb", "xd", "rm", "rd"))
     return dict(zip(names, (*x.stride(), *r.stride()), strict=True))
 
 

@@ -12,36 +12,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import CLOSE, EUCLIDEAN, FINITE, LARGEST, SQEUCLIDEAN
+from kdkernels.triton.common.distances import (
+    EUCLIDEAN,
+    FINITE,
+    LARGEST,
+    SQEUCLIDEAN,
+    close_share,
+)
 from kdkernels.triton.common.dots import dot
 
 _NO_ROW = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _triplet_norms_kernel(
-    x_ptr,  # [N, D]
-    norm_ptr,  # [N] fp32, squared norms
-    N,
-    D,
-    stride_n,
-    stride_d,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = rows < N
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_n
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for column in range(0, D, COLUMNS):
-        cols = column + tl.arange(0, COLUMNS)
-        x = tl.load(
-            x_ptrs + cols.to(tl.int64)[None, :] * stride_d,
-            mask=mask[:, None] & (cols < D)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        acc += x * x
-    tl.store(norm_ptr + rows, tl.sum(acc, 1), mask=mask)
 
 
 @triton.jit
@@ -98,8 +78,10 @@ def _improve(
 
 @triton.jit
 def _triplet_mine_kernel(
-    x_ptr,  # [B, D]
+    x_ptr,  # [B, D], as `centre.centred` has them
     r_ptr,  # [M, D]
+    given_x_ptr,  # likewise, not moved
+    given_r_ptr,
     x_norm_ptr,  # [B] fp32, squared
     r_norm_ptr,  # [M] fp32, squared
     x_label_ptr,  # [B] int64
@@ -118,6 +100,10 @@ def _triplet_mine_kernel(
     stride_xd,
     stride_rm,
     stride_rd,
+    stride_gxb,  # of the rows given
+    stride_gxd,
+    stride_grm,
+    stride_grd,
     IN_BATCH: tl.constexpr,
     EXCLUDES: tl.constexpr,
     POSITIVE: tl.constexpr,  # 1 looks for the nearest, -1 for the farthest, 0 not at all
@@ -170,18 +156,18 @@ def _triplet_mine_kernel(
         if DIFFERENCES:
             # Below 0 for close rows. In numbers, relative to the tile: masks, and what masks are
             # made of below, would stay in registers meanwhile.
-            near = d2 - CLOSE * (x_norm[:, None] + r_norm[None, :])
+            near = d2 - close_share(x_ptr, D) * (x_norm[:, None] + r_norm[None, :])
             if IN_BATCH:
                 apart = (offs_m - n).to(tl.float32)[:, None] - (offs_n - n).to(tl.float32)[None, :]
                 near *= tl.minimum(tl.abs(apart), 1.0)
             if tl.min(near) < 0.0:  # products rank close rows by their rounding
                 d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                x_rows = x_ptr + offs_m.to(tl.int64) * stride_xb
-                r_rows = r_ptr + offs_n.to(tl.int64) * stride_rm
+                x_rows = given_x_ptr + offs_m.to(tl.int64) * stride_gxb
+                r_rows = given_r_ptr + offs_n.to(tl.int64) * stride_grm
                 for column in range(0, D):
                     step = tl.cast(column, tl.int64)
-                    x_column = tl.load(x_rows + step * stride_xd).to(tl.float32)
-                    r_column = tl.load(r_rows + step * stride_rd).to(tl.float32)
+                    x_column = tl.load(x_rows + step * stride_gxd).to(tl.float32)
+                    r_column = tl.load(r_rows + step * stride_grd).to(tl.float32)
                     difference = x_column[:, None] - r_column[None, :]
                     d2 += difference * difference
         d2 = tl.minimum(tl.where(d2 > 0.0, d2, 0.0), LARGEST)  # no NaN: what is forced says it
