@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
+from kdkernels.triton.common.centre import centred
 from kdkernels.triton.common.launch import arch_of, cdiv, given, on_device, split_length, supports
 from kdkernels.triton.common.pairs_kernels import _pairs_gradient_kernel
 from kdkernels.triton.common.product import multiply
@@ -181,11 +182,8 @@ def _cosine_side(x: Tensor, eps: float) -> _Side:
 
 
 def _student_t_side(x: Tensor, eps: float) -> _Side:
-    # Centring leaves the distances, and makes products lose fewer of their digits. Products of half
-    # precision are exact as they are, and would not be of rounded differences.
-    x = x.contiguous()
-    centred = x - x.mean(0) if x.dtype == torch.float32 else x
-    return _Side(x, centred, centred.float().square().sum(1))
+    rows, _ = centred(x.contiguous())
+    return _Side(rows.given, rows.x, rows.norm)
 
 
 def _cosine_backward(side: _Side, ratio: Tensor, dx: Tensor, eps: float) -> None:

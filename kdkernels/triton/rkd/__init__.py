@@ -47,6 +47,7 @@ def _distance(student: Tensor, teacher: Tensor, need: bool) -> tuple[Tensor, Ten
     if B < 2:
         return gradient.new_zeros(()), gradient
     s, t = (Pairs(x, None, "euclidean", sides=2) for x in (student, teacher))
+    (_, side_s), (_, side_t) = s.sides, t.sides
     pairs = B * (B - 1) / 2
     inverse_s, inverse_t = _inverse_mean(s, pairs), _inverse_mean(t, pairs)
 
@@ -57,10 +58,11 @@ def _distance(student: Tensor, teacher: Tensor, need: bool) -> tuple[Tensor, Ten
         loss, product = s.new(2, 0 if weights else math.prod(counts), dtype=torch.float64)
         close = s.new(*(counts if weights else (0, 0)), dtype=torch.int32)
         _rkd_pairs_kernel[(math.prod(counts),)](
-            s_ptr=s.x, t_ptr=t.x, s_norm_ptr=s.x_norm, t_norm_ptr=t.x_norm,
-            inverse_s_ptr=inverse_s, inverse_t_ptr=inverse_t, shared_ptr=shared, loss_ptr=loss,
-            product_ptr=product, w_ptr=w, close_ptr=close, first=first, rows=rows, B=B, D_s=s.D,
-            D_t=t.D, WEIGHTS=weights, PRECISION=s.config.distance_precision, **tile.launch(),
+            s_ptr=side_s.x, t_ptr=side_t.x, given_s_ptr=side_s.given, given_t_ptr=side_t.given,
+            s_norm_ptr=side_s.norm, t_norm_ptr=side_t.norm, inverse_s_ptr=inverse_s,
+            inverse_t_ptr=inverse_t, shared_ptr=shared, loss_ptr=loss, product_ptr=product, w_ptr=w,
+            close_ptr=close, first=first, rows=rows, B=B, D_s=s.D, D_t=t.D,
+            WEIGHTS=weights, PRECISION=s.config.distance_precision, **tile.launch(),
         )  # fmt: skip
         return loss.sum(), product.sum(), close
 

@@ -22,6 +22,8 @@ def huber_slope(e):
 def _rkd_sum_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # the same
+    given_x_ptr,  # [B, D]
+    given_r_ptr,  # the same
     x_norm_ptr,  # [B] fp32, squared
     r_norm_ptr,  # the same
     sum_ptr,  # [tiles] fp64
@@ -42,8 +44,9 @@ def _rkd_sum_kernel(
     total = 0.0
     if tl.min(row) < tl.max(column):
         d, _ = distance_tile(
-            x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, tl.minimum(row, B - 1), tl.minimum(column, B - 1),
-            D, IN_BATCH, DISTANCE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, r_ptr, given_x_ptr, given_r_ptr, x_norm_ptr, r_norm_ptr, tl.minimum(row, B - 1),
+            tl.minimum(column, B - 1), D, IN_BATCH, DISTANCE, PRECISION, BLOCK_M, BLOCK_N,
+            BLOCK_K,
         )  # fmt: skip
         column = tl.where(column < M, column, -1)
         total = tl.sum(tl.where(row[:, None] < column[None, :], d, 0.0))
@@ -54,6 +57,8 @@ def _rkd_sum_kernel(
 def _rkd_pairs_kernel(
     s_ptr,  # [B, D_s]
     t_ptr,  # [B, D_t]
+    given_s_ptr,  # [B, D_s]
+    given_t_ptr,  # [B, D_t]
     s_norm_ptr,  # [B] fp32, squared
     t_norm_ptr,  # [B] fp32, squared
     inverse_s_ptr,  # [] fp32: 1 / mean distance, or 0
@@ -85,12 +90,12 @@ def _rkd_pairs_kernel(
         at_m = tl.minimum(first + local, B - 1)
         at_n = tl.minimum(column, B - 1)
         d_t, _ = distance_tile(
-            t_ptr, t_ptr, t_norm_ptr, t_norm_ptr, at_m, at_n, D_t, True, EUCLIDEAN, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            t_ptr, t_ptr, given_t_ptr, given_t_ptr, t_norm_ptr, t_norm_ptr, at_m, at_n, D_t,
+            True, EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         d, close = distance_tile(
-            s_ptr, s_ptr, s_norm_ptr, s_norm_ptr, at_m, at_n, D_s, True, EUCLIDEAN, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            s_ptr, s_ptr, given_s_ptr, given_s_ptr, s_norm_ptr, s_norm_ptr, at_m, at_n, D_s,
+            True, EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if WEIGHTS:  # here, where few other masks are alive, of which AMD devices hold few
             d = tl.where(at_m[:, None] == at_n[None, :], 0.0, d)
