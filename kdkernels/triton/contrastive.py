@@ -27,6 +27,8 @@ __all__ = ["contrastive_fwd", "supports"]
 def _contrastive_pairs_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
+    given_x_ptr,  # [B, D]
+    given_r_ptr,  # [M, D]
     x_norm_ptr,  # [B] fp32, squared
     r_norm_ptr,  # [M] fp32, squared
     x_label_ptr,  # [B] int64
@@ -57,8 +59,8 @@ def _contrastive_pairs_kernel(
     at_m = tl.minimum(first + local, B - 1)
     at_n = tl.minimum(offs_n, M - 1)
     d, close = distance_tile(
-        x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, at_m, at_n, D, IN_BATCH, DISTANCE, PRECISION, BLOCK_M,
-        BLOCK_N, BLOCK_K,
+        x_ptr, r_ptr, given_x_ptr, given_r_ptr, x_norm_ptr, r_norm_ptr, at_m, at_n, D, IN_BATCH,
+        DISTANCE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     same = tl.load(x_label_ptr + at_m)[:, None] == tl.load(r_label_ptr + at_n)[None, :]
     short = margin - d

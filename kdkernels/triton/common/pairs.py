@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul, sorted_exclude
 from kdkernels.triton.common import pairs_kernels as kernels
+from kdkernels.triton.common.centre import Rows, centred
 from kdkernels.triton.common.distances import DISTANCES
 from kdkernels.triton.common.launch import COLUMNS, ROWS, arch_of, cdiv, split_length
-from kdkernels.triton.common.norms import squared_norms
 from kdkernels.triton.common.pairs_config import pick_config
 from kdkernels.triton.common.sorted_rows import (
     _given_gradient_kernel,
@@ -36,18 +36,15 @@ class Pairs:
     ) -> None:
         self.in_batch = r is None
         self.distance = DISTANCES[distance]
-        self.x = x.contiguous()
-        self.r = self.x if r is None else r.contiguous()
-        (self.B, self.D), self.M = x.shape, len(self.r)
+        self.sides = centred(x.contiguous(), None if r is None else r.contiguous())
+        (self.B, self.D), self.M = x.shape, len(self.sides[1].x)
         self.config = pick_config(
             self.B, self.M, dtype=x.dtype, arch=arch_of(x),
             fp32_matmul=fp32_matmul(), sides=sides,
         )  # fmt: skip
-        self.x_norm = squared_norms(self.x)
-        self.r_norm = self.x_norm if r is None else squared_norms(self.r)
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.x.device)
+        return torch.empty(shape, dtype=dtype, device=self.sides[0].x.device)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """(first anchor, number of anchors)"""
@@ -56,10 +53,11 @@ class Pairs:
 
     def distance_arguments(self) -> dict[str, object]:
         """Those of `distance_tile`, as kernels take them."""
-        tile = self.config.distances
+        (x, r), tile = self.sides, self.config.distances
         return {
-            "x_ptr": self.x, "r_ptr": self.r, "x_norm_ptr": self.x_norm, "r_norm_ptr": self.r_norm,
-            "B": self.B, "M": self.M, "D": self.D, "IN_BATCH": self.in_batch,
+            "x_ptr": x.x, "r_ptr": r.x, "given_x_ptr": x.given, "given_r_ptr": r.given,
+            "x_norm_ptr": x.norm, "r_norm_ptr": r.norm, "B": self.B, "M": self.M, "D": self.D,
+            "IN_BATCH": self.in_batch,
             "DISTANCE": self.distance, "PRECISION": self.config.distance_precision, **tile.launch(),
         }  # fmt: skip
 
@@ -74,20 +72,21 @@ class Pairs:
         references, [M, D]: the sum of w_ik (x_i - r_k) over k, or that of w_ik (r_k - x_i) over i.
         """
         tile, step = self.config.gradient, self.config.distances
-        x, r, close_n, close_k = self.x[first : first + len(w)], self.r, step.m, step.n
+        anchors, r, close_n, close_k = self.sides[0], self.sides[1], step.m, step.n
+        x = Rows(*(rows[first : first + len(w)] for rows in anchors))
         if references:
             x, r, close_n, close_k = r, x, close_k, close_n
-        N, K = len(x), len(r)
+        N, K = len(x.x), len(r.x)
         if self.D == 0:
             return self.new(N, 0)
         length = split_length(K, self.config.splits(N, self.D, K), close_k)
         splits = cdiv(K, length)
         out = self.new(splits, N, self.D)
         kernels._pairs_gradient_kernel[(tile.count(N, self.D), splits)](
-            w_ptr=w, x_ptr=x, r_ptr=r, given_x_ptr=x, given_r_ptr=r, close_ptr=close, out_ptr=out,
-            N=N, K=K, D=self.D, split_length=length, TRANSPOSED=references,
-            PRECISION=self.config.gradient_precision, CLOSE_N=close_n, CLOSE_K=close_k,
-            **tile.launch(),
+            w_ptr=w, x_ptr=x.x, r_ptr=r.x, given_x_ptr=x.given, given_r_ptr=r.given,
+            close_ptr=close, out_ptr=out, N=N, K=K, D=self.D, split_length=length,
+            TRANSPOSED=references, PRECISION=self.config.gradient_precision, CLOSE_N=close_n,
+            CLOSE_K=close_k, **tile.launch(),
         )  # fmt: skip
         return out[0] if splits == 1 else out.sum(0)
 

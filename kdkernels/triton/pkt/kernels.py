@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import CLOSE
+from kdkernels.triton.common.distances import close_share
 from kdkernels.triton.common.dots import dot
 from kdkernels.triton.common.exp_math import two_atanh
 from kdkernels.triton.common.jit import kernel
@@ -77,7 +77,7 @@ def _distances(
     d2 = size - 2.0 * product
     # by arithmetic: a mask per element takes more scalar registers than AMD GPUs have
     apart = _apart(offs_m, offs_n)
-    close = (tl.min((d2 - CLOSE * size) * apart) < 0.0).to(tl.int32)
+    close = (tl.min((d2 - close_share(given_ptr, D) * size) * apart) < 0.0).to(tl.int32)
     if close != 0:
         rows = given_ptr + offs_m.to(tl.int64) * stride_m
         cols = given_ptr + offs_n.to(tl.int64) * stride_m
@@ -180,8 +180,8 @@ def _pkt_tiles_kernel(
             k_s = _cosines(product, scale_s, scale_j, self_s, self_j)
         else:
             d_s, close = _distances(
-                product, given_s_ptr, self_s, self_j, at_m, at_n, D_s, stride_sm, stride_sd,
-                BLOCK_M, BLOCK_N,
+                product, given_s_ptr, self_s, self_j, at_m, at_n, D_s,
+                stride_sm, stride_sd, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             k_s = 1.0 / (1.0 + d_s)
         other_scale_j = tl.load(of_col + (SCALE + 1) * width)
@@ -194,8 +194,8 @@ def _pkt_tiles_kernel(
             k_t = _cosines(product, scale_t, other_scale_j, self_t, other_self_j)
         else:
             d_t, _ = _distances(
-                product, given_t_ptr, self_t, other_self_j, at_m, at_n, D_t, stride_tm,
-                stride_td, BLOCK_M, BLOCK_N,
+                product, given_t_ptr, self_t, other_self_j, at_m, at_n, D_t,
+                stride_tm, stride_td, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             k_t = 1.0 / (1.0 + d_t)
         if SUMS:

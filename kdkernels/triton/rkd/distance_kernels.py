@@ -20,7 +20,7 @@ def huber_slope(e):
 
 @triton.jit
 def _store_sum(
-    x_ptr, norm_ptr, sum_ptr, B, D, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, given_ptr, norm_ptr, sum_ptr, B, D, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m_blocks = tl.cdiv(B, BLOCK_M)
@@ -29,8 +29,8 @@ def _store_sum(
     total = 0.0
     if tl.min(row) < tl.max(column):
         d, _ = distance_tile(
-            x_ptr, x_ptr, norm_ptr, norm_ptr, tl.minimum(row, B - 1), tl.minimum(column, B - 1),
-            D, True, EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            x_ptr, x_ptr, given_ptr, given_ptr, norm_ptr, norm_ptr, tl.minimum(row, B - 1),
+            tl.minimum(column, B - 1), D, True, EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         column = tl.where(column < B, column, -1)
         total = tl.sum(tl.where(row[:, None] < column[None, :], d, 0.0))
@@ -41,6 +41,8 @@ def _store_sum(
 def _rkd_sum_kernel(
     s_ptr,  # [B, D_s]
     t_ptr,  # [B, D_t]
+    given_s_ptr,  # [B, D_s]
+    given_t_ptr,  # [B, D_t]
     s_norm_ptr,  # [B] fp32, squared
     t_norm_ptr,  # [B] fp32, squared
     sum_ptr,  # [2, tiles] fp64
@@ -54,11 +56,13 @@ def _rkd_sum_kernel(
 ):
     """Sums of distances above the diagonal, of both sides."""
     if tl.program_id(1) == 0:
-        _store_sum(s_ptr, s_norm_ptr, sum_ptr, B, D_s, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        _store_sum(
+            s_ptr, given_s_ptr, s_norm_ptr, sum_ptr, B, D_s, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K
+        )
     else:
         _store_sum(
-            t_ptr, t_norm_ptr, sum_ptr + tl.num_programs(0), B, D_t, PRECISION, BLOCK_M, BLOCK_N,
-            BLOCK_K,
+            t_ptr, given_t_ptr, t_norm_ptr, sum_ptr + tl.num_programs(0), B, D_t, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 
@@ -110,6 +114,8 @@ def _rkd_loss_kernel(
 def _rkd_pairs_kernel(
     s_ptr,  # [B, D_s]
     t_ptr,  # [B, D_t]
+    given_s_ptr,  # [B, D_s]
+    given_t_ptr,  # [B, D_t]
     s_norm_ptr,  # [B] fp32, squared
     t_norm_ptr,  # [B] fp32, squared
     inverse_ptr,  # [2] fp32: 1 / mean distance of each side, or 0
@@ -139,12 +145,12 @@ def _rkd_pairs_kernel(
         at_m = tl.minimum(first + local, B - 1)
         at_n = tl.minimum(column, B - 1)
         d_t, _ = distance_tile(
-            t_ptr, t_ptr, t_norm_ptr, t_norm_ptr, at_m, at_n, D_t, True, EUCLIDEAN, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            t_ptr, t_ptr, given_t_ptr, given_t_ptr, t_norm_ptr, t_norm_ptr, at_m, at_n, D_t,
+            True, EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         d, close = distance_tile(
-            s_ptr, s_ptr, s_norm_ptr, s_norm_ptr, at_m, at_n, D_s, True, EUCLIDEAN, PRECISION,
-            BLOCK_M, BLOCK_N, BLOCK_K,
+            s_ptr, s_ptr, given_s_ptr, given_s_ptr, s_norm_ptr, s_norm_ptr, at_m, at_n, D_s,
+            True, EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if WEIGHTS:  # here, where few other masks are alive, of which AMD devices hold few
             d = tl.where(at_m[:, None] == at_n[None, :], 0.0, d)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
+from kdkernels.triton.common.centre import Rows, centred
 from kdkernels.triton.common.distances import DISTANCES
 from kdkernels.triton.common.launch import (
     COLUMNS,
@@ -66,21 +67,32 @@ def triplet_fwd(
         B, M, D, x.dtype, arch_of(x), fp32_matmul(), in_batch, exclude is not None, normalize,
         positives, negatives, soft, distance,
     )  # fmt: skip
-    sides = {"x_ptr": x, "r_ptr": r, "stats_ptr": _new(x, B if in_batch else B + M, 2)}
+    N = B if in_batch else B + M
+    scales, norms = _new(x, N), _new(x, N)
+    # Rows of fp32 are moved by a common point, of which no scale can tell: so unit rows are made.
+    moved = x.dtype == torch.float32
+    unit = _new(x, N, D) if moved and normalize else x
     winners = {
         "key_ptr": _new(x, 2, plan.splits, B),
         "row_ptr": _new(x, 2, plan.splits, B, dtype=torch.int32),
     }
     with on_device(embeddings):
-        plan.prepare(**sides, **winners)
+        plan.prepare(x_ptr=x, r_ptr=r, scale_ptr=scales, norm_ptr=norms, unit_ptr=unit, **winners)
+        anchors, others = Rows(x, x, norms[:B]), Rows(r, r, norms if in_batch else norms[B:])
+        if moved:
+            rows = unit if normalize else x
+            bank = (unit[B:] if normalize else r) if not in_batch else None
+            anchors, others = centred(rows[:B], bank)
         for search in plan.searches:
             search(
-                **sides, **winners, x_label_ptr=y, r_label_ptr=r_y,
+                x_ptr=anchors.x, r_ptr=others.x, given_x_ptr=anchors.given,
+                given_r_ptr=others.given, x_norm_ptr=anchors.norm, r_norm_ptr=others.norm,
+                scale_ptr=scales, **winners, x_label_ptr=y, r_label_ptr=r_y,
                 exclude_ptr=y if exclude is None else exclude.contiguous(),
             )  # fmt: skip
         plan.distances(
-            **sides, **winners, positive_ptr=positive, negative_ptr=negative, d_ap_ptr=d_ap,
-            d_an_ptr=d_an, loss_ptr=losses, margin=margin,
+            x_ptr=x, r_ptr=r, scale_ptr=scales, **winners, positive_ptr=positive,
+            negative_ptr=negative, d_ap_ptr=d_ap, d_an_ptr=d_an, loss_ptr=losses, margin=margin,
         )  # fmt: skip
         plan.sums(
             loss_ptr=losses, positive_ptr=positive, total_ptr=total, nonzero_ptr=nonzero,
@@ -110,8 +122,9 @@ def _forward(
         return Launch(
             kernels._triplet_mine_kernel, (cdiv(B, config.tile.m), config.splits), B=B, M=M, D=D,
             splits=config.splits, split_length=config.split_length, IN_BATCH=in_batch,
-            EXCLUDES=excludes, NORMALIZE=normalize, POSITIVE=signs.get(_POSITIVE, 0),
-            NEGATIVE=signs.get(_NEGATIVE, 0), BOUND=bound, FLOOR=floor,
+            EXCLUDES=excludes, SCALED=normalize and dtype != torch.float32,
+            POSITIVE=signs.get(_POSITIVE, 0), NEGATIVE=signs.get(_NEGATIVE, 0), BOUND=bound,
+            FLOOR=floor,
             DIFFERENCES=config.differences, PRECISION=config.precision, **config.tile.launch(),
         )  # fmt: skip
 
@@ -135,7 +148,7 @@ def _forward(
         ]
     return _Forward(
         config.splits,
-        _prepare(B, M, D, config.splits, in_batch, paired, normalize),
+        _prepare(B, M, D, config.splits, in_batch, paired, normalize, dtype == torch.float32),
         tuple(searches),
         Launch(
             kernels._triplet_distances_kernel, (cdiv(B, ROWS),), B=B, D=D, splits=config.splits,
@@ -147,13 +160,14 @@ def _forward(
 
 
 def _prepare(
-    B: int, M: int, D: int, splits: int, in_batch: bool, paired: bool, normalize: bool
+    B: int, M: int, D: int, splits: int, in_batch: bool, paired: bool, normalize: bool, unit: bool
 ) -> Launch:
-    """What each row is multiplied by and its squared norm then, [B + M, 2], or [B, 2] in batch; and
-    the winners where they are `paired`."""
+    """What each row is multiplied by and its squared norm then, [B + M], or [B] in batch; the rows
+    then, where `unit` asks for them and they are not those given; the winners, if `paired`."""
     return Launch(
         kernels._triplet_prepare_kernel, (cdiv(B, ROWS) + (0 if in_batch else cdiv(M, ROWS)),),
         B=B, M=M, D=D, splits=splits, IN_BATCH=in_batch, PAIRED=paired, NORMALIZE=normalize,
+        UNIT=unit and normalize,
         ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
 
@@ -182,17 +196,20 @@ def triplet_bwd(
         return dx, dr.zero_()
     x = embeddings.contiguous()
     r = x if in_batch else references.contiguous()
-    positive, negative = positive.contiguous(), negative.contiguous()
+    positive, negative, d_ap, d_an = (t.contiguous() for t in (positive, negative, d_ap, d_an))
     plan = _backward(
         B, M, D, in_batch, normalize, dloss.stride(0) if dloss.dim() else 0, soft, distance
     )
     # tensors that no kernel reads stand in for what is not needed
-    sides = {"x_ptr": x, "r_ptr": r, "stats_ptr": x}
+    scales = x
     entries = positive
     with on_device(embeddings):
         if normalize:
-            sides["stats_ptr"] = _new(x, B if in_batch else B + M, 2)
-            plan.prepare(**sides, key_ptr=x, row_ptr=x)
+            scales, norms = _new(x, 2, B if in_batch else B + M)
+            plan.prepare(
+                x_ptr=x, r_ptr=r, scale_ptr=scales, norm_ptr=norms, unit_ptr=x, key_ptr=norms,
+                row_ptr=_new(x, 0, dtype=torch.int32),
+            )  # fmt: skip
         if need_references or (in_batch and need_embeddings):
             entries = _new(x, 2 * B, dtype=torch.int64)
             plan.entries(positive_ptr=positive, negative_ptr=negative, entry_ptr=entries)
@@ -200,8 +217,8 @@ def triplet_bwd(
         for out, gradient in ((dx, plan.embeddings), (dr, plan.references)):
             if out.numel() > 0:
                 gradient(
-                    **sides, dout_ptr=out, dloss_ptr=dloss, positive_ptr=positive,
-                    negative_ptr=negative, d_ap_ptr=d_ap.contiguous(), d_an_ptr=d_an.contiguous(),
+                    x_ptr=x, r_ptr=r, scale_ptr=scales, dout_ptr=out, dloss_ptr=dloss,
+                    positive_ptr=positive, negative_ptr=negative, d_ap_ptr=d_ap, d_an_ptr=d_an,
                     entry_ptr=entries, margin=margin,
                 )  # fmt: skip
     return dx, dr
@@ -232,7 +249,7 @@ def _backward(
         )  # fmt: skip
 
     return _Backward(
-        _prepare(B, M, D, 1, in_batch, False, normalize),
+        _prepare(B, M, D, 1, in_batch, False, normalize, False),
         Launch(
             bwd_kernels._triplet_entries_kernel, (cdiv(2 * B, SORTED),), B=B, M=M, BLOCK=SORTED,
             num_warps=8,
