@@ -2,11 +2,12 @@
 """Which backend runs an operator, and why.
 
 A backend is a package `kdkernels.<backend>`, which says what it can run at all: `unavailable()` and
-`rejects(tensors)` return None for yes, or a sentence saying why not. The launchers `<op>_fwd` and
-`<op>_bwd` of an op are in the module `kdkernels.<backend>.<op>`, or in what the package's function
-`launchers(op)` returns, if it has one (None: the op has no kernel there). Where a backend limits an
-op, `supports(*operator_args)` beside the launchers answers like `rejects`. Nothing is registered: a
-file in the right place is the registration.
+`rejects(op, tensors)` return None for yes, or a sentence saying why not: the latter knows devices,
+whatever the op does. The launchers `<op>_fwd` and `<op>_bwd` of an op are in the module
+`kdkernels.<backend>.<op>`, or in what the package's function `launchers(op)` returns, if it has one
+(None: the op has no kernel there). Where a backend limits an op, `supports(*operator_args)` beside
+the launchers answers like `rejects`. Nothing is registered: a file in the right place is the
+registration.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -141,7 +142,8 @@ def implementation(op: str, backend: str) -> Implementation | str:
     launchers = _module(f"{package_name}.{op}") if find is None else find(op)
     if launchers is None:
         return f"{op} has no {backend} kernel"
-    return Implementation(launchers, package.rejects, getattr(launchers, "supports", None))
+    rejects = partial(package.rejects, op)
+    return Implementation(launchers, rejects, getattr(launchers, "supports", None))
 
 
 def _module(name: str) -> ModuleType | None:

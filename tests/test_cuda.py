@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import cuda_host
 import pytest
 import torch
 from cases import Case, assert_within_budget, gradients, leaves
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdkernels import _native
-from kdkernels.cuda import gram_mse, relational_kl
+from kdkernels.testing.fp32 import fp32_products
 from kdkernels.testing.opinfo import Sample, opinfos, randn
 from kdkernels.testing.opinfos import _key_bank, lsh_bce
 
@@ -147,25 +145,16 @@ def _large(name: str, dtype: torch.dtype) -> Case:
     return Case(info, "cuda", CPU, dtype, LARGE[name](dtype))
 
 
-@pytest.fixture
-def fp32_matmul() -> Iterator[Callable[[str], None]]:
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")],
+    [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")],
     ids=["fp32-ieee", "fp32-tf32x3", "bf16"],
 )
 @pytest.mark.parametrize("name", LARGE)
-def test_several_tiles(
-    name: str, dtype: torch.dtype, precision: str, fp32_matmul: Callable[[str], None]
-) -> None:
-    fp32_matmul(precision)
+def test_several_tiles(name: str, dtype: torch.dtype, precision: Literal["ieee", "tf32"]) -> None:
     case = _large(name, dtype)
-    assert_within_budget(case, case.errors())
+    with fp32_products(precision):
+        assert_within_budget(case, case.errors())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -394,20 +383,3 @@ def test_the_library_names_where_the_current_stream_is() -> None:
     done = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
     needed = re.findall(r"\(NEEDED\).*\[(lib\w+)\.so", done.stdout)
     assert {"libtorch_cpu", "libtorch_cuda"} <= set(needed)
-
-
-@pytest.mark.parametrize(("kib", "fits"), [(99, False), (163, True)])
-def test_blocks_that_do_not_fit_a_gpu_are_refused_before_the_launch(
-    kib: int, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    properties = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    with FakeTensorMode():
-        x = torch.empty(4, 4, device="cuda")
-    reasons = {
-        "gram_mse": gram_mse.supports(x, x, "streamed"),
-        "relational_kl": relational_kl.supports(x, x, x),
-    }
-    for reason in reasons.values():
-        assert reason is None if fits else f"and this GPU has {kib}" in reason
-    assert gram_mse.supports(x, x, "resident") is None

@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 import kdkernels.triton
 from kdkernels.testing import triton_targets
-from kdkernels.testing.triton_targets import SHARED_KIB, TARGETS, Compiled
+from kdkernels.testing.aot import recorder
+from kdkernels.testing.triton_targets import EXCEPTIONS, TARGETS, Compiled
 
 pytestmark = pytest.mark.xdist_group("triton targets")  # which would compile them once each
 
@@ -41,9 +42,9 @@ def test_kernels_compile_without_spills_and_fit(
     wrong = []
     for kernel in compilations[target][op]:
         found = kernel.instructions or "no tensor-core instruction"
-        if kernel.spilled:
+        if kernel.spilled > EXCEPTIONS.get((target, kernel.name), (0, ""))[0]:
             wrong.append(f"{kernel.name} spills {kernel.spilled} ({kernel.registers} registers)")
-        if kernel.shared > SHARED_KIB[target] * 1024:
+        if kernel.shared > recorder.TARGETS[target].shared_bytes:
             wrong.append(f"{kernel.name} takes {kernel.shared} bytes of shared memory")
         # where none is expected, one would round fp32 operands that were to be multiplied as they
         # are

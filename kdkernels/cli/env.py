@@ -21,6 +21,7 @@ import torch
 
 import kdkernels
 from kdkernels import _dispatch, _native
+from kdkernels._gpu import fp32_matmul, refuse_device
 from kdkernels.cli.table import Table, report_stream, write_json
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 
@@ -61,7 +62,7 @@ def collect() -> dict[str, Any]:
         "torch": {
             "threads": torch.get_num_threads(),
             "CPU capability": torch.backends.cpu.get_cpu_capability(),
-            "float32 matmul precision": torch.get_float32_matmul_precision(),
+            "fp32 products on a GPU": "tf32" if fp32_matmul() != "highest" else "fp32",
             "KDKERNELS_BACKEND": os.environ.get("KDKERNELS_BACKEND", "not set (auto)"),
         },
         "devices": [
@@ -98,7 +99,9 @@ def _description(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         capability = f"sm_{properties.major}{properties.minor}"
-        return f"{properties.name}, {capability}, {properties.total_memory / 2**30:.1f} GiB"
+        described = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.1f} GiB"
+        reason = refuse_device(device)
+        return described if reason is None else f"{described}; refused by triton and cuda: {reason}"
     return f"{platform.machine()}, {os.cpu_count()} logical cores"
 
 

@@ -27,15 +27,15 @@ def unavailable() -> str | None:
     return None
 
 
-def rejects(tensors: list[Tensor]) -> str | None:
+def rejects(op: str, tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
-    interpreted = importlib.import_module("kdkernels.triton.common.launch").INTERPRETED.value
+    launch = importlib.import_module("kdkernels.triton.common.launch")
     for kind in sorted({tensor.device.type for tensor in tensors}):
-        if kind == "cpu" and not interpreted:
+        if kind == "cpu" and not launch.INTERPRETED.value:
             return (
                 "tensors on the CPU need Triton's interpreter: "
                 "set TRITON_INTERPRET=1 before triton is imported"
             )
         if kind not in ("cpu", "cuda"):
             return f"Triton kernels run on CUDA and ROCm devices, not on {kind}"
-    return None
+    return launch.refuse_arch(launch.arch_of(tensors[0]), op)

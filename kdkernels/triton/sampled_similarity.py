@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import (
     Arch,
     arch_of,
@@ -57,7 +58,7 @@ def _indices(idx_ptr, i, offs_k, K, N, stride_ib, stride_ik):
     return index, (index >= 0) & (index < N), there
 
 
-@triton.jit
+@kernel
 def _sampled_similarity_fwd_kernel(
     x_ptr,  # [B, D]
     bank_ptr,  # [N, D]
@@ -98,7 +99,7 @@ def _sampled_similarity_fwd_kernel(
     tl.store(out_ptr + i.to(tl.int64) * K + offs_k, score, mask=there)
 
 
-@triton.jit
+@kernel
 def _sampled_similarity_bwd_kernel(
     dscore_ptr,  # [B, K] fp32
     bank_ptr,  # [N, D]

@@ -24,4 +24,4 @@ def call(
     x, y = labelled_rows(B, D, dtype)
     r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
     exclude = y if excludes else None
-    contrastive_fwd(x, y, r, r_y, M is None, exclude, 1.0, distance, True, True)
+    contrastive_fwd(x, y, r, r_y, M is None, exclude, True, 1.0, distance, True, True)

@@ -35,4 +35,4 @@ def call(
     x, y = labelled_rows(B, D, dtype)
     r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
     rows = x, y, r, r_y, M is None, y if excludes else None
-    triplet_all_fwd(*rows, negatives, 0.2, soft, distance, True, True)
+    triplet_all_fwd(*rows, True, negatives, 0.2, soft, distance, True, True)

@@ -120,3 +120,16 @@ def gradient_weight(weight, d, DISTANCE: tl.constexpr):
         return 2.0 * weight
     else:
         return weight
+
+
+@triton.jit
+def margin_loss(u, SOFT: tl.constexpr):
+    """(max(u, 0), or log(1 + e^u) with SOFT; its derivative). The loss is NaN where u is."""
+    if SOFT:
+        e = tl.exp(-tl.abs(u))
+        # log(1 + e) with all digits: the rounding of 1 + e is made up for
+        z = 1.0 + e
+        log1p = tl.where(z == 1.0, e, tl.log(z) * e / tl.where(z == 1.0, 1.0, z - 1.0))
+        return tl.where(u <= 0.0, 0.0, u) + log1p, tl.where(u > 0.0, 1.0, e) / z
+    else:
+        return tl.where(u <= 0.0, 0.0, u), tl.where(u > 0.0, 1.0, 0.0)

@@ -78,4 +78,5 @@ def _tiles(dtype: torch.dtype, arch: Arch, precisions: Precision) -> tuple[Tile,
         step = 16 if precisions.factors == "ieee" and arch.vendor == "cuda" else 32
         tile = Tile(64, 64, step, 8, stages)
         return tile, tile, BUFFER
-    return Tile(128, 64, 64, 8, stages), Tile(64, 64, 32, 4, stages), BUFFER
+    gradient = Tile(64, 64, 32, 4, 2 if arch.narrow else stages)
+    return Tile(128, 64, 64, 8, stages), gradient, BUFFER

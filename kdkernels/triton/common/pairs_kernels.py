@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kdkernels.triton.common.distances import distance_tile
 from kdkernels.triton.common.dots import dot_split
+from kdkernels.triton.common.jit import kernel
 
 
 @triton.jit
@@ -21,7 +22,7 @@ def store_close(close_ptr, close, m_blocks, n_blocks):
     tl.store(close_ptr + tile, close)
 
 
-@triton.jit
+@kernel
 def _pairs_distances_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
@@ -56,7 +57,7 @@ def _pairs_distances_kernel(
     store_close(close_ptr, close, m_blocks, tl.cdiv(M, BLOCK_N))
 
 
-@triton.jit
+@kernel
 def _pairs_gradient_kernel(
     w_ptr,  # [N, K] fp32 weights; [K, N] if TRANSPOSED
     x_ptr,  # [N, D]

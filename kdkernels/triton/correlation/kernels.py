@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.triton.common.jit import kernel
+
 # The table of numbers per row, fp32 [7, B]: maxima and sums of both softmaxes, rho, and
 # the factors self_ and other of the gradient.
 MAX, SUM, RHO, SELF, OTHER = (tl.constexpr(index) for index in (0, 2, 4, 5, 6))
@@ -22,11 +24,13 @@ def _logits(x_ptr, rows, cols, valid, stride_row, stride_col, temperature):
 
 @triton.jit
 def _add_logits(z, most, total):
-    """Online maximum and sum of exp(z - maximum); a sum of NaN stays one."""
+    """Online maximum and sum of exp(z - maximum); a sum of NaN stays one. Before the first class
+    that is not ruled out, exp would be of inf - inf, and all that counts is NaN."""
     now = tl.maximum(most, tl.max(z, 1))
-    seen = now > -float("inf")  # before, exp would be of inf - inf
+    seen = now > -float("inf")
     kept = tl.where(seen, tl.exp(most - now), 1.0)
-    return now, total * kept + tl.sum(tl.where(seen[:, None], tl.exp(z - now[:, None]), z * 0.0), 1)
+    terms = tl.where(seen[:, None], tl.exp(z - now[:, None]), tl.where(z == z, 0.0, z))
+    return now, total * kept + tl.sum(terms, 1)
 
 
 @triton.jit
@@ -39,7 +43,7 @@ def _correlate(aa, bb, ab, eps):
     return rho, tl.where(norm_a > 0.0, rho * norm_b / (norm_a * den), 0.0), 1.0 / den
 
 
-@triton.jit
+@kernel
 def _correlation_rows_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -105,7 +109,7 @@ def _probabilities(
     return tl.exp(z - most[:, None]) / total[:, None]
 
 
-@triton.jit
+@kernel
 def _correlation_columns_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -178,7 +182,7 @@ def _correlation_columns_kernel(
     tl.store(at + 4 * C, ab, mask=mask_c)
 
 
-@triton.jit
+@kernel
 def _correlation_merge_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -263,7 +267,7 @@ def _derivatives(
     return tl.where(valid, a, 0.0), tl.where(valid, dy, 0.0)
 
 
-@triton.jit
+@kernel
 def _correlation_gradient_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]

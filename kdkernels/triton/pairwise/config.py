@@ -51,4 +51,6 @@ def _tiles(D: int, dtype: torch.dtype, arch: Arch, precisions: Precision) -> tup
         # without tensor cores every operand of a step is held in registers: a short step
         step = 16 if precisions.factors == "ieee" and arch.vendor == "cuda" else 32
         return Tile(64, 64, step, 8, stages), Tile(64, columns, step, 8, 2)
+    if arch.narrow and columns == 32:
+        return Tile(64, 64, 32, 8, stages), Tile(32, 32, 32, 4, 2)
     return Tile(64, 64, 64, 8, stages), Tile(64, columns, 32, 8, 2)

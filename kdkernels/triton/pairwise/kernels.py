@@ -19,13 +19,14 @@ from kdkernels.triton.common.distances import (
     unmoved,
 )
 from kdkernels.triton.common.dots import dot_split
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.product import product_tile, upper_tile
 
 DOT = tl.constexpr(3)
 RBF = tl.constexpr(4)
 
 
-@triton.jit
+@kernel
 def _pairwise_fwd_kernel(
     x_ptr,  # [G, N, D], of distances as `centre.centred` has them
     y_ptr,  # [G, M, D]
@@ -148,7 +149,7 @@ def _weights(
     return w, near
 
 
-@triton.jit
+@kernel
 def _pairwise_bwd_kernel(
     dout_ptr,  # [G, N, M]
     out_ptr,  # [G, N, M], distances only

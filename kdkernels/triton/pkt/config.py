@@ -69,4 +69,4 @@ def _tiles(dtype: torch.dtype, arch: Arch, precision: str, cosine: bool) -> tupl
         return Tile(64, 32, step, 8, stages), product, product
     # of student_t a program holds the distances too
     tiles = Tile(64, 64 if cosine else 32, 32, 8, stages)
-    return tiles, Tile(128, 64, 32, 8, stages), Tile(64, 64, 32, 4, stages)
+    return tiles, Tile(128, 64, 32, 8, stages), Tile(64, 64, 32, 4, 2 if arch.narrow else stages)

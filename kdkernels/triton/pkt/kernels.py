@@ -10,6 +10,7 @@ import triton.language as tl
 from kdkernels.triton.common.distances import close_share
 from kdkernels.triton.common.dots import dot
 from kdkernels.triton.common.exp_math import two_atanh
+from kdkernels.triton.common.jit import kernel
 
 # Rows of the table of numbers per feature row, fp32 [7, B], of student and teacher.
 SCALE, SELF, INVERSE, LOST = (tl.constexpr(index) for index in (0, 2, 4, 6))
@@ -115,7 +116,7 @@ def _slope(p, q, KL: tl.constexpr):
         return (p - q) / p - _log_ratio(q, p)
 
 
-@triton.jit
+@kernel
 def _pkt_tiles_kernel(
     s_ptr,  # [B, D_s], of student_t centred
     t_ptr,  # [B, D_t]
@@ -231,7 +232,7 @@ def _pkt_tiles_kernel(
         tl.store(at + splits * width, second_sum, mask=mask_m)
 
 
-@triton.jit
+@kernel
 def _pkt_cosine_bwd_kernel(
     x_ptr,  # [B, D]
     norm_ptr,  # [B] fp32

@@ -6,10 +6,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.rkd.distance_kernels import huber_slope
 
 
-@triton.jit
+@kernel
 def _rkd_squares_kernel(
     x_ptr,  # [D, B]
     out_ptr,  # [splits, B, B] fp64
@@ -72,7 +73,7 @@ def _cosines(
         return 0.5 * _sum_of_three(u, u_low, w, w_low, z, z_low) * (u_inverse * w_inverse)
 
 
-@triton.jit
+@kernel
 def _rkd_angles_kernel(
     s_ptr,  # [3, B, B] fp32: squared distances, what their rounding left, 1 / distance or 0
     t_ptr,  # the same of the teacher

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.distances import EUCLIDEAN, distance_tile, gradient_weight
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.pairs_kernels import store_close
 
 
@@ -17,7 +18,7 @@ def huber_slope(e):
     return tl.where(e < -1.0, -1.0, e)
 
 
-@triton.jit
+@kernel
 def _rkd_sum_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # the same
@@ -52,7 +53,7 @@ def _rkd_sum_kernel(
     tl.store(sum_ptr + tl.program_id(0), total.to(tl.float64))
 
 
-@triton.jit
+@kernel
 def _rkd_pairs_kernel(
     s_ptr,  # [B, D_s]
     t_ptr,  # [B, D_t]

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU and CUDA kernels share this arithmetic of one triplet.
+// The CPU and CUDA kernels of triplets share this arithmetic of one of them.
 #pragma once
 
 #include <cmath>
 
 #include "../common/quotient.h"
 
-namespace kdk::triplet_all {
+namespace kdk::pairs {
 
 template <typename T>
 struct Term {
@@ -26,4 +26,4 @@ KDK_HOST_DEVICE Term<T> softplus(T u) {
   return {(u <= 0 ? T(0) : u) + std::log1p(z), quotient<T>(u < 0 ? z : T(1), 1 + z)};
 }
 
-}  // namespace kdk::triplet_all
+}  // namespace kdk::pairs
