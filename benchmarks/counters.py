@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hardware counters of the kernels that the table's calls spend their time in, by Nsight Compute.
 
-    python benchmarks/counters.py --table table.jsonl --lines counters.jsonl --limit 60
+    python benchmarks/counters.py --table kernels.jsonl --lines counters.jsonl --limit 60
 
-reads what `kdkernels bench --table --lines table.jsonl` found, takes the longest kernel of each
-backend's calls, of those the eight longest of different names, and runs each call once under `ncu`,
-which leaves the clocks as they are. Each kernel is a process and a line of its own, so that a run
-which is stopped keeps what it has. A model of a kernel's time (which unit is busy, how many bytes
-go through L2) is held against these numbers.
+reads what `kdkernels bench --table --mode kernels --lines kernels.jsonl` found, and takes the
+longest kernel of each backend's calls, of those the eight longest of different names. Their calls
+are made under `ncu`, which leaves the clocks as they are. Each kernel is a process and a line of
+its own, so that a run which is stopped keeps what it has. A model of a kernel's time (which unit is
+busy, how many bytes go through L2) is held against these numbers.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Counted:
     op: str
     shape: str
     dtype: str
+    mode: str
     backend: str
     kernel: str  # its function, without namespaces, template arguments and parameters
     time_us: float  # of all its launches in the call
@@ -78,8 +79,8 @@ def choose(lines: Iterable[str]) -> list[Counted]:
             for kernel in record["variants"].get(backend, {}).get("kernels", ())[:1]:
                 name = function_name(kernel["name"])
                 found = Counted(
-                    record["op"], record["shape"]["name"], record["dtype"], backend, name,
-                    kernel["time_us"],
+                    record["op"], record["shape"]["name"], record["dtype"], record["mode"], backend,
+                    name, kernel["time_us"],
                 )  # fmt: skip
                 if name not in longest or longest[name].time_us < found.time_us:
                     longest[name] = found
@@ -96,7 +97,7 @@ def count(counted: Counted, metrics: Sequence[str], seconds: float) -> dict[str,
         command += ["--section", section]
     if metrics:
         command += ["--metrics", ",".join(metrics)]
-    call = (counted.op, counted.shape, counted.dtype, counted.backend)
+    call = (counted.op, counted.shape, counted.dtype, counted.mode, counted.backend)
     command += [sys.executable, __file__, "--call", *call]
     try:
         done = subprocess.run(
@@ -116,7 +117,7 @@ def count(counted: Counted, metrics: Sequence[str], seconds: float) -> dict[str,
     }
 
 
-def call_once(op: str, shape_name: str, dtype_name: str, backend: str) -> int:
+def call_once(op: str, shape_name: str, dtype_name: str, mode: str, backend: str) -> int:
     """The call that ncu looks at: warmed up, then once between the marks of its range."""
     import torch
 
@@ -127,7 +128,7 @@ def call_once(op: str, shape_name: str, dtype_name: str, backend: str) -> int:
     (shape,) = (shape for shape in info.bench if shape.name == shape_name)
     sample = info.bench_sample(shape, torch.device("cuda"), getattr(torch, dtype_name))
     function = bench.variant_function(info, sample, backend)
-    run = bench.timed(function, [sample.args], "fwd_bwd", backend)
+    run = bench.timed(function, [sample.args], mode, backend)
     run(0)
     torch.cuda.synchronize()
     with torch.cuda.profiler.profile():
@@ -140,10 +141,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", type=Path, default=Path("table.jsonl"))
+    parser.add_argument("--table", type=Path, default=Path("kernels.jsonl"))
     parser.add_argument("--lines", type=Path, default=Path("counters.jsonl"))
     parser.add_argument("--limit", type=float, default=600.0, help="seconds (default: 600)")
-    parser.add_argument("--call", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--call", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.call is not None:
         return call_once(*args.call)

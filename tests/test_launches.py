@@ -23,16 +23,16 @@ MOST_KERNELS = {
     "relational_kl 64x128, 1024 keys": 9,
     "info_nce 64x128, 1024 keys": 10,
     "info_nce 64x128, own keys": 9,
-    "triplet_loss 64x128, batch_hard": 56,
-    "triplet_loss 64x128, batch_all": 58,
-    "contrastive_loss 64x128": 44,
+    "triplet_loss 64x128, batch_hard": 12,
+    "triplet_loss 64x128, batch_all": 17,
+    "contrastive_loss 64x128": 13,
     "triplet_distillation 64x128, random": 56,
-    "triplet_distillation 64x128, hardest": 45,
+    "triplet_distillation 64x128, hardest": 11,
     "lsh_bce 64x128, 2048 hashes": 8,
-    "pkt 64x128": 50,
-    "rkd_distance 64x128": 38,
-    "rkd_angle 64x128": 62,
-    "correlation 64x100": 15,
+    "pkt 64x128": 12,
+    "rkd_distance 64x128": 16,
+    "rkd_angle 64x128": 14,
+    "correlation 64x100": 7,
     "pairwise 64x128, cosine": 15,
     "pairwise 64x128, euclidean": 11,
 }
@@ -44,18 +44,22 @@ MOST_KIB = {
     "relational_kl 64x128, 1024 keys": 619,
     "info_nce 64x128, 1024 keys": 483,
     "info_nce 64x128, own keys": 483,
-    "triplet_loss 64x128, batch_hard": 382,
-    "triplet_loss 64x128, batch_all": 569,
-    "contrastive_loss 64x128": 517,
+    "triplet_loss 64x128, batch_hard": 24,
+    "triplet_loss 64x128, batch_all": 245,
+    "contrastive_loss 64x128": 194,
     "triplet_distillation 64x128, random": 540,
-    "triplet_distillation 64x128, hardest": 158,
+    "triplet_distillation 64x128, hardest": 24,
     "lsh_bce 64x128, 2048 hashes": 569,
-    "pkt 64x128": 323,
-    "rkd_distance 64x128": 131,
-    "rkd_angle 64x128": 1750,
+    "pkt 64x128": 93,
+    "rkd_distance 64x128": 99,
+    "rkd_angle 64x128": 1009,
     "correlation 64x100": 75,
     "pairwise 64x128, cosine": 61,
     "pairwise 64x128, euclidean": 59,
+}
+# Steps that start more than eager torch does.
+MORE_THAN_EAGER = {
+    "triplet_distillation 64x128, random",
 }
 
 
@@ -81,6 +85,14 @@ def test_a_step_starts_no_more_kernels_than_its_bound(
 ) -> None:
     found = counted[step]["triton"]
     assert found["total"] <= MOST_KERNELS[step], found
+
+
+@pytest.mark.parametrize("step", MOST_KERNELS)
+def test_a_step_starts_no_more_kernels_than_eager_torch(
+    counted: dict[str, dict[str, Any]], step: str
+) -> None:
+    found = counted[step]
+    assert found["triton"]["total"] <= found["eager"]["total"] or step in MORE_THAN_EAGER, found
 
 
 @pytest.mark.parametrize("step", MOST_KIB)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fills Triton's cache in many processes, before one process of a GPU would compile in turn.
 
-    python -m kdkernels.testing.warm [--op OP ...] [--dtype DTYPE ...] [--seconds N]
+    python -m kdkernels.testing.warm [--table] [--op OP ...] [--dtype DTYPE ...]
 
 A process that has a GPU compiles a kernel when it first launches it, about 0.4 seconds each, and
-the samples of `kdkernels check` need more than a thousand. Here their calls are made on CPU
-tensors, configured for the present GPU. Triton's hook before a compilation keeps what the JIT would
-compile and launches nothing; then all processes compile that by `JITFunction.preload`. So the
-entries of the cache are those that the JIT looks up. `--target` names a GPU that need not be here.
+the samples of `kdkernels check` need more than a thousand. Here their calls, and with `--table`
+those of `kdkernels bench --table`, are made on CPU tensors, configured for the present GPU. A hook
+of Triton's before each compilation keeps what the JIT would compile and launches nothing; then all
+processes compile that by `JITFunction.preload`. So the entries of the cache are those that the JIT
+looks up. `--target` names a GPU that need not be here.
 
 Compiled kernels stay in the cache when this is interrupted. Exit status 1 if something failed.
 """
@@ -24,7 +25,7 @@ import os
 import queue
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -33,6 +34,7 @@ import torch
 
 from kdkernels._dispatch import BackendUnavailableError, implementation
 from kdkernels.testing import numerics
+from kdkernels.testing.gpu_table import GPU_TABLE
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 
 DTYPES = ("bfloat16", "float32", "float16")
@@ -100,27 +102,27 @@ def named(name: str) -> Device:
     return Device(GPUTarget("cuda", int(name.removeprefix("sm_")), 32), TARGETS[name])
 
 
-def plan(ops: Sequence[str], dtypes: Sequence[str]) -> list[Calls]:
-    """What is recorded."""
-    return [
-        Calls(info.name, dtype, None)
-        for info in opinfos()
-        if info.name in ops
+def plan(ops: Sequence[str], dtypes: Sequence[str], table: bool = False) -> list[Calls]:
+    """What is recorded, the table first."""
+    infos = {info.name: info for info in opinfos() if info.name in ops}
+    shapes = dict.fromkeys((op, shape) for op, shape, _ in GPU_TABLE if op in infos)
+    calls = [Calls(op, "bfloat16", shape) for op, shape in shapes] if table else []
+    return calls + [
+        Calls(name, dtype, None)
+        for name, info in infos.items()
         for dtype in dtypes
         if getattr(torch, dtype) in info.dtypes
     ]
 
 
-def samples(calls: Calls) -> Iterator[tuple[OpInfo, Sample, int]]:
-    """The calls themselves, with how many of the first arguments ask for a gradient."""
+def samples(calls: Calls) -> tuple[OpInfo, Iterable[Sample], int]:
+    """The op, the calls, and how many of their first arguments ask for a gradient."""
     (info,) = (info for info in opinfos() if info.name == calls.op)
     dtype = getattr(torch, calls.dtype)
     if calls.shape is None:
-        for sample in info.samples(CPU, dtype):
-            yield info, sample, len(info.diff_args)
-    else:
-        (shape,) = (shape for shape in info.bench if shape.name == calls.shape)
-        yield info, info.bench_sample(shape, CPU, dtype), 1
+        return info, info.samples(CPU, dtype), len(info.diff_args)
+    (shape,) = (shape for shape in info.bench if shape.name == calls.shape)
+    return info, [info.bench_sample(shape, CPU, dtype)], 1
 
 
 @contextlib.contextmanager
@@ -161,6 +163,14 @@ def call(info: OpInfo, sample: Sample, gradients: int) -> str | None:
 
 def record(calls: Calls, device: Device) -> tuple[list[Kernel], list[str]]:
     """The kernels that calls would compile, and the calls that failed."""
+    info, found, gradients = samples(calls)
+    return record_samples(info, found, gradients, device)
+
+
+def record_samples(
+    info: OpInfo, calls: Iterable[Sample], gradients: int, device: Device
+) -> tuple[list[Kernel], list[str]]:
+    """The same of samples, whose first `gradients` arguments ask for one."""
     from triton import knobs
 
     found: dict[Kernel, None] = {}
@@ -171,10 +181,10 @@ def record(calls: Calls, device: Device) -> tuple[list[Kernel], list[str]]:
         return True  # neither compiles nor launches
 
     with on_cpu_tensors(device), mock.patch.object(knobs.runtime, "jit_cache_hook", keep):
-        for info, sample, gradients in samples(calls):
+        for sample in calls:
             failure = call(info, sample, gradients)
             if failure is not None:
-                failures.append(f"{calls.op} {calls.dtype} {sample.name}: {failure}")
+                failures.append(f"{info.name} {sample.name}: {failure}")
     return list(found), failures
 
 
@@ -209,7 +219,7 @@ def warm(calls: Sequence[Calls], pool: Any, processes: int, device: Device, end:
     known: set[Kernel] = set()
     running, reported = 0, time.monotonic()
 
-    def start() -> None:
+    def begin() -> None:
         rank, _, function, what = heapq.heappop(waiting)
 
         def put(result: Any) -> None:
@@ -223,7 +233,7 @@ def warm(calls: Sequence[Calls], pool: Any, processes: int, device: Device, end:
 
     while waiting or running:
         while waiting and running < processes and time.monotonic() < end:
-            start()
+            begin()
             running += 1
         if not running:
             break
@@ -250,8 +260,10 @@ def warm(calls: Sequence[Calls], pool: Any, processes: int, device: Device, end:
     return outcome
 
 
-def _start() -> None:
+def start() -> None:
+    """What a process of the pool begins with: one thread, and no GPU, which autograd would open."""
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -259,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--op", nargs="+", choices=names, default=names, metavar="OP")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--table", action="store_true", help="shapes of the table too, and first")
     parser.add_argument("--target", metavar="NAME", help="e.g. sm_90 (default: the present GPU)")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seconds", type=float, default=600.0, help="start nothing after these")
@@ -266,10 +279,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET must not be set: the interpreter compiles nothing")
     begin = time.monotonic()
-    calls = plan(args.op, args.dtype)
+    calls = plan(args.op, args.dtype, args.table)
     for info in opinfos():  # imported once, before the fork
         implementation(info.op, "triton")
-    with multiprocessing.get_context("fork").Pool(args.processes, _start) as pool:
+    with multiprocessing.get_context("fork").Pool(args.processes, start) as pool:
         device = named(args.target) if args.target else present()
         outcome = warm(calls, pool, args.processes, device, begin + args.seconds)
     print(*outcome.failures, sep="\n")

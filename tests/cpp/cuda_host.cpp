@@ -218,3 +218,8 @@ void wait_copies(int groups_left) {
 }  // namespace kdk::host
 
 void __syncthreads() { kdk::host::meet(kdk::host::arrived, 0, blockDim.x); }
+
+// Returns how many there were since the last call.
+extern "C" __attribute__((visibility("default"))) int64_t kdk_take_differences() {
+  return std::exchange(kdk::host::differences, 0);
+}

@@ -48,6 +48,9 @@ void copy_later(void* to, const void* from, int bytes);
 void close_copies();
 void wait_copies(int groups_left);
 
+// Pairs of rows whose distances kernels took from differences, which products would have lost.
+inline int64_t differences = 0;
+
 inline int lane() { return static_cast<int>(threadIdx.x) % 32; }
 
 // What every collective is made of: each lane of a warp hands in a value and gets those of all 32,

@@ -11,10 +11,13 @@ import sys
 # nothing; elsewhere the interpreter runs them, so that values are right.
 COMPILED = ("kdkernels.testing.warm", "benchmarks/sweep_triton.py")
 
+# These import no torch, which takes seconds.
+WITHOUT_TORCH = ("benchmarks/gpu_libraries.py", "benchmarks/counters.py")
+
 compiled = any(name in sys.orig_argv for name in COMPILED)
 if not compiled:
     os.environ["TRITON_INTERPRET"] = "1"
+if not any(name in sys.orig_argv for name in WITHOUT_TORCH):
+    import pretended_gpu
 
-import pretended_gpu  # noqa: E402
-
-pretended_gpu.use(compiled)
+    pretended_gpu.use(compiled)

@@ -164,7 +164,8 @@ def memory(shape: BenchShape, dtype: torch.dtype, variant: str) -> float:
     B, D, K = (shape.sizes[name] for name in "BDK")
     if variant == "mm":
         return (B * K + 2 * B * D) * dtype.itemsize
-    acc = 8 if dtype == torch.float64 else 4
+    as_users_write_it = variant in ("eager", "compile")
+    acc = dtype.itemsize if as_users_write_it else max(dtype.itemsize, 4)
     tiles = EAGER_TILES * B * K if variant in ("eager", "compile", "reference") else 0
     copies = 3 * K * D if variant in ("eager", "compile", "reference") else 0
     return (tiles + copies + 8 * B * D) * acc

@@ -14,6 +14,8 @@ from typing import Any
 
 import triton
 
+from kdkernels.triton.common.prepared import Kernel
+
 # Names of such integers: rows of a batch, groups, places, parts.
 COUNTS = frozenset(
     ("B", "G", "first", "last", "rows", "splits", "parts", "tiles", "total", "m_blocks", "n_blocks")
@@ -30,4 +32,7 @@ def kernel(
     of the arguments in `counts`, except of those in `lengths`, along which it reads memory."""
     if function is None:
         return lambda function: kernel(function, counts=counts, lengths=lengths)
-    return triton.jit(function, do_not_specialize=sorted(COUNTS.union(counts).difference(lengths)))
+    ignored = sorted(COUNTS.union(counts).difference(lengths))
+    if triton.knobs.runtime.interpret:
+        return triton.jit(function, do_not_specialize=ignored)
+    return Kernel(function, ignored)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms of rows, and the gradient through rows that were divided by theirs."""
+"""The gradient through rows that were divided by their norms."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,11 +14,6 @@ from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
 from kdkernels.triton.common.prepared import REMEMBERED, Launch
 
 EPS = tl.constexpr(1e-12)  # the clamp of F.normalize, on the norm
-
-
-def squared_norms(x: Tensor) -> Tensor:
-    """Squared norms of the rows [..., D] in fp32, each rounded once."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square().float()
 
 
 @lru_cache(REMEMBERED)

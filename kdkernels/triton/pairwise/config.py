@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from kdkernels.triton.common.dots import Precision, pick_precision
 from kdkernels.triton.common.launch import Arch, Tile
+from kdkernels.triton.common.prepared import REMEMBERED
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class PairwiseConfig:
     arch: Arch
 
 
+@lru_cache(REMEMBERED)
 def pick_config(
     D: int, *, metric_is_distance: bool, dtype: torch.dtype, arch: Arch, fp32_matmul: str
 ) -> PairwiseConfig:

@@ -7,12 +7,25 @@ read as they are; everything accumulates in fp32. Nothing waits for the device.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
+from kdkernels.triton.common.centre import Rows, centred
 from kdkernels.triton.common.distances import DISTANCES
-from kdkernels.triton.common.launch import COLUMNS, ROWS, arch_of, cdiv, on_device, supports
+from kdkernels.triton.common.launch import (
+    COLUMNS,
+    ROWS,
+    Arch,
+    arch_of,
+    cdiv,
+    on_device,
+    supports,
+)
+from kdkernels.triton.common.prepared import REMEMBERED, Launch
 from kdkernels.triton.triplet import bwd_kernels, kernels
 from kdkernels.triton.triplet.config import SORTED, SUMMED, pick_config, row_columns
 
@@ -48,53 +61,70 @@ def triplet_fwd(
         return results
     x = embeddings.contiguous()
     r = x if in_batch else references.contiguous()
+    y = labels.contiguous()
+    r_y = y if in_batch else reference_labels.contiguous()
+    plan = _forward(
+        B, M, D, x.dtype, arch_of(x), fp32_matmul(), in_batch, exclude is not None, normalize,
+        positives, negatives, soft, distance,
+    )  # fmt: skip
+    N = B if in_batch else B + M
+    scales, norms = _new(x, N), _new(x, N)
+    # Rows of fp32 are moved by a common point, of which no scale can tell: so unit rows are made.
+    moved = x.dtype == torch.float32
+    unit = _new(x, N, D) if moved and normalize else x
+    winners = {
+        "key_ptr": _new(x, 2, plan.splits, B),
+        "row_ptr": _new(x, 2, plan.splits, B, dtype=torch.int32),
+    }
     with on_device(embeddings):
-        stats, keys, rows = _winners(
-            x, labels, r, reference_labels, in_batch, exclude, normalize, positives, negatives
-        )
-        kernels._triplet_distances_kernel[(cdiv(B, ROWS),)](
-            x_ptr=x, r_ptr=r, stats_ptr=stats, key_ptr=keys, row_ptr=rows, positive_ptr=positive,
+        plan.prepare(x_ptr=x, r_ptr=r, scale_ptr=scales, norm_ptr=norms, unit_ptr=unit, **winners)
+        anchors, others = Rows(x, x, norms[:B]), Rows(r, r, norms if in_batch else norms[B:])
+        if moved:
+            rows = unit if normalize else x
+            bank = (unit[B:] if normalize else r) if not in_batch else None
+            anchors, others = centred(rows[:B], bank)
+        for search in plan.searches:
+            search(
+                x_ptr=anchors.x, r_ptr=others.x, given_x_ptr=anchors.given,
+                given_r_ptr=others.given, x_norm_ptr=anchors.norm, r_norm_ptr=others.norm,
+                scale_ptr=scales, **winners, x_label_ptr=y, r_label_ptr=r_y,
+                exclude_ptr=y if exclude is None else exclude.contiguous(),
+            )  # fmt: skip
+        plan.distances(
+            x_ptr=x, r_ptr=r, scale_ptr=scales, **winners, positive_ptr=positive,
             negative_ptr=negative, d_ap_ptr=d_ap, d_an_ptr=d_an, loss_ptr=losses, margin=margin,
-            B=B, D=D, splits=keys.shape[1], IN_BATCH=in_batch, NORMALIZE=normalize,
-            DISTANCE=DISTANCES[distance], SOFT=soft, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
-        kernels._triplet_sums_kernel[(1,)](
+        plan.sums(
             loss_ptr=losses, positive_ptr=positive, total_ptr=total, nonzero_ptr=nonzero,
-            valid_ptr=valid, B=B, BLOCK=SUMMED, num_warps=8,
+            valid_ptr=valid,
         )  # fmt: skip
     return results
 
 
-def _winners(
-    x: Tensor,  # [B, D]
-    labels: Tensor,  # [B]
-    r: Tensor,  # [M, D]
-    reference_labels: Tensor,  # [M]
-    in_batch: bool,
-    exclude: Tensor | None,  # [B]
-    normalize: bool,
-    positives: str,
-    negatives: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The statistics of the rows; the best positive and negative of each anchor within each split
-    of the references: keys and rows, [2, splits, B]."""
-    (B, D), M = x.shape, len(r)
-    config = pick_config(B, M, dtype=x.dtype, arch=arch_of(x), fp32_matmul=fp32_matmul())
-    keys = _new(x, 2, config.splits, B)
-    rows = _new(x, 2, config.splits, B, dtype=torch.int32)
-    paired = positives == "paired"
-    stats = _statistics(x, r, in_batch, normalize, (keys, rows) if paired else None)
-    labels, reference_labels = labels.contiguous(), reference_labels.contiguous()
-    left_out = labels if exclude is None else exclude.contiguous()  # labels are not read as such
+class _Forward(NamedTuple):
+    splits: int  # of the references, each with the best positive and negative of each anchor
+    prepare: Launch
+    searches: tuple[Launch, ...]
+    distances: Launch
+    sums: Launch
 
-    def mine(signs: dict[int, int], bound: int = _POSITIVE, floor: int = 0) -> None:
+
+@lru_cache(REMEMBERED)
+def _forward(
+    B: int, M: int, D: int, dtype: torch.dtype, arch: Arch, matmul: str, in_batch: bool,
+    excludes: bool, normalize: bool, positives: str, negatives: str, soft: bool, distance: str,
+) -> _Forward:  # fmt: skip
+    config = pick_config(B, M, dtype=dtype, arch=arch, fp32_matmul=matmul)
+    paired = positives == "paired"
+
+    def search(signs: dict[int, int], bound: int = _POSITIVE, floor: int = 0) -> Launch:
         """Search the sides in `signs`; with `floor`, beyond what side `bound` found before."""
-        kernels._triplet_mine_kernel[(cdiv(B, config.tile.m), config.splits)](
-            x_ptr=x, r_ptr=r, stats_ptr=stats, x_label_ptr=labels, r_label_ptr=reference_labels,
-            key_ptr=keys, row_ptr=rows, exclude_ptr=left_out, B=B, M=M, D=D, splits=config.splits,
-            split_length=config.split_length, IN_BATCH=in_batch, EXCLUDES=exclude is not None,
-            NORMALIZE=normalize, POSITIVE=signs.get(_POSITIVE, 0),
-            NEGATIVE=signs.get(_NEGATIVE, 0), BOUND=bound, FLOOR=floor,
+        return Launch(
+            kernels._triplet_mine_kernel, (cdiv(B, config.tile.m), config.splits), B=B, M=M, D=D,
+            splits=config.splits, split_length=config.split_length, IN_BATCH=in_batch,
+            EXCLUDES=excludes, SCALED=normalize and dtype != torch.float32,
+            POSITIVE=signs.get(_POSITIVE, 0), NEGATIVE=signs.get(_NEGATIVE, 0), BOUND=bound,
+            FLOOR=floor,
             DIFFERENCES=config.differences, PRECISION=config.precision, **config.tile.launch(),
         )  # fmt: skip
 
@@ -104,37 +134,42 @@ def _winners(
         _NEGATIVE: -1 if negatives == "easiest" else 1,
     }
     if paired:
-        del signs[_POSITIVE]
-        mine(signs, _POSITIVE, -1 if negatives == "semihard" else 0)
+        floor = -1 if negatives == "semihard" else 0
+        searches = [search({_NEGATIVE: signs[_NEGATIVE]}, _POSITIVE, floor)]
     elif "semihard" not in (positives, negatives):
-        mine(signs)
+        searches = [search(signs)]
     else:
         free, bounded = (
             (_NEGATIVE, _POSITIVE) if positives == "semihard" else (_POSITIVE, _NEGATIVE)
         )
-        mine({free: signs[free]})
-        mine({bounded: signs[bounded]}, free, signs[free] * signs[bounded])
-    return stats, keys, rows
+        searches = [
+            search({free: signs[free]}),
+            search({bounded: signs[bounded]}, free, signs[free] * signs[bounded]),
+        ]
+    return _Forward(
+        config.splits,
+        _prepare(B, M, D, config.splits, in_batch, paired, normalize, dtype == torch.float32),
+        tuple(searches),
+        Launch(
+            kernels._triplet_distances_kernel, (cdiv(B, ROWS),), B=B, D=D, splits=config.splits,
+            IN_BATCH=in_batch, NORMALIZE=normalize, DISTANCE=DISTANCES[distance], SOFT=soft,
+            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        ),
+        Launch(kernels._triplet_sums_kernel, (1,), B=B, BLOCK=SUMMED, num_warps=8),
+    )  # fmt: skip
 
 
-def _statistics(
-    x: Tensor,  # [B, D]
-    r: Tensor,  # [M, D]
-    in_batch: bool,
-    normalize: bool,
-    paired: tuple[Tensor, Tensor] | None = None,  # keys and rows, [2, splits, B]
-) -> Tensor:
-    """[B + M, 2]: what each row is multiplied by, and its squared norm then; [B, 2] in batch. Of
-    `paired` the positives are set."""
-    (B, D), M = x.shape, len(r)
-    keys, rows = (x, x) if paired is None else paired
-    stats = _new(x, B if in_batch else B + M, 2)
-    kernels._triplet_prepare_kernel[(cdiv(B, ROWS) + (0 if in_batch else cdiv(M, ROWS)),)](
-        x_ptr=x, r_ptr=r, stats_ptr=stats, key_ptr=keys, row_ptr=rows, B=B, M=M, D=D,
-        splits=keys.shape[1], IN_BATCH=in_batch, PAIRED=paired is not None, NORMALIZE=normalize,
+def _prepare(
+    B: int, M: int, D: int, splits: int, in_batch: bool, paired: bool, normalize: bool, unit: bool
+) -> Launch:
+    """What each row is multiplied by and its squared norm then, [B + M], or [B] in batch; the rows
+    then, where `unit` asks for them and they are not those given; the winners, if `paired`."""
+    return Launch(
+        kernels._triplet_prepare_kernel, (cdiv(B, ROWS) + (0 if in_batch else cdiv(M, ROWS)),),
+        B=B, M=M, D=D, splits=splits, IN_BATCH=in_batch, PAIRED=paired, NORMALIZE=normalize,
+        UNIT=unit and normalize,
         ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    return stats
 
 
 def triplet_bwd(
@@ -161,39 +196,67 @@ def triplet_bwd(
         return dx, dr.zero_()
     x = embeddings.contiguous()
     r = x if in_batch else references.contiguous()
-    chosen = tuple(t.contiguous() for t in (positive, negative, d_ap, d_an))
-    columns, entries_at_once = row_columns(D)
+    positive, negative, d_ap, d_an = (t.contiguous() for t in (positive, negative, d_ap, d_an))
+    plan = _backward(
+        B, M, D, in_batch, normalize, dloss.stride(0) if dloss.dim() else 0, soft, distance
+    )
+    # tensors that no kernel reads stand in for what is not needed
+    scales = x
+    entries = positive
     with on_device(embeddings):
-        # arguments that no kernel reads stand in for what is not needed
-        stats = _statistics(x, r, in_batch, normalize) if normalize else x
-        entries = positive
-        if need_references or (in_batch and need_embeddings):
-            entries = _entries(*chosen[:2], M)
-        for out, anchor, was_chosen in ((dx, True, in_batch), (dr, False, True)):
-            if out.numel() == 0:
-                continue
-            bwd_kernels._triplet_bwd_kernel[(len(out),)](
-                x_ptr=x, r_ptr=r, stats_ptr=stats, dout_ptr=out, dloss_ptr=dloss,
-                positive_ptr=chosen[0], negative_ptr=chosen[1], d_ap_ptr=chosen[2],
-                d_an_ptr=chosen[3], entry_ptr=entries, margin=margin,
-                stride_dloss=0 if dloss.dim() == 0 else dloss.stride(0), B=B, D=D,
-                IN_BATCH=in_batch, NORMALIZE=normalize, DISTANCE=DISTANCES[distance], SOFT=soft,
-                ANCHOR=anchor, CHOSEN=was_chosen, WHOLE=columns >= D, ENTRIES=entries_at_once,
-                COLUMNS=columns, num_warps=4,
+        if normalize:
+            scales, norms = _new(x, 2, B if in_batch else B + M)
+            plan.prepare(
+                x_ptr=x, r_ptr=r, scale_ptr=scales, norm_ptr=norms, unit_ptr=x, key_ptr=norms,
+                row_ptr=_new(x, 0, dtype=torch.int32),
             )  # fmt: skip
+        if need_references or (in_batch and need_embeddings):
+            entries = _new(x, 2 * B, dtype=torch.int64)
+            plan.entries(positive_ptr=positive, negative_ptr=negative, entry_ptr=entries)
+            entries = entries.sort()[0]  # no two are equal
+        for out, gradient in ((dx, plan.embeddings), (dr, plan.references)):
+            if out.numel() > 0:
+                gradient(
+                    x_ptr=x, r_ptr=r, scale_ptr=scales, dout_ptr=out, dloss_ptr=dloss,
+                    positive_ptr=positive, negative_ptr=negative, d_ap_ptr=d_ap, d_an_ptr=d_an,
+                    entry_ptr=entries, margin=margin,
+                )  # fmt: skip
     return dx, dr
 
 
-def _entries(positive: Tensor, negative: Tensor, M: int) -> Tensor:  # [2 B] int64
-    """The contributions to chosen rows, in the order of those rows, and for each in that of the
-    anchors; those of anchors without a triplet at the end."""
-    B = len(positive)
-    entries = _new(positive, 2 * B, dtype=torch.int64)
-    bwd_kernels._triplet_entries_kernel[(cdiv(2 * B, SORTED),)](
-        positive_ptr=positive, negative_ptr=negative, entry_ptr=entries, B=B, M=M, BLOCK=SORTED,
-        num_warps=4,
+class _Backward(NamedTuple):
+    prepare: Launch
+    # The contributions to chosen rows, as numbers that sort into the order of those rows, and for
+    # each into that of the anchors; those of anchors without a triplet at the end.
+    entries: Launch
+    embeddings: Launch
+    references: Launch
+
+
+@lru_cache(REMEMBERED)
+def _backward(
+    B: int, M: int, D: int, in_batch: bool, normalize: bool, stride_dloss: int, soft: bool,
+    distance: str,
+) -> _Backward:  # fmt: skip
+    columns, at_once = row_columns(D)
+
+    def gradient(anchor: bool) -> Launch:
+        return Launch(
+            bwd_kernels._triplet_bwd_kernel, (B if anchor else M,), stride_dloss=stride_dloss, B=B,
+            D=D, IN_BATCH=in_batch, NORMALIZE=normalize, DISTANCE=DISTANCES[distance], SOFT=soft,
+            ANCHOR=anchor, CHOSEN=in_batch or not anchor, WHOLE=columns >= D, ENTRIES=at_once,
+            COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+
+    return _Backward(
+        _prepare(B, M, D, 1, in_batch, False, normalize, False),
+        Launch(
+            bwd_kernels._triplet_entries_kernel, (cdiv(2 * B, SORTED),), B=B, M=M, BLOCK=SORTED,
+            num_warps=8,
+        ),
+        gradient(True),
+        gradient(False),
     )  # fmt: skip
-    return entries.sort()[0]  # no two are equal
 
 
 def _new(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

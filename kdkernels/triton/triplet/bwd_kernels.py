@@ -81,21 +81,21 @@ def _pull(
 
 @triton.jit
 def _row_gradient(
-    x_ptr, r_ptr, stats_ptr, dloss_ptr, positive_ptr, negative_ptr, d_ap_ptr, d_an_ptr, entry_ptr,
+    x_ptr, r_ptr, scale_ptr, dloss_ptr, positive_ptr, negative_ptr, d_ap_ptr, d_an_ptr, entry_ptr,
     margin, stride_dloss, i, cols, first, last, B, D,
     IN_BATCH: tl.constexpr, NORMALIZE: tl.constexpr, DISTANCE: tl.constexpr, SOFT: tl.constexpr,
     ANCHOR: tl.constexpr, CHOSEN: tl.constexpr, ENTRIES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of the gradient of row i, with NORMALIZE of the row divided by its norm."""
     mask = cols < D
-    r_stats_ptr = stats_ptr
+    r_scale_ptr = scale_ptr
     if not IN_BATCH:
-        r_stats_ptr += tl.cast(B, tl.int64) * 2
+        r_scale_ptr += B
     total = tl.zeros((COLUMNS,), tl.float32)
     if ANCHOR:
         x = tl.load(x_ptr + i * D + cols, mask=mask, other=0.0).to(tl.float32)
         if NORMALIZE:
-            x *= tl.load(stats_ptr + i * 2)
+            x *= tl.load(scale_ptr + i)
         positive = tl.load(positive_ptr + i + tl.arange(0, 1))
         negative = tl.load(negative_ptr + i + tl.arange(0, 1))
         own, to_positive, to_negative = _pull(
@@ -107,15 +107,15 @@ def _row_gradient(
         n = tl.load(r_ptr + negative[:, None] * D + cols[None, :], mask=inside, other=0.0)
         p, n = p.to(tl.float32), n.to(tl.float32)
         if NORMALIZE:
-            p *= tl.load(r_stats_ptr + positive * 2, mask=positive >= 0, other=0.0)[:, None]
-            n *= tl.load(r_stats_ptr + negative * 2, mask=positive >= 0, other=0.0)[:, None]
+            p *= tl.load(r_scale_ptr + positive, mask=positive >= 0, other=0.0)[:, None]
+            n *= tl.load(r_scale_ptr + negative, mask=positive >= 0, other=0.0)[:, None]
         pull_p = (own * _slope(to_positive, DISTANCE))[:, None] * (x[None, :] - p)
         pull_n = (own * _slope(to_negative, DISTANCE))[:, None] * (x[None, :] - n)
         total += tl.sum(tl.where(inside, pull_p - pull_n, 0.0), 0)
     if CHOSEN:
         r = tl.load(r_ptr + i * D + cols, mask=mask, other=0.0).to(tl.float32)
         if NORMALIZE:
-            r *= tl.load(r_stats_ptr + i * 2)
+            r *= tl.load(r_scale_ptr + i)
         acc = tl.zeros((ENTRIES, COLUMNS), tl.float32)
         count = 2 * tl.cast(B, tl.int64)
         for k in range(first, last, ENTRIES):
@@ -133,7 +133,7 @@ def _row_gradient(
             y = tl.load(x_ptr + anchor[:, None] * D + cols[None, :], mask=contributes, other=0.0)
             y = y.to(tl.float32)
             if NORMALIZE:
-                y *= tl.load(stats_ptr + anchor * 2, mask=some, other=0.0)[:, None]
+                y *= tl.load(scale_ptr + anchor, mask=some, other=0.0)[:, None]
             acc += tl.where(contributes, weight[:, None] * (r[None, :] - y), 0.0)
         total += tl.sum(acc, 0)
     return total
@@ -143,7 +143,7 @@ def _row_gradient(
 def _triplet_bwd_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
-    stats_ptr,  # [B + M, 2] fp32, scales first; without those of r with IN_BATCH; with NORMALIZE
+    scale_ptr,  # [B + M] fp32, or [B] with IN_BATCH: of both sides; with NORMALIZE
     dout_ptr,  # [N, D]: gradient of x, or of r
     dloss_ptr,  # [] or [B] fp32
     positive_ptr,  # [B] int64, rows of r, or -1
@@ -179,7 +179,7 @@ def _triplet_bwd_kernel(
         for column in range(0, D, COLUMNS):
             cols = (column + tl.arange(0, COLUMNS)).to(tl.int64)
             v = _row_gradient(
-                x_ptr, r_ptr, stats_ptr, dloss_ptr, positive_ptr, negative_ptr, d_ap_ptr, d_an_ptr,
+                x_ptr, r_ptr, scale_ptr, dloss_ptr, positive_ptr, negative_ptr, d_ap_ptr, d_an_ptr,
                 entry_ptr, margin, stride_dloss, i, cols, first, last, B, D, IN_BATCH, NORMALIZE,
                 DISTANCE, SOFT, ANCHOR, CHOSEN, ENTRIES, COLUMNS,
             )  # fmt: skip
@@ -189,7 +189,7 @@ def _triplet_bwd_kernel(
     for column in range(0, D, COLUMNS):
         cols = (column + tl.arange(0, COLUMNS)).to(tl.int64)
         v = _row_gradient(
-            x_ptr, r_ptr, stats_ptr, dloss_ptr, positive_ptr, negative_ptr, d_ap_ptr, d_an_ptr,
+            x_ptr, r_ptr, scale_ptr, dloss_ptr, positive_ptr, negative_ptr, d_ap_ptr, d_an_ptr,
             entry_ptr, margin, stride_dloss, i, cols, first, last, B, D, IN_BATCH, NORMALIZE,
             DISTANCE, SOFT, ANCHOR, CHOSEN, ENTRIES, COLUMNS,
         )  # fmt: skip
@@ -202,6 +202,6 @@ def _triplet_bwd_kernel(
             # in fp64: the radial part can far exceed what remains; a clamped norm has none
             radial = tl.where(tl.sqrt(x2) < EPS, 0.0, xv / tl.where(x2 == 0.0, 1.0, x2))
             own = i if ANCHOR else i + B
-            scale = tl.load(stats_ptr + own * 2).to(tl.float64)
+            scale = tl.load(scale_ptr + own).to(tl.float64)
             v = ((wide - x * radial) * scale).to(tl.float32)
         tl.store(dout_ptr + i * D + cols, v.to(dout_ptr.dtype.element_ty), mask=cols < D)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -32,7 +31,6 @@ class TripletConfig:
     differences: bool  # whether close rows are ranked by them
 
 
-@lru_cache(maxsize=256)
 def pick_config(
     B: int, M: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str
 ) -> TripletConfig:
@@ -61,5 +59,6 @@ def _tile(dtype: torch.dtype, arch: Arch, precision: str) -> Tile:
             return Tile(64, 64, 16, 8, stages)
         step = 16 if arch.narrow else 32
         return Tile(128 if arch.vendor == "hip" else 64, 64, step, 8, stages)
-    # Narrow tiles: the loop over differences holds the scales of both sides beside their distances.
-    return Tile(128, 32, 32 if arch.vendor == "hip" else 64, 8, stages)
+    # Small tiles: the loop over differences holds the scales of both sides beside its distances,
+    # and AMD devices have few scalar registers.
+    return Tile(64, 64, 32, 8, stages) if arch.vendor == "hip" else Tile(128, 32, 64, 8, stages)

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.distances import (
-    CLOSE,
     EUCLIDEAN,
     FINITE,
     LARGEST,
     SQEUCLIDEAN,
+    close_share,
     margin_loss,
+    unmoved,
 )
 from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.norms import row_statistics
@@ -34,7 +35,9 @@ _NO_ROW = tl.constexpr(2**31 - 1)
 def _triplet_prepare_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]; not read with IN_BATCH
-    stats_ptr,  # [B + M, 2] fp32: scale and squared norm of rows of x and then, unless IN_BATCH, r
+    scale_ptr,  # [B + M] fp32: what rows of x and then, unless IN_BATCH, of r are multiplied by
+    norm_ptr,  # [B + M] fp32: their squared norms then
+    unit_ptr,  # [B + M, D] fp32: the rows then, with UNIT
     key_ptr,  # [2, splits, B] fp32, with PAIRED: the positives are set
     row_ptr,  # [2, splits, B] int32, likewise
     B,
@@ -44,6 +47,7 @@ def _triplet_prepare_kernel(
     IN_BATCH: tl.constexpr,
     PAIRED: tl.constexpr,  # row i of r is the positive of row i of x
     NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -52,7 +56,10 @@ def _triplet_prepare_kernel(
     if IN_BATCH or block < blocks:
         rows = block * ROWS + tl.arange(0, ROWS)
         scale, norm = row_statistics(x_ptr, rows, B, D, NORMALIZE, ROWS, COLUMNS)
-        _store_statistics(stats_ptr, rows, B, scale, norm)
+        tl.store(scale_ptr + rows, scale, mask=rows < B)
+        tl.store(norm_ptr + rows, norm, mask=rows < B)
+        if UNIT:
+            _store_unit(x_ptr, unit_ptr, rows, scale, B, D, ROWS, COLUMNS)
         if PAIRED:
             r_scale, r_norm = row_statistics(r_ptr, rows, B, D, NORMALIZE, ROWS, COLUMNS)
             acc = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -74,14 +81,21 @@ def _triplet_prepare_kernel(
     else:
         rows = (block - blocks) * ROWS + tl.arange(0, ROWS)
         scale, norm = row_statistics(r_ptr, rows, M, D, NORMALIZE, ROWS, COLUMNS)
-        _store_statistics(stats_ptr + tl.cast(B, tl.int64) * 2, rows, M, scale, norm)
+        tl.store(scale_ptr + B + rows, scale, mask=rows < M)
+        tl.store(norm_ptr + B + rows, norm, mask=rows < M)
+        if UNIT:
+            out_ptr = unit_ptr + tl.cast(B, tl.int64) * D
+            _store_unit(r_ptr, out_ptr, rows, scale, M, D, ROWS, COLUMNS)
 
 
 @triton.jit
-def _store_statistics(stats_ptr, rows, N, scale, norm):
-    at = stats_ptr + rows.to(tl.int64) * 2
-    tl.store(at, scale, mask=rows < N)
-    tl.store(at + 1, norm, mask=rows < N)
+def _store_unit(x_ptr, out_ptr, rows, scale, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    for column in range(0, D, COLUMNS):
+        cols = column + tl.arange(0, COLUMNS)
+        offs = rows.to(tl.int64)[:, None] * D + cols[None, :]
+        mask = (rows < N)[:, None] & (cols < D)[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offs, x * scale[:, None], mask=mask)
 
 
 @triton.jit
@@ -138,9 +152,13 @@ def _improve(
 
 @kernel(counts=("M", "split_length"))
 def _triplet_mine_kernel(
-    x_ptr,  # [B, D]
+    x_ptr,  # [B, D], rows of fp32 as `centre.centred` has them
     r_ptr,  # [M, D]
-    stats_ptr,  # [B + M, 2] fp32, scales and squared norms; without those of r with IN_BATCH
+    given_x_ptr,  # likewise, not moved
+    given_r_ptr,
+    x_norm_ptr,  # [B] fp32, squared norms
+    r_norm_ptr,  # [M] fp32
+    scale_ptr,  # [B + M] fp32, or [B] with IN_BATCH: of both sides; with SCALED
     x_label_ptr,  # [B] int64
     r_label_ptr,  # [M] int64
     key_ptr,  # [2, splits, B] fp32: partial winners among positives and among negatives
@@ -153,7 +171,7 @@ def _triplet_mine_kernel(
     split_length,
     IN_BATCH: tl.constexpr,
     EXCLUDES: tl.constexpr,
-    NORMALIZE: tl.constexpr,
+    SCALED: tl.constexpr,
     POSITIVE: tl.constexpr,  # 1 looks for the nearest, -1 for the farthest, 0 not at all
     NEGATIVE: tl.constexpr,
     BOUND: tl.constexpr,  # side whose winners bound this search, if FLOOR is not 0
@@ -169,11 +187,10 @@ def _triplet_mine_kernel(
     # changes nothing. So no mask of rows is kept, of which AMD devices hold few.
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_m = tl.minimum(offs, B - 1)
-    x_stats = stats_ptr + offs_m.to(tl.int64) * 2
-    r_stats_ptr = stats_ptr
+    r_scale_ptr = scale_ptr
     if not IN_BATCH:
-        r_stats_ptr += tl.cast(B, tl.int64) * 2
-    x_norm = tl.load(x_stats + 1)
+        r_scale_ptr += B
+    x_norm = tl.load(x_norm_ptr + offs_m)
     x_label = tl.load(x_label_ptr + offs_m)
     if EXCLUDES:
         left_out = tl.load(exclude_ptr + offs_m).to(tl.int32)
@@ -197,26 +214,28 @@ def _triplet_mine_kernel(
         offs_n = tl.minimum(n + tl.arange(0, BLOCK_N), M - 1)
         r_rows = r_ptr + offs_n.to(tl.int64) * D
         acc = product_tile(x_rows, r_rows, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-        r_stats = r_stats_ptr + offs_n.to(tl.int64) * 2
-        if NORMALIZE:  # one after the other: the product of two scales may leave the range
-            acc = acc * tl.load(x_stats)[:, None] * tl.load(r_stats)[None, :]
-        r_norm = tl.load(r_stats + 1)
+        if SCALED:  # one after the other: the product of two scales may leave the range
+            acc = acc * tl.load(scale_ptr + offs_m)[:, None]
+            acc = acc * tl.load(r_scale_ptr + offs_n)[None, :]
+        r_norm = tl.load(r_norm_ptr + offs_n)
         d2 = x_norm[:, None] + r_norm[None, :] - 2.0 * acc
         if DIFFERENCES:
             # Below 0 for close rows. In numbers, relative to the tile: masks, and what masks are
             # made of below, would stay in registers meanwhile.
-            near = d2 - CLOSE * (x_norm[:, None] + r_norm[None, :])
+            near = d2 - close_share(x_ptr, D) * (x_norm[:, None] + r_norm[None, :])
             if IN_BATCH:
                 apart = (offs_m - n).to(tl.float32)[:, None] - (offs_n - n).to(tl.float32)[None, :]
                 near *= tl.minimum(tl.abs(apart), 1.0)
             if tl.min(near) < 0.0:  # products rank close rows by their rounding
                 d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                given_x = unmoved(x_ptr, given_x_ptr) + offs_m.to(tl.int64) * D
+                given_r = unmoved(r_ptr, given_r_ptr) + offs_n.to(tl.int64) * D
                 for column in range(0, D):
-                    x_column = tl.load(x_rows + column).to(tl.float32)
-                    r_column = tl.load(r_rows + column).to(tl.float32)
-                    if NORMALIZE:
-                        x_column *= tl.load(x_stats)
-                        r_column *= tl.load(r_stats)
+                    x_column = tl.load(given_x + column).to(tl.float32)
+                    r_column = tl.load(given_r + column).to(tl.float32)
+                    if SCALED:
+                        x_column *= tl.load(scale_ptr + offs_m)
+                        r_column *= tl.load(r_scale_ptr + offs_n)
                     difference = x_column[:, None] - r_column[None, :]
                     d2 += difference * difference
         d2 = tl.minimum(tl.where(d2 > 0.0, d2, 0.0), LARGEST)  # no NaN: what is forced says it
@@ -261,7 +280,7 @@ def _distance(d2, nan, DISTANCE: tl.constexpr):
 def _triplet_distances_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
-    stats_ptr,  # [B + M, 2] fp32, as above
+    scale_ptr,  # [B + M] fp32, as above
     key_ptr,  # [2, splits, B] fp32: partial winners
     row_ptr,  # [2, splits, B] int32
     positive_ptr,  # [B] int64
@@ -289,13 +308,13 @@ def _triplet_distances_kernel(
     valid = (row_p >= 0) & (row_n >= 0)
     nan_p = valid & (key_p == -float("inf"))
     nan_n = valid & (key_n == -float("inf"))
-    r_stats_ptr = stats_ptr
+    r_scale_ptr = scale_ptr
     if not IN_BATCH:
-        r_stats_ptr += tl.cast(B, tl.int64) * 2
+        r_scale_ptr += B
     if NORMALIZE:
-        x_scale = tl.load(stats_ptr + rows.to(tl.int64) * 2, mask=valid, other=0.0)
-        p_scale = tl.load(r_stats_ptr + row_p.to(tl.int64) * 2, mask=valid, other=0.0)
-        n_scale = tl.load(r_stats_ptr + row_n.to(tl.int64) * 2, mask=valid, other=0.0)
+        x_scale = tl.load(scale_ptr + rows, mask=valid, other=0.0)
+        p_scale = tl.load(r_scale_ptr + row_p, mask=valid, other=0.0)
+        n_scale = tl.load(r_scale_ptr + row_n, mask=valid, other=0.0)
     acc_p = tl.zeros((ROWS, COLUMNS), tl.float32)
     acc_n = tl.zeros((ROWS, COLUMNS), tl.float32)
     for column in range(0, D, COLUMNS):

@@ -23,7 +23,7 @@ _NO_ROW = tl.constexpr(2**31 - 1)
 def _stretch(
     begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH: tl.constexpr, EXCLUDES: tl.constexpr
 ):
-    """(begin, end, the reference left out or -1, whether the anchor has triplets)."""
+    """(begin, end, the reference left out or -1, number of positives, of negatives)."""
     begin = tl.load(begin_ptr + anchor).to(tl.int32)
     end = tl.load(end_ptr + anchor).to(tl.int32)
     positives = end - begin
@@ -36,7 +36,7 @@ def _stretch(
         is_positive = (out >= begin) & (out < end)
         positives -= is_positive.to(tl.int32)
         negatives -= ((out >= 0) & ~is_positive).to(tl.int32)
-    return begin, end, out, (positives > 0) & (negatives > 0)
+    return begin, end, out, positives, negatives
 
 
 @triton.jit
@@ -69,6 +69,7 @@ def _triplet_all_positives_kernel(
     place_ptr,  # [M] int64: reference of each original row
     loss_ptr,  # [B] fp64
     nonzero_ptr,  # [B] int64
+    valid_ptr,  # [B] int64
     margin,
     first,
     M,
@@ -83,7 +84,10 @@ def _triplet_all_positives_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * M
     anchor = first + tl.program_id(0)
-    begin, end, out, kept = _stretch(begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES)
+    begin, end, out, positives, negatives = _stretch(
+        begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES
+    )
+    kept = (positives > 0) & (negatives > 0)
     if SEMIHARD:  # the farthest negative; equal ones go to the lowest original row
         far = tl.full((NEGATIVES,), -float("inf"), tl.float32)
         far_row = tl.full((NEGATIVES,), _NO_ROW, tl.int32)
@@ -144,6 +148,8 @@ def _triplet_all_positives_kernel(
             tl.store(w_ptr + row + offs_p, w, mask=offs_p < end)
     tl.store(loss_ptr + anchor, losses)
     tl.store(nonzero_ptr + anchor, nonzero)
+    compared = tl.minimum(negatives, 1) if SEMIHARD else negatives
+    tl.store(valid_ptr + anchor, positives.to(tl.int64) * compared.to(tl.int64))
 
 
 @kernel
@@ -167,7 +173,10 @@ def _triplet_all_negatives_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * M
     anchor = first + tl.program_id(0)
-    begin, end, out, kept = _stretch(begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES)
+    begin, end, out, positives, negatives = _stretch(
+        begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES
+    )
+    kept = (positives > 0) & (negatives > 0)
     offs_n = tl.program_id(1) * NEGATIVES + tl.arange(0, NEGATIVES)
     d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, out, kept, M, EXCLUDES)
     slope_pn = tl.zeros((POSITIVES, NEGATIVES), tl.float32)
