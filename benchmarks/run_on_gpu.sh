@@ -3,14 +3,17 @@
 # All that a machine with a GPU is asked in ten minutes: whether the kernels are right there, how long they take, and what
 # its hardware counters say. Run it from anywhere; it needs no network, and what it lacks it names and goes on without.
 #
-#   make gpu-libraries               before, on a machine that may have no GPU: nothing is compiled in the ten minutes then
+#   make gpu-libraries               before, on a machine that may have no GPU: no C++ is compiled in the ten minutes then
 #   benchmarks/run_on_gpu.sh         the whole plan
 #   benchmarks/run_on_gpu.sh --plan  prints it
+#
+# Without gpu-libraries the script builds them, for which the seconds of that stage are few on a machine with few cores:
+# STAGES=libraries LIMIT_SECONDS=6000 does it before.
 #
 # OUT            folder of the results: summary.txt, and results.tar.gz with all logs and records, which is renewed after
 #                every stage, so that a run which is killed leaves what it has (default: gpu-results)
 # PYTHON         interpreter (default: python3)
-# STAGES         only these, as in STAGES="libraries warm tiles"
+# STAGES         only these, as in STAGES="warm tiles"; what earlier runs found is kept beside
 # LIMIT_SECONDS  the whole time; the limits of the stages grow and shrink with it (default: 580)
 #
 # A stage that fails or runs out of time is named in the summary and never stops the next one.
@@ -39,6 +42,8 @@ python="${PYTHON:-python3}"
 out="${OUT:-gpu-results}"
 limit="${LIMIT_SECONDS:-$planned}"
 results=build/gpu-results
+parts=$(($(nproc) / 4))
+((parts > 0)) || parts=1
 summary="$out/summary.txt"
 
 versions() { limited "$python" -m kdkernels env --json "$results/env.json"; }
@@ -48,11 +53,13 @@ libraries() { limited "$python" benchmarks/gpu_libraries.py install; }
 # The CUDA kernels, which need no compilation, are checked on the GPU meanwhile.
 warm() { limited "$python" -m kdkernels.testing.warm --table --seconds "$soon"; }
 
+# A check keeps Python busy more than the GPU, so parts of it run side by side.
 check_cuda() { check cuda; }
 check_triton() { check triton; }
 check() {
-  limited "$python" -m kdkernels check --device cuda --backend "$1" --dtype bfloat16 float32 float16 \
-    --lines "$results/$stage.jsonl" --limit "$soon"
+  limited xargs -P "$parts" -I '{}' "$python" -m kdkernels check --device cuda --backend "$1" \
+    --dtype bfloat16 float32 float16 --shard "{}/$parts" --lines "$results/$stage-{}.jsonl" --limit "$soon" \
+    < <(seq "$parts")
 }
 
 # Of each shape of the table all backends, eager mode and the products alone: by graph replay, by calls, and each kernel.
@@ -67,11 +74,12 @@ counters() {
     --limit "$soon"
 }
 
-# Status 99 is an error that the sanitizer found.
+# Status 99 is an error that the sanitizer found. Each tensor is an allocation of its own there, so that memcheck sees where
+# it ends.
 memcheck() { sanitize memcheck; }
 racecheck() { sanitize racecheck; }
 sanitize() {
-  limited compute-sanitizer --tool "$1" --error-exitcode 99 "${our_kernels[@]}" \
+  limited env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 99 "${our_kernels[@]}" \
     "$python" -m kdkernels check --device cuda --backend cuda triton --dtype bfloat16 float32 --quick \
     --lines "$results/$stage.jsonl" --limit "$soon"
 }
@@ -145,9 +153,8 @@ if [[ "${1:-}" == --plan ]]; then
   exit 0
 fi
 
-rm -rf "$results"
+[[ -n "${STAGES:-}" ]] || rm -rf "$results" "$summary"
 mkdir -p "$results" "$out"
-: > "$summary"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$PWD/build/gpu-triton}"
@@ -158,6 +165,8 @@ if ! nvidia-smi > "$results/nvidia-smi.txt" 2>&1; then
   say "no GPU: $(tail -n 1 "$results/nvidia-smi.txt")"
   exit 2
 fi
+nvidia-smi dmon -s puc -d 2 -o T > "$results/clocks.txt" 2>&1 & # what the times below were measured at
+process[clocks]="$!"
 
 # The sanitizer looks at kernels by a part of their names: the namespace of the CUDA ones, the functions of the Triton ones.
 our_kernels=(--kernel-name kns=_ZN3kdk)
@@ -178,5 +187,6 @@ for row in "${plan[@]}"; do
   beside=
 done
 
+kill "${process[clocks]}" 2> /dev/null
 say "finished after $SECONDS s; everything is in $out/results.tar.gz"
 pack

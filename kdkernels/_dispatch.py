@@ -2,7 +2,7 @@
 """Which backend runs an operator, and why.
 
 A backend is a package `kdkernels.<backend>`, which says what it can run at all: `unavailable()` and
-`rejects(op, tensors)` return None for yes, or a sentence saying why not: the latter knows devices,
+`rejects(tensors)` return None for yes, or a sentence saying why not: the latter knows devices,
 whatever the op does. The launchers `<op>_fwd` and `<op>_bwd` of an op are in the module
 `kdkernels.<backend>.<op>`, or in what the package's function `launchers(op)` returns, if it has one
 (None: the op has no kernel there). Where a backend limits an op, `supports(*operator_args)` beside
@@ -20,7 +20,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -142,8 +142,7 @@ def implementation(op: str, backend: str) -> Implementation | str:
     launchers = _module(f"{package_name}.{op}") if find is None else find(op)
     if launchers is None:
         return f"{op} has no {backend} kernel"
-    rejects = partial(package.rejects, op)
-    return Implementation(launchers, rejects, getattr(launchers, "supports", None))
+    return Implementation(launchers, package.rejects, getattr(launchers, "supports", None))
 
 
 def _module(name: str) -> ModuleType | None:

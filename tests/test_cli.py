@@ -168,12 +168,16 @@ def test_env_says_which_gpus_are_refused(
     capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     major, minor = capability
-    gpu = SimpleNamespace(name="Tesla T4", major=major, minor=minor, total_memory=16 << 30)
+    gpu = SimpleNamespace(
+        name="Tesla T4", major=major, minor=minor, total_memory=16 << 30, multi_processor_count=40,
+        L2_cache_size=4 << 20, shared_memory_per_block_optin=64 << 10,
+    )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     _gpu.refuse_device.cache_clear()
     text = env._description(torch.device("cuda", 0))
     _gpu.refuse_device.cache_clear()
-    assert text.startswith(f"Tesla T4, sm_{major}{minor}, 16.0 GiB")
+    limits = "16.0 GiB, 40 processors, 4 MiB of L2, 64 KiB of shared memory for a block"
+    assert text.startswith(f"Tesla T4, sm_{major}{minor}, {limits}")
     assert ("capability 8.0 on, and this one has 7.5" in text) == refused
 
 

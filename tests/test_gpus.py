@@ -17,6 +17,7 @@ from kdkernels.triton.common.launch import Arch, assume_arch
 
 T4 = Arch("sm_75", 40, 4 << 20, 64 << 10)
 RTX_3090 = Arch("sm_86", 82, 6 << 20, 99 << 10)
+NARROW = replace(RTX_3090, shared_bytes=98 << 10)
 
 of_every_op = each_case(lambda found: few(found)[:1], backends=("triton",))
 
@@ -42,8 +43,9 @@ def test_graphics_gpus_run_every_op(case: Case) -> None:
     ("arch", "reason"),
     [
         (T4, "from compute capability 8.0 on, and this one has 7.5"),
+        (NARROW, "take up to 99 KiB of shared memory, and sm_86 gives a program 98"),
     ],
-    ids=["old"],
+    ids=["old", "narrow"],
 )
 def test_a_gpu_that_cannot_is_refused_by_name(case: Case, arch: Arch, reason: str) -> None:
     """Before the forward runs, and then `auto` takes the definition."""

@@ -25,6 +25,7 @@ from typing import Any
 
 import cuda_host
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 DRY_RUN = ROOT / "tests" / "dry_run"
@@ -110,6 +111,16 @@ def test_the_script_is_valid_bash() -> None:
         subprocess.run(["bash", "-n", shell], check=True)
 
 
+def test_without_a_gpu_nothing_is_begun(start: Start, tmp_path: Path) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho no devices were found\nexit 6\n")
+    smi.chmod(0o755)
+    script = start(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", PYTHON=STUB)
+    printed, _ = script.communicate(timeout=30)
+    assert script.returncode == 2
+    assert printed == "no GPU: no devices were found\n"
+
+
 def test_a_stage_that_hangs_is_stopped_and_the_next_ones_run(start: Start, tmp_path: Path) -> None:
     script = start(PYTHON=STUB, LIMIT_SECONDS="20")
     printed, _ = script.communicate(timeout=60)
@@ -118,7 +129,7 @@ def test_a_stage_that_hangs_is_stopped_and_the_next_ones_run(start: Start, tmp_p
     wanted = {name: "ok" for name, *_ in _plan()[:-1]}
     assert became == wanted | {"check_cuda": "stopped", "racecheck": "failed"}
     archived = _archived(tmp_path / "out")
-    assert json.loads(archived["check_cuda.jsonl"]) == {"sample": "first"}
+    assert json.loads(archived["check_cuda-1.jsonl"]) == {"sample": "first"}
     assert archived["check_cuda.log"] == "hangs\n"
 
 
@@ -133,12 +144,14 @@ def test_an_interrupted_run_keeps_what_it_has(start: Start, tmp_path: Path) -> N
     printed, _ = script.communicate(timeout=30)
     assert script.returncode == 130, printed
     assert "interrupted after" in (tmp_path / "out" / "summary.txt").read_text()
-    assert json.loads(_archived(tmp_path / "out")["check_cuda.jsonl"]) == {"sample": "first"}
+    assert json.loads(_archived(tmp_path / "out")["check_cuda-1.jsonl"]) == {"sample": "first"}
 
 
 def test_dry_run(start: Start, tmp_path: Path) -> None:
     """Every stage does a little of its work, by its own command; racecheck finds an error."""
     pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: run the script itself")
     reason = cuda_host.obstacle()
     if reason is not None:
         pytest.skip(f"the C++ libraries cannot be built: {reason}")
@@ -158,9 +171,10 @@ def test_dry_run(start: Start, tmp_path: Path) -> None:
     assert "racecheck: failed with status 99" in summary
     for name in wanted:
         assert archived[f"{name}.log"], name
+    assert "132 processors, 60 MiB of L2, 227 KiB of shared memory" in archived["versions.log"]
     assert "gpu-libraries/ is installed" in archived["libraries.log"]
     assert "kernels for sm_90" in archived["warm.log"]
-    for name in ("check_cuda", "check_triton", "memcheck"):
+    for name in ("check_cuda-1", "check_triton-1", "memcheck"):
         assert {line["ok"] for line in _samples(archived[f"{name}.jsonl"])} == {True}
     _assert_times(archived)
     (counted,) = _lines(archived["counters.jsonl"])

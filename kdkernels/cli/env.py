@@ -98,8 +98,16 @@ def _versions() -> dict[str, str]:
 def _description(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        capability = f"sm_{properties.major}{properties.minor}"
-        described = f"{properties.name}, {capability}, {properties.total_memory / 2**30:.1f} GiB"
+        shared = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm does not say
+        facts = (
+            properties.name,
+            f"sm_{properties.major}{properties.minor}",
+            f"{properties.total_memory / 2**30:.1f} GiB",
+            f"{properties.multi_processor_count} processors",
+            f"{properties.L2_cache_size / 2**20:.0f} MiB of L2",
+            f"{shared / 2**10:.0f} KiB of shared memory for a block",
+        )
+        described = ", ".join(facts if shared else facts[:-1])
         reason = refuse_device(device)
         return described if reason is None else f"{described}; refused by triton and cuda: {reason}"
     return f"{platform.machine()}, {os.cpu_count()} logical cores"

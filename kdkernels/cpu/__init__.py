@@ -20,7 +20,7 @@ def unavailable() -> str | None:
     return _native.load_error("kdkernels_cpu")
 
 
-def rejects(op: str, tensors: list[Tensor]) -> str | None:
+def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
     for tensor in tensors:
         if tensor.device.type != "cpu":

@@ -15,7 +15,7 @@ def unavailable() -> str | None:
     return _native.cuda_load_error()
 
 
-def rejects(op: str, tensors: list[Tensor]) -> str | None:
+def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
     on_host = bool(_native.cuda_host_library())
     wanted = "cpu" if on_host else "cuda"

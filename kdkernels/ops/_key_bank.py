@@ -132,18 +132,12 @@ def form_of_counted(
 
 
 def apart(call: KeyBankCall) -> KeyBankCall:
-    """The same call with no tensor in it twice: Dynamo passes none to an autograd function twice
-    (torch 2.13)."""
-    rows = [call.student, call.teacher, call.keys, call.teacher_keys, call.own_keys]
-    given = [id(x) for x in rows if x is not None]
-    if len(set(given)) == len(given):
+    """The same call, under torch.compile with no tensor in it twice: Dynamo passes none to an
+    autograd function twice (torch 2.13), and does not show which are the same."""
+    if not torch.compiler.is_compiling():
         return call
-    seen: set[int] = set()
-    for i, x in enumerate(rows):
-        if x is not None and id(x) in seen:
-            rows[i] = x.view_as(x)
-        seen.add(id(x))
-    return KeyBankCall(*rows, *call[len(rows) :])
+    student, *others = call[:5]
+    return KeyBankCall(student, *(x if x is None else x.view_as(x) for x in others), *call[5:])
 
 
 def number(by: float | Tensor) -> float:

@@ -55,7 +55,7 @@ def unavailable() -> str | None:
     return None
 
 
-def rejects(op: str, tensors: list[Tensor]) -> str | None:
+def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None, since any dtype and device can."""
     return None
 

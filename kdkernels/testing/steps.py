@@ -59,6 +59,8 @@ def steps() -> Iterator[Step]:
     yield step("gram_mse 1024x64, factored", pair(1024, 64), _gram_mse, algorithm="factored")
     yield step("relational_kl 64x128, 1024 keys", (*pair(), keys), _relational_kl)
     yield step("info_nce 64x128, 1024 keys", (x, keys, own), _info_nce)
+    other = rows()
+    yield step("info_nce 64x128, own keys", (x, keys), partial(_moco, own=other), own_keys=other)
     yield step("triplet_loss 64x128, batch_hard", (x, labels), _batch_hard)
     yield step("triplet_loss 64x128, batch_all", (x, labels), _batch_all, mining="batch_all")
     yield step("contrastive_loss 64x128", (x, labels), _contrastive)
@@ -91,6 +93,12 @@ def _relational_kl(s: Tensor, t: Tensor, keys: Tensor) -> Tensor:
 
 def _info_nce(q: Tensor, keys: Tensor, positives: Tensor) -> Tensor:
     return F.cross_entropy(F.normalize(q, dim=1) @ keys.mT / 0.07, positives)
+
+
+def _moco(q: Tensor, keys: Tensor, own: Tensor) -> Tensor:
+    q, own = F.normalize(q, dim=1), F.normalize(own, dim=1)
+    logits = torch.cat([(q * own).sum(1, keepdim=True), q @ keys.mT], 1) / 0.07
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
 
 
 def _distances(x: Tensor) -> Tensor:

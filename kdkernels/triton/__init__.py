@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
+from types import ModuleType
 
 from torch import Tensor
 
@@ -27,9 +29,14 @@ def unavailable() -> str | None:
     return None
 
 
-def rejects(op: str, tensors: list[Tensor]) -> str | None:
+@cache
+def _launch() -> ModuleType:
+    return importlib.import_module("kdkernels.triton.common.launch")
+
+
+def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
-    launch = importlib.import_module("kdkernels.triton.common.launch")
+    launch = _launch()
     for kind in sorted({tensor.device.type for tensor in tensors}):
         if kind == "cpu" and not launch.INTERPRETED.value:
             return (
@@ -38,4 +45,4 @@ def rejects(op: str, tensors: list[Tensor]) -> str | None:
             )
         if kind not in ("cpu", "cuda"):
             return f"Triton kernels run on CUDA and ROCm devices, not on {kind}"
-    return launch.refuse_arch(launch.arch_of(tensors[0]), op)
+    return launch.refuse_arch(launch.arch_of(tensors[0]))

@@ -9,6 +9,7 @@ the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -42,6 +43,7 @@ class Config:
         return split_length(K, splits, self.keys)
 
 
+@cache
 def pick_config(D: int, arch: Arch) -> Config:
     if arch.vendor == "interpreter":  # small enough that samples have several blocks
         return Config(64, 32, 4, arch)

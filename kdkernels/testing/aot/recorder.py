@@ -82,15 +82,19 @@ def variants_of(arch: Arch, op: ModuleType, every: bool = False) -> Iterator[Aot
         for label, arguments in labelled.items()
     ]
     names: dict[AotVariant, str] = {}
+    named: dict[str, AotVariant] = {}
     for precision, label, arguments in calls:
         together = launched(arch, precision, op.call, arguments)
         for variant in together:
             if variant in names:
                 continue
-            name = "-".join((variant.name, label, *_facets(variant, together), precision))
-            if name in names.values():
+            parts = (variant.name, label, *_facets(variant, together))
+            name = "-".join((*parts, precision))
+            if name in named:
+                name = "-".join((*parts, _apart(variant, named[name]), precision))
+            if name in named:
                 raise ValueError(f"two variants would be called {name}")
-            names[variant] = name
+            names[variant], named[name] = name, variant
             yield replace(variant, name=name)
 
 
@@ -165,6 +169,21 @@ def _facets(variant: AotVariant, launched: list[AotVariant]) -> list[str]:
 
     others = [facets(other) for other in launched if other.kernel is variant.kernel]
     return sorted(facets(variant) - set.intersection(*others))
+
+
+def _apart(variant: AotVariant, other: AotVariant) -> str:
+    """The first thing that tells a variant from another of its kernel, whose name it has."""
+    constants, theirs = dict(variant.constexprs), dict(other.constexprs)
+    for param, value in constants.items():
+        if theirs.get(param) != value:
+            return f"{param.lower()}_{value}"
+    for (param, kind), (_, its) in zip(variant.signature, other.signature, strict=True):
+        if kind != its:
+            return f"{param}_{kind.strip('*')}"
+    for (option, value), (_, its) in zip(variant.options, other.options, strict=True):
+        if value != its:
+            return f"{option}_{value}"
+    return min(variant.divisible ^ other.divisible)
 
 
 def labelled_rows(n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kdkernels._gpu import refuse_capability, refuse_fp64
-from kdkernels.triton.common.shared_memory import refuse_shared
 
 # Decided when triton's decorators run, hence once per process.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -41,14 +40,35 @@ class Arch:
         return self.vendor == "cuda" and self.shared_bytes < 128 << 10
 
 
+# KiB of shared memory that a program of any kernel takes at most, per generation of GPUs that
+# Triton compiles alike for; `tests/test_triton_targets.py` holds kernels to it.
+SHARED_KIB = {"sm_80": 99, "sm_90": 160, "sm_100": 160, "sm_120": 99, "gfx": 64}
+_GENERATIONS = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}  # by major capability
+
+
+def shared_kib(arch: Arch) -> int:
+    """What kernels are held to on an architecture."""
+    if arch.vendor == "hip":
+        return SHARED_KIB["gfx"]
+    major = int(arch.name.removeprefix("sm_")) // 10
+    return SHARED_KIB[_GENERATIONS.get(major, "sm_120")]
+
+
 @cache
-def refuse_arch(arch: Arch, op: str) -> str | None:
-    """Why the kernels of an op do not run on an architecture; None if they do."""
+def refuse_arch(arch: Arch) -> str | None:
+    """Why kernels do not run on an architecture, though a forward might; None if all do."""
+    if arch.vendor == "interpreter":
+        return None
     if arch.vendor == "cuda":
         reason = refuse_capability(*divmod(int(arch.name.removeprefix("sm_")), 10))
         if reason is not None:
             return reason
-    return refuse_shared(op, arch.name, arch.shared_bytes)
+    kib, has = shared_kib(arch), arch.shared_bytes // 1024
+    if kib <= has:
+        return None
+    return (
+        f"its kernels take up to {kib} KiB of shared memory, and {arch.name} gives a program {has}"
+    )
 
 
 # With two "processors" and a tiny cache, so that small samples are split and chunked.

@@ -50,6 +50,8 @@ def pick_config(
     distances, gradient, buffer = _tiles(dtype, arch, precisions)
     if sides == 2:
         distances = _half(distances, gradient)
+        if arch.narrow:
+            distances = replace(distances, num_stages=2)
     fit = max(1, buffer // max(M, 1) // distances.m) * distances.m
     interpreted = arch.vendor == "interpreter"
     return LabelledConfig(

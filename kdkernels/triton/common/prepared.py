@@ -52,18 +52,22 @@ class Kernel(JITFunction):
         super().__init__(function, do_not_specialize=do_not_specialize)
         self._names = [param.name for param in self.params]
         self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._remembers = True
 
     def run(self, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
-        key = None if args or warmup or not _remember else _facts(named)
+        asked = self._remembers and _remember and not warmup and not args
+        key = _facts(named) if asked else None
         compiled = None if key is None else self._compiled.get(key)
         if compiled is not None:
             compiled[(*grid, 1, 1)[:3]](*[named[name] for name in self._names])
             return compiled
         compiled = super().run(*args, grid=grid, warmup=warmup, **named)
-        if key is not None and _keeps(compiled):
+        if key is not None and isinstance(compiled, CompiledKernel):
+            self._remembers = _keeps(compiled)  # or else the next launch asks in vain
             if len(self._compiled) == MOST_FACTS:  # of so many sizes each is rare
                 self._compiled.clear()
-            self._compiled[key] = compiled
+            if self._remembers:
+                self._compiled[key] = compiled
         return compiled
 
 

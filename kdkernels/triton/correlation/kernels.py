@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of correlation: softmax and moments of rows, moments of columns in splits of the rows,
-their merge, and the gradient. Probabilities are computed again in each and never stored."""
+their merge, and loss and gradient. Probabilities are computed again in each and never stored."""
 
 from __future__ import annotations
 
@@ -267,26 +267,23 @@ def _derivatives(
     return tl.where(valid, a, 0.0), tl.where(valid, dy, 0.0)
 
 
-@kernel
-def _correlation_gradient_kernel(
-    s_ptr,  # [B, C]
-    t_ptr,  # [B, C]
-    rows_ptr,  # [7, B] fp32
-    columns_ptr,  # [5, C] fp32
-    dz_ptr,  # [B, C] fp32
-    B,
-    C,
-    temperature,
-    centre,
-    row_scale,
-    column_scale,
-    stride_sm,
-    stride_sc,
-    stride_tm,
-    stride_tc,
-    BLOCK_M: tl.constexpr,
+@triton.jit
+def _sum_of_losses(rho_ptr, count, BLOCK: tl.constexpr):
+    """Of 1 - rho, in fp64."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for i in range(0, count, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        rho = tl.load(rho_ptr + offs, mask=offs < count, other=1.0)
+        total += (1.0 - rho).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _store_derivatives(
+    s_ptr, t_ptr, rows_ptr, columns_ptr, dz_ptr, B, C, temperature, centre, row_scale,
+    column_scale, stride_sm, stride_sc, stride_tm, stride_tc, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.zeros((BLOCK_M,), tl.float32)
     for c in range(0, C, BLOCK_C):
@@ -308,3 +305,39 @@ def _correlation_gradient_kernel(
             a * (dy - inner[:, None]),
             mask=(offs_m < B)[:, None] & (offs_c < C)[None, :],
         )
+
+
+@kernel
+def _correlation_gradient_kernel(
+    s_ptr,  # [B, C]
+    t_ptr,  # [B, C]
+    rows_ptr,  # [7, B] fp32
+    columns_ptr,  # [5, C] fp32
+    dz_ptr,  # [B, C] fp32, with DERIVATIVE
+    loss_ptr,  # [] fp32
+    B,
+    C,
+    temperature,
+    centre,
+    row_scale,  # of the derivative by a row's probabilities over temperature; the loss has one more
+    column_scale,
+    stride_sm,
+    stride_sc,
+    stride_tm,
+    stride_tc,
+    DERIVATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The loss, by the first program, and its derivatives by the student's logits."""
+    if tl.program_id(0) == 0:
+        by_row = _sum_of_losses(rows_ptr + RHO * B.to(tl.int64), B, BLOCK)
+        by_column = _sum_of_losses(columns_ptr + 2 * C, C, BLOCK)
+        loss = temperature * (row_scale * by_row + column_scale * by_column)
+        tl.store(loss_ptr, loss.to(tl.float32))
+    if DERIVATIVE:
+        _store_derivatives(
+            s_ptr, t_ptr, rows_ptr, columns_ptr, dz_ptr, B, C, temperature, centre, row_scale,
+            column_scale, stride_sm, stride_sc, stride_tm, stride_tc, BLOCK_M, BLOCK_C,
+        )  # fmt: skip

@@ -294,7 +294,7 @@ def _rows(call: Call) -> _Rows:
     )  # fmt: skip
     coefficients = Launch(
         _gram_mse_coef_kernel, (G * cdiv(B, COLUMNS),), G=G, B=B, parts_s=n_s, parts_t=n_t,
-        ROWS=COLUMNS, num_warps=4,
+        ROWS=COLUMNS, num_warps=2,
     )  # fmt: skip
     return _Rows(sweep, coefficients, max(n_s, n_t))
 

@@ -352,11 +352,13 @@ def _gram_mse_coef_kernel(
     x = tl.zeros((ROWS,), tl.float64)
     ptrs = stats_ptr + g * 3 * B + rows
     step = tl.cast(G, tl.int64) * 3 * B
-    for part in range(parts_s):
-        r2 += tl.load(ptrs + part * step, mask=mask, other=0.0).to(tl.float64)
-        x += tl.load(ptrs + part * step + 2 * B, mask=mask, other=0.0).to(tl.float64)
-    for part in range(parts_t):
-        q2 += tl.load(ptrs + part * step + B, mask=mask, other=0.0).to(tl.float64)
+    for part in range(tl.maximum(parts_s, parts_t)):
+        mask_s = mask & (part < parts_s)
+        mask_t = mask & (part < parts_t)
+        r2 += tl.load(ptrs, mask=mask_s, other=0.0).to(tl.float64)
+        q2 += tl.load(ptrs + B, mask=mask_t, other=0.0).to(tl.float64)
+        x += tl.load(ptrs + 2 * B, mask=mask_s, other=0.0).to(tl.float64)
+        ptrs += step
     store_coefficients(coef_ptr + g * 5 * B, loss_ptr + g * B, rows, B, r2, q2, x, r2, q2, False)
 
 

@@ -12,8 +12,9 @@ from kdkernels.triton.common.dots import dot
 from kdkernels.triton.common.exp_math import two_atanh
 from kdkernels.triton.common.jit import kernel
 
-# Rows of the table of numbers per feature row, fp32 [7, B], of student and teacher.
-SCALE, SELF, INVERSE, LOST = (tl.constexpr(index) for index in (0, 2, 4, 6))
+# Rows of the table of numbers per feature row, fp32 [8, B]: of student and teacher 1 / (|x| + e),
+# 1 - |u| or squared norms, 1 / Z; of the student r, and of cosine |x|.
+SCALE, SELF, INVERSE, LOST, NORM = (tl.constexpr(index) for index in (0, 2, 4, 6, 7))
 
 
 @triton.jit
@@ -122,8 +123,7 @@ def _pkt_tiles_kernel(
     t_ptr,  # [B, D_t]
     given_s_ptr,  # of the strides of s and t, not centred
     given_t_ptr,
-    # [7, B] fp32: scales, self terms and inverse sums of both sides, what the slopes of a row lose
-    rows_ptr,
+    rows_ptr,  # [8, B] fp32
     sums_ptr,  # [2, splits, B] fp32: sums of K of both sides, or losses and r
     w_ptr,  # [rows, B], or unused: weights of a chunk of rows
     close_ptr,  # [tiles of rows, tiles of B] int32, student_t: which of the student are close
@@ -230,43 +230,3 @@ def _pkt_tiles_kernel(
     if SUMS or LOSS:
         tl.store(at, first_sum, mask=mask_m)
         tl.store(at + splits * width, second_sum, mask=mask_m)
-
-
-@kernel
-def _pkt_cosine_bwd_kernel(
-    x_ptr,  # [B, D]
-    norm_ptr,  # [B] fp32
-    ratio_ptr,  # [B] fp32: r / Z
-    total_ptr,  # [D] fp32: sum of u
-    weighted_ptr,  # [D] fp32: sum of u times the ratios
-    dx_ptr,  # [B, D] fp32: products W u, which become the gradient
-    D,
-    stride_m,
-    stride_d,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64)
-    norm = tl.load(norm_ptr + i)
-    ratio = tl.load(ratio_ptr + i)
-    inner = tl.zeros((BLOCK,), tl.float64)
-    for d in range(0, D, BLOCK):
-        offs = d + tl.arange(0, BLOCK)
-        mask = offs < D
-        x = tl.load(x_ptr + i * stride_m + offs.to(tl.int64) * stride_d, mask=mask, other=0.0)
-        lost = ratio * tl.load(total_ptr + offs, mask=mask, other=0.0)
-        lost += tl.load(weighted_ptr + offs, mask=mask, other=0.0)
-        du = 0.5 * (tl.load(dx_ptr + i * D + offs, mask=mask, other=0.0) - lost)
-        # in fp64: the radial part that is taken away can be much larger than what remains
-        inner += du.to(tl.float64) * x.to(tl.float64)
-    wide = norm.to(tl.float64)
-    radial = tl.where(norm == 0.0, 0.0, tl.sum(inner, 0) / (wide * (wide + EPS)))
-    for d in range(0, D, BLOCK):
-        offs = d + tl.arange(0, BLOCK)
-        mask = offs < D
-        x = tl.load(x_ptr + i * stride_m + offs.to(tl.int64) * stride_d, mask=mask, other=0.0)
-        lost = ratio * tl.load(total_ptr + offs, mask=mask, other=0.0)
-        lost += tl.load(weighted_ptr + offs, mask=mask, other=0.0)
-        du = 0.5 * (tl.load(dx_ptr + i * D + offs, mask=mask, other=0.0) - lost)
-        dx = (du.to(tl.float64) - radial * x.to(tl.float64)) / (wide + EPS)
-        tl.store(dx_ptr + i * D + offs, dx.to(tl.float32), mask=mask)

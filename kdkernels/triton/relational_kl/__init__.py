@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """relational_kl on Triton: the operators and their launches.
 
-Configurations and kernels are in the modules beside this one. Rows and keys are multiplied as they
-are, fp16, bf16 or fp32, and accumulate in fp32, where their scales come in. Weights exist for a
-chunk of rows, or of keys, at a time, no larger than half of the L2 cache or one row of tiles.
-Nothing waits for the device.
+What sizes decide, configurations and kernels are in the modules beside this one. Rows and keys are
+multiplied as they are, fp16, bf16 or fp32, and accumulate in fp32, where their scales come in.
+Weights exist for a chunk of rows, or of keys, at a time, no larger than half of the L2 cache or one
+row of tiles. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,65 +14,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdkernels._gpu import fp32_matmul
 from kdkernels._key_bank_call import KeyBankCall
-from kdkernels.triton.common.launch import COLUMNS, ROWS, arch_of, cdiv, on_device, supports
+from kdkernels.triton.common.launch import on_device, supports
 from kdkernels.triton.common.product import multiply
-from kdkernels.triton.relational_kl import bwd_kernels, kernels, row_kernels
-from kdkernels.triton.relational_kl.config import RelationalKLConfig, pick_config
+from kdkernels.triton.relational_kl.plan import (
+    OWN,
+    STUDENT,
+    TEACHER,
+    Facts,
+    derivatives,
+    facts_of,
+    forward_plan,
+    keys_gradient,
+    rows_gradient,
+    tensors_of,
+)
 
 __all__ = ["relational_kl_bwd", "relational_kl_fwd", "supports"]
 
-_STUDENT, _TEACHER, _OWN = range(3)  # whose gradient `_relational_kl_bwd_rows_kernel` makes
-_OF_ROWS = {"ROWS": ROWS, "COLUMNS": COLUMNS}
+_Table = dict[str, Any]  # tensors of a call by the names that kernels have for them
 
 
 def relational_kl_fwd(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *call, student_temperature, teacher_temperature, need_student = args
     call = _contiguous(KeyBankCall(*call))
-    student, teacher, keys = call.student, call.teacher, call.keys
-    (B, D), K = student.shape, keys.shape[0]
-    loss = student.new_empty(B, dtype=torch.float32)
-    dloss = loss.new_empty((B, D) if need_student else (0,))
-    numbers = loss.new_empty((7, B))
+    student, K = call.student, call.keys.shape[0]
+    table: _Table = tensors_of(call)
+    plan = forward_plan(facts_of(call, table), need_student)
+    loss = student.new_empty(student.shape[0], dtype=torch.float32)
+    dloss = loss.new_empty(student.shape if need_student else (0,))
+    numbers = loss.new_empty((7, student.shape[0]))
     banks = 1 if call.teacher_keys is None else 2
     key_scales = loss.new_empty((banks if call.normalize else 0, K))
-    if B == 0:
-        with on_device(student):
-            _scales(call, student_temperature, teacher_temperature, numbers, key_scales)
-        return loss, dloss, numbers, key_scales
-    config = _config(call)
-    tile, sides = config.logits, 1 if teacher is None else 2
-    tiles = cdiv(K, tile.n)
-    weight_bytes = sides * K * config.weight_dtype.itemsize
-    step = config.chunk(B, weight_bytes if need_student else 0, tile.m)
-    stats = loss.new_empty((3 if teacher is None else 5) * tiles * step)
-    weights = None
-    if need_student:
-        weights = keys.new_empty(sides * step * K, dtype=config.weight_dtype)
-    mask, scales = _is_mask(call.exclude), key_scales if call.normalize else None
-    merged_rows, merged_tiles = config.merge
+    table |= {
+        "loss_ptr": loss, "numbers_ptr": numbers, "key_scales_ptr": key_scales,
+        "x_temperature": student_temperature, "y_temperature": teacher_temperature,
+    }  # fmt: skip
+    if plan.chunks:
+        table["stats_ptr"] = loss.new_empty(plan.stats)
+    if plan.weights > 0:
+        table["weights_ptr"] = student.new_empty(plan.weights, dtype=plan.weight_dtype)
     with on_device(student):
-        _scales(call, student_temperature, teacher_temperature, numbers, key_scales)
-        for first in range(0, B, step):
-            rows = min(step, B - first)
-            kernels._relational_kl_weights_kernel[(cdiv(rows, tile.m) * tiles,)](
-                x_ptr=student, y_ptr=teacher, keys_ptr=keys, teacher_keys_ptr=call.teacher_keys,
-                key_scales_ptr=scales, numbers_ptr=numbers, positives_ptr=call.positives,
-                exclude_ptr=call.exclude, num_keys_ptr=call.num_keys, weights_ptr=weights,
-                stats_ptr=stats, first=first, rows=rows, B=B, K=K, D=D, E=_width(call),
-                MASK=mask, ENTROPY=call.subtract_entropy, PRECISION=config.of_logits,
-                **tile.launch(),
-            )  # fmt: skip
-            kernels._relational_kl_merge_kernel[(cdiv(rows, merged_rows),)](
-                stats_ptr=stats, positives_ptr=call.positives, exclude_ptr=call.exclude,
-                num_keys_ptr=call.num_keys, numbers_ptr=numbers, loss_ptr=loss, first=first,
-                rows=rows, B=B, K=K, tiles=tiles, TEACHER=teacher is not None,
-                OWN=call.own_keys is not None, MASK=mask, ENTROPY=call.subtract_entropy,
-                FACTORS=need_student, ROWS=merged_rows, TILES=merged_tiles,
-            )  # fmt: skip
-            if weights is not None and D > 0:
-                _softmax_product(config, call, weights, stats, scales, dloss, first, rows)
+        if plan.scales is not None:
+            plan.scales(table)
+        for chunk in plan.chunks:
+            chunk.weights(table)
+            chunk.merge(table)
+            if chunk.product is None:
+                continue
+            if chunk.splits == 1:
+                table["out_ptr"] = dloss
+                chunk.product(table)
+                continue
+            parts = table["out_ptr"] = loss.new_empty((chunk.splits, chunk.rows, student.shape[1]))
+            chunk.product(table)
+            torch.sum(parts, 0, out=dloss[chunk.first : chunk.first + chunk.rows])
     return loss, dloss, numbers, key_scales
 
 
@@ -82,7 +78,6 @@ def relational_kl_bwd(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
         need_teacher_keys, need_own_keys, need_student_factor, need_teacher_factor,
     ) = args  # fmt: skip
     call = _contiguous(KeyBankCall(*call))
-    known = dout, *(x.contiguous() for x in (loss, numbers, key_scales))
 
     def result(like: Tensor | None, needed: bool) -> Tensor:
         return call.student.new_empty(like.shape if needed else (0,))
@@ -98,16 +93,27 @@ def relational_kl_bwd(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
     if dout.shape[0] == 0:
         dq.zero_(), dr.zero_()
         return results
+    table: _Table = tensors_of(call)
+    facts, stride = facts_of(call, table), dout.stride(0)
+    table |= {
+        "dout_ptr": dout, "loss_ptr": loss.contiguous(), "numbers_ptr": numbers.contiguous(),
+        "key_scales_ptr": key_scales.contiguous(),
+    }  # fmt: skip
     with on_device(call.student):
         if need_student or need_student_factor:
-            _rows_gradient(_STUDENT, call, known, dloss.contiguous(), dx, by_student)
+            table |= {"v_ptr": dloss.contiguous(), "out_ptr": dx, "dfactor_ptr": by_student}
+            table["factor_ptr"] = call.student_factor
+            rows_gradient(facts, STUDENT, stride, need_student, need_student_factor)(table)
         if need_own_keys:
-            _rows_gradient(_OWN, call, known, None, do, None)
+            table["out_ptr"] = do
+            rows_gradient(facts, OWN, stride, True, False)(table)
         if need_teacher or need_teacher_factor:
-            v = _teacher_derivatives(call, known)
-            _rows_gradient(_TEACHER, call, known, v, dy, by_teacher)
+            v = _teacher_derivatives(call, facts, table)
+            table |= {"v_ptr": v, "out_ptr": dy, "dfactor_ptr": by_teacher}
+            table["factor_ptr"] = call.teacher_factor
+            rows_gradient(facts, TEACHER, stride, need_teacher, need_teacher_factor)(table)
         if need_keys or need_teacher_keys:
-            _key_gradients(call, known, dq, dr)
+            _key_gradients(call, facts, table, dq, dr)
     return results
 
 
@@ -120,127 +126,18 @@ def _contiguous(call: KeyBankCall) -> KeyBankCall:
     return call._replace(exclude=call.exclude.view(torch.uint8))
 
 
-def _config(call: KeyBankCall) -> RelationalKLConfig:
-    return pick_config(
-        call.student.shape[0], dtype=call.keys.dtype, arch=arch_of(call.keys),
-        fp32_matmul=fp32_matmul(),
-    )  # fmt: skip
-
-
-def _is_mask(exclude: Tensor | None) -> bool:
-    return exclude is not None and exclude.dtype == torch.uint8
-
-
-def _width(call: KeyBankCall) -> int:
-    """Of the teacher's rows."""
-    return (call.student if call.teacher is None else call.teacher).shape[1]
-
-
-def _scales(
-    call: KeyBankCall,
-    student_temperature: float,
-    teacher_temperature: float,
-    numbers: Tensor,  # [7, B]
-    key_scales: Tensor,  # [n, K]
-) -> None:
-    (B, D), K = call.student.shape, call.keys.shape[0]
-    programs = cdiv(B, ROWS) + len(key_scales) * cdiv(K, ROWS)
-    if programs == 0:
-        return
-    row_kernels._relational_kl_scales_kernel[(programs,)](
-        x_ptr=call.student, y_ptr=call.teacher, own_ptr=call.own_keys, keys_ptr=call.keys,
-        teacher_keys_ptr=call.teacher_keys, x_factor_ptr=call.student_factor,
-        y_factor_ptr=call.teacher_factor, numbers_ptr=numbers, key_scales_ptr=key_scales, B=B, K=K,
-        D=D, E=_width(call), x_temperature=student_temperature, y_temperature=teacher_temperature,
-        NORMALIZE=call.normalize, **_OF_ROWS,
-    )  # fmt: skip
-
-
-def _softmax_product(
-    config: RelationalKLConfig,
-    call: KeyBankCall,
-    weights: Tensor,  # sides, rows, K
-    stats: Tensor,
-    key_scales: Tensor | None,  # [n, K]
-    dloss: Tensor,  # [B, D]
-    first: int,
-    rows: int,
-) -> None:
-    D, K, tile = dloss.shape[1], call.keys.shape[0], config.product
-    tiles = tile.count(rows, D)
-    length, splits = tile.split(K, tiles, config.arch, config.logits.n)
-    target = dloss if splits == 1 else dloss.new_empty((splits, rows, D))
-    kernels._relational_kl_fwd_kernel_product[(tiles, splits)](
-        weights_ptr=weights, stats_ptr=stats, keys_ptr=call.keys, key_scales_ptr=key_scales,
-        positives_ptr=call.positives, num_keys_ptr=call.num_keys, out_ptr=target, first=first,
-        rows=rows, K=K, D=D, split_k=length, TEACHER=call.teacher is not None, SPLIT=splits > 1,
-        PRECISION=config.of_weights, TILE=config.logits.n, **tile.launch(),
-    )  # fmt: skip
-    if splits > 1:
-        torch.sum(target, 0, out=dloss[first : first + rows])
-
-
-# dout [B], loss [B], numbers [7, B], key_scales [n, K]
-_Known = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def _rows_gradient(
-    of: int,
-    call: KeyBankCall,
-    known: _Known,
-    v: Tensor | None,  # [B, D] fp32
-    out: Tensor,  # [B, D], or empty
-    dfactor: Tensor | None,  # [B], or empty
-) -> None:
-    dout, loss, numbers, _ = known
-    of_row = (call.student, call.teacher, call.own_keys)[of]
-    B, D = of_row.shape
-    row_kernels._relational_kl_bwd_rows_kernel[(cdiv(B, ROWS),)](
-        v_ptr=v, x_ptr=call.student, y_ptr=call.teacher, own_ptr=call.own_keys,
-        numbers_ptr=numbers, loss_ptr=loss, dout_ptr=dout,
-        factor_ptr=call.teacher_factor if of == _TEACHER else call.student_factor,
-        out_ptr=out if out.shape == of_row.shape else None,
-        dfactor_ptr=dfactor if dfactor is not None and dfactor.numel() else None, B=B, D=D,
-        stride_dout=dout.stride(0), OF=of, NORMALIZE=call.normalize,
-        ENTROPY=call.subtract_entropy, **_OF_ROWS,
-    )  # fmt: skip
-
-
-def _derivatives(
-    config: RelationalKLConfig,
-    call: KeyBankCall,
-    known: _Known,
-    rows: range,
-    keys: range,
-    g: Tensor | None,  # [rows, keys]
-    h: Tensor | None,  # [rows, keys]
-    by_rows: bool,
-) -> None:
-    dout, loss, numbers, key_scales = known
-    (B, D), K, tile = call.student.shape, call.keys.shape[0], config.logits
-    bwd_kernels._relational_kl_derivatives_kernel[(tile.count(len(rows), len(keys)),)](
-        x_ptr=call.student, y_ptr=call.teacher, keys_ptr=call.keys,
-        teacher_keys_ptr=call.teacher_keys, key_scales_ptr=key_scales if call.normalize else None,
-        numbers_ptr=numbers, positives_ptr=call.positives, exclude_ptr=call.exclude,
-        num_keys_ptr=call.num_keys, loss_ptr=loss, dout_ptr=dout, g_ptr=g, h_ptr=h,
-        first_row=rows.start, first_key=keys.start, rows=len(rows), keys=len(keys), B=B, K=K, D=D,
-        E=_width(call), stride_dout=dout.stride(0), BY_ROWS=by_rows, MASK=_is_mask(call.exclude),
-        ENTROPY=call.subtract_entropy, PRECISION=config.of_logits, **tile.launch(),
-    )  # fmt: skip
-
-
-def _teacher_derivatives(call: KeyBankCall, known: _Known) -> Tensor:  # [B, E] fp32
+def _teacher_derivatives(call: KeyBankCall, facts: Facts, table: _Table) -> Tensor:  # [B, E] fp32
     """By the teacher times its scales, in chunks of rows, of which each needs one only."""
-    config = _config(call)
+    config, dout = facts.config, table["dout_ptr"]
     keys = call.keys if call.teacher_keys is None else call.teacher_keys
-    B, (K, E) = call.student.shape[0], keys.shape
-    out = known[0].new_empty((B, E))
+    B, K = facts.B, facts.K
+    out = dout.new_empty((B, facts.E))
     step = config.chunk(B, K * config.derivative_dtype.itemsize, config.logits.m)
     memory = keys.new_empty(step * K, dtype=config.derivative_dtype)
     for begin in range(0, B, step):
         rows = range(begin, min(begin + step, B))
-        h = memory[: len(rows) * K].view(-1, K)
-        _derivatives(config, call, known, rows, range(K), None, h, by_rows=False)
+        h = table["h_ptr"] = memory[: len(rows) * K].view(-1, K)
+        derivatives(facts, rows, range(K), dout.stride(0), False, by_rows=False)(table)
         multiply(
             config.product, config.arch, config.of_weights, h, keys, out[begin : rows.stop],
             count=call.num_keys,
@@ -250,42 +147,41 @@ def _teacher_derivatives(call: KeyBankCall, known: _Known) -> Tensor:  # [B, E] 
 
 def _key_gradients(
     call: KeyBankCall,
-    known: _Known,
+    facts: Facts,
+    table: _Table,
     dkeys: Tensor,  # [K, D] or empty
     dteacher_keys: Tensor,  # [K, E] or empty
 ) -> None:
     """In chunks of keys, of which each row of the gradients needs one only."""
-    config = _config(call)
-    B, K = call.student.shape[0], call.keys.shape[0]
+    config, dout, B, K = facts.config, table["dout_ptr"], facts.B, facts.K
     student, teacher = call.student, call.teacher
     v, w = (
         # derivatives by keys over their norms, or by keys: fp32 makes room for them in the result
-        known[0].new_empty(x.shape) if call.normalize and x.dtype != torch.float32 else x
+        dout.new_empty(x.shape) if call.normalize and x.dtype != torch.float32 else x
         for x in (dkeys, dteacher_keys)
     )
     dtype = config.derivative_dtype
     step = config.chunk(K, 2 * B * dtype.itemsize, config.logits.n)
     memory = student.new_empty((2, B * step), dtype=dtype)
     product = config.product, config.arch, config.of_weights
+    shared, of_student = teacher is not None and call.teacher_keys is None, v.numel() > 0
     for begin in range(0, K, step):
         keys = range(begin, min(begin + step, K))
         part = slice(begin, keys.stop)
         g, h = (side[: B * len(keys)].view(B, len(keys)) for side in memory)
-        h = None if teacher is None else h
-        _derivatives(config, call, known, range(B), keys, g if v.numel() else None, h, by_rows=True)
-        if v.numel() > 0:
-            shared = h is not None and call.teacher_keys is None
+        table |= {"g_ptr": g, "h_ptr": h}
+        derivatives(facts, range(B), keys, dout.stride(0), of_student, by_rows=True)(table)
+        if of_student:
             multiply(*product, g.T, student, v[part], second=(h.T, teacher) if shared else None)
         if w.numel() > 0:
             multiply(*product, h.T, teacher, w[part])
-    if call.normalize:
-        scales = known[3]
-        for x, keys, scale, out in (
-            (v, call.keys, scales, dkeys),
-            (w, call.teacher_keys, scales[1:], dteacher_keys),
-        ):
-            if x.numel() > 0:
-                row_kernels._relational_kl_bwd_keys_kernel[(cdiv(K, ROWS),)](
-                    v_ptr=x, keys_ptr=keys, scales_ptr=scale, num_keys_ptr=call.num_keys,
-                    out_ptr=out, K=K, D=x.shape[1], **_OF_ROWS,
-                )  # fmt: skip
+    if not call.normalize:
+        return
+    scales = table["key_scales_ptr"]
+    for x, bank, scale, out in (
+        (v, call.keys, scales[0], dkeys),
+        (w, call.teacher_keys, scales[-1], dteacher_keys),
+    ):
+        if x.numel() > 0:
+            table |= {"v_ptr": x, "keys_ptr": bank, "scales_ptr": scale, "out_ptr": out}
+            keys_gradient(facts, x.shape[1])(table)

@@ -52,6 +52,27 @@ def _relational_kl_derivatives_kernel(
     last_m, last_n = first_row + rows, first_key + keys
     mask_m = local_m < rows
     stored = mask_m[:, None] & (local_n < keys)[None, :]
+    of_row = numbers_ptr + offs_m.to(tl.int64)
+    step = tl.cast(B, tl.int64)
+    a = logits(
+        x_ptr, keys_ptr, numbers_ptr + SCALE_S * step, key_scales_ptr, offs_m, offs_n, last_m,
+        last_n, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    if y_ptr is not None:
+        rows_t_ptr = numbers_ptr + SCALE_T * step
+        if teacher_keys_ptr is None:
+            scales_t_ptr = key_scales_ptr
+            b = logits(
+                y_ptr, keys_ptr, rows_t_ptr, scales_t_ptr, offs_m, offs_n, last_m, last_n, D,
+                PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            scales_t_ptr = second_bank(key_scales_ptr, K)
+            b = logits(
+                y_ptr, teacher_keys_ptr, rows_t_ptr, scales_t_ptr, offs_m, offs_n, last_m, last_n,
+                E, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    # the products are made: what is loaded or decided before them would take registers from them
     counting = number_that_count(num_keys_ptr, K, num_keys_ptr is not None)
     counts = mask_m[:, None] & (offs_n < tl.minimum(counting, last_n))[None, :]
     if exclude_ptr is not None:
@@ -62,37 +83,16 @@ def _relational_kl_derivatives_kernel(
             exclude = tl.load(exclude_ptr + offs_m, mask=mask_m, other=-1)
             counts &= offs_n[None, :] != exclude[:, None]
     at_w = local_m.to(tl.int64)[:, None] * keys + local_n[None, :]
-    of_row = numbers_ptr + offs_m.to(tl.int64)
-    step = tl.cast(B, tl.int64)
     dout = tl.load(dout_ptr + offs_m * stride_dout, mask=mask_m, other=0.0)
-    lse_s = tl.load(of_row + LSE_S * step, mask=mask_m, other=0.0)
-    scale_s = tl.load(of_row + SCALE_S * step, mask=mask_m, other=0.0)
-    a = logits(
-        x_ptr, keys_ptr, scale_s, key_scales_ptr, offs_m, offs_n, last_m, last_n, D, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
-    log_q = a - lse_s[:, None]
+    log_q = a - tl.load(of_row + LSE_S * step, mask=mask_m, other=0.0)[:, None]
     if y_ptr is not None:
-        scale_t = tl.load(of_row + SCALE_T * step, mask=mask_m, other=0.0)
-        if teacher_keys_ptr is None:
-            scales_t_ptr = key_scales_ptr
-            b = logits(
-                y_ptr, keys_ptr, scale_t, scales_t_ptr, offs_m, offs_n, last_m, last_n, D,
-                PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-        else:
-            scales_t_ptr = second_bank(key_scales_ptr, K)
-            b = logits(
-                y_ptr, teacher_keys_ptr, scale_t, scales_t_ptr, offs_m, offs_n, last_m, last_n, E,
-                PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
         log_p = b - tl.load(of_row + LSE_T * step, mask=mask_m, other=0.0)[:, None]
         p = tl.exp(log_p)
         c = log_p - log_q if ENTROPY else -log_q
         loss = tl.load(loss_ptr + offs_m, mask=mask_m, other=0.0)
         h = dout[:, None] * (p * (c - loss[:, None]))
         if BY_ROWS:
-            h *= scale_t[:, None]
+            h *= tl.load(of_row + SCALE_T * step, mask=mask_m, other=0.0)[:, None]
         elif scales_t_ptr is not None:
             h *= tl.load(scales_t_ptr + offs_n, mask=offs_n < last_n, other=0.0)[None, :]
         h = tl.where(counts, h, 0.0)
@@ -105,5 +105,6 @@ def _relational_kl_derivatives_kernel(
         q = tl.exp(log_q)
         if y_ptr is not None or positives_ptr is not None:
             q -= p
-        g = tl.where(counts, (dout * scale_s)[:, None] * q, 0.0)
+        by = dout * tl.load(of_row + SCALE_S * step, mask=mask_m, other=0.0)
+        g = tl.where(counts, by[:, None] * q, 0.0)
         tl.store(g_ptr + at_w, g.to(g_ptr.dtype.element_ty), mask=stored)

@@ -55,8 +55,10 @@ def _tiles(B: int, dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile
     stages = 2
     if dtype == torch.float32:
         if precision == "ieee" and arch.vendor == "cuda":
-            # without tensor cores every operand of a step is held in registers: a short step
-            return Tile(64, 64, 16, 4, stages), Tile(64, 64, 16, 8, stages)
+            # without tensor cores every operand of a step is held in registers: a short step,
+            # and on GPUs for graphics no second stage, so that two programs share a processor
+            logits = Tile(64, 64, 16, 8, 1 if arch.narrow else stages)
+            return logits, Tile(64, 64, 16, 8, stages)
         return Tile(64, 64, 32, 8, stages), Tile(64, 64, 32, 8, stages)
     rows, warps = (64, 4) if B <= 64 else (128, 8)
     return Tile(rows, 64, 32, warps, stages), Tile(rows, 64, 32, warps, stages)

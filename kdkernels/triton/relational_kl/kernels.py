@@ -31,7 +31,7 @@ _LEAST = tl.constexpr(-3e38)
 def logits(
     x_ptr,  # [B, D] contiguous
     keys_ptr,  # [K, D] contiguous, of the dtype of x
-    x_scale,  # [BLOCK_M] fp32
+    x_scales_ptr,  # [B] fp32
     key_scales_ptr,  # [K] fp32, or None
     offs_m,
     offs_n,
@@ -62,7 +62,8 @@ def logits(
             other=0.0,
         )
         acc = dot(x, keys, acc, PRECISION)
-    acc *= x_scale[:, None]
+    # after the loop, or registers would hold them through it
+    acc *= tl.load(x_scales_ptr + offs_m, mask=offs_m < B, other=0.0)[:, None]
     if key_scales_ptr is not None:
         acc *= tl.load(key_scales_ptr + offs_n, mask=offs_n < K, other=0.0)[None, :]
     return acc
@@ -111,12 +112,10 @@ def _relational_kl_weights_kernel(
     counting = number_that_count(num_keys_ptr, K, num_keys_ptr is not None)
     row_stats = stats_ptr + tl.cast(j, tl.int64) * rows + local_m
     step = tl.cast(tiles_n, tl.int64) * rows
-    scales = numbers_ptr + offs_m.to(tl.int64)
-    last = first + rows
-    scale = tl.load(scales + SCALE_S * tl.cast(B, tl.int64), mask=mask_m, other=0.0)
+    last, B64 = first + rows, tl.cast(B, tl.int64)
     a = logits(
-        x_ptr, keys_ptr, scale, key_scales_ptr, offs_m, offs_n, last, counting, D, PRECISION,
-        BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, keys_ptr, numbers_ptr + SCALE_S * B64, key_scales_ptr, offs_m, offs_n, last,
+        counting, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if positives_ptr is not None:
         positive = tl.load(positives_ptr + offs_m, mask=mask_m, other=-1)
@@ -135,15 +134,15 @@ def _relational_kl_weights_kernel(
     tl.store(row_stats + _MAX_S * step, max_s, mask=mask_m)
     tl.store(row_stats + _SUM_S * step, tl.sum(ws, 1), mask=mask_m)
     if y_ptr is not None:
-        scale = tl.load(scales + SCALE_T * tl.cast(B, tl.int64), mask=mask_m, other=0.0)
+        scales_ptr = numbers_ptr + SCALE_T * B64
         if teacher_keys_ptr is None:
             b = logits(
-                y_ptr, keys_ptr, scale, key_scales_ptr, offs_m, offs_n, last, counting, D,
+                y_ptr, keys_ptr, scales_ptr, key_scales_ptr, offs_m, offs_n, last, counting, D,
                 PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         else:
             b = logits(
-                y_ptr, teacher_keys_ptr, scale, second_bank(key_scales_ptr, K), offs_m, offs_n,
+                y_ptr, teacher_keys_ptr, scales_ptr, second_bank(key_scales_ptr, K), offs_m, offs_n,
                 last, counting, E, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
         # a tells what does not count: predicates would be held through the product

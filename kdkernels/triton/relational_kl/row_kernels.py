@@ -82,7 +82,7 @@ def _relational_kl_scales_kernel(
     x_factor_ptr,  # [], or None
     y_factor_ptr,  # [], or None
     numbers_ptr,  # [7, B] fp32
-    key_scales_ptr,  # [1 or 2, K] fp32, or unused
+    key_scales_ptr,  # [1 or 2, K] fp32, or None without NORMALIZE
     B,
     K,
     D,
@@ -121,7 +121,7 @@ def _relational_kl_scales_kernel(
         tl.store(to + SCALE_OWN * step, scale_own.to(tl.float32), mask=mask)
         tl.store(to + OWN_S * step, own_s.to(tl.float32), mask=mask)
         tl.store(to + OWN_T * step, own_t.to(tl.float32), mask=mask)
-    else:
+    elif NORMALIZE:
         block -= of_rows
         of_bank = tl.cdiv(K, ROWS)
         keys = block % of_bank * ROWS + tl.arange(0, ROWS)

@@ -252,7 +252,7 @@ def _backward(
         _prepare(B, M, D, 1, in_batch, False, normalize, False),
         Launch(
             bwd_kernels._triplet_entries_kernel, (cdiv(2 * B, SORTED),), B=B, M=M, BLOCK=SORTED,
-            num_warps=4,
+            num_warps=8,
         ),
         gradient(True),
         gradient(False),
