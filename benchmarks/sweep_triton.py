@@ -206,9 +206,6 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("sweep_triton.jsonl"))
     args = parser.parse_args()
     begin = time.monotonic()
-    if not torch.cuda.is_available():
-        print("sweep_triton: torch sees no GPU", file=sys.stderr)
-        return 2
     in_table = {(op, shape) for op, shape, _ in GPU_TABLE}
     calls = [
         Call(info.name, shape.name, dtype)
@@ -222,6 +219,9 @@ def main() -> int:
         parser.error(f"--shape must name shapes of {', '.join(args.op)}, got {args.shape}")
     processes = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("fork").Pool(processes, warm.start) as pool:
+        if not torch.cuda.is_available():  # asked after the fork, since this opens the GPU
+            print("sweep_triton: torch sees no GPU", file=sys.stderr)
+            return 2
         device = warm.present()
         recordings = [
             pool.apply_async(record_candidates, (call, device, args.most)) for call in calls

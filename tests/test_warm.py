@@ -35,14 +35,51 @@ with warm.on_cpu_tensors(warm.named("sm_90")):
 json.dump({"status": status, "found": found, "failures": failures}, sys.stdout)
 """
 
+# Keys of all kernels, asked for in either order, each in a process that has asked for none.
+_KEYS = """
+import json, multiprocessing, sys
+from triton import JITFunction
+from kdkernels.testing import triton_targets
+
+found = {}
+for module in triton_targets._modules("kdkernels.triton"):
+    functions = {name: f for name, f in vars(module).items() if isinstance(f, JITFunction)}
+    found |= {name: f for name, f in functions.items() if "_kernel" in name}
+
+def keys(names):
+    return {name: found[name].cache_key for name in names}
+
+names = sorted(found)
+fork = multiprocessing.get_context("fork")
+with fork.Pool(1) as one, fork.Pool(1) as other:
+    orders = [one.apply(keys, [names]), other.apply(keys, [names[::-1]])]
+json.dump(orders, sys.stdout)
+"""
+
+
+def _run(script: str, **variables: str) -> str:
+    """What a script prints in a process of its own, where kernels are compiled."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_the_key_of_a_kernel_does_not_depend_on_what_was_launched_before() -> None:
+    first, last = json.loads(_run(_KEYS))
+    assert len(first) > 50
+    assert first == last
+
 
 def test_the_jit_finds_every_kernel_in_the_cache(tmp_path: Path) -> None:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-c", _WARM_AND_LAUNCH]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    words, _, last = done.stdout.rstrip().rpartition("\n")
+    printed = _run(_WARM_AND_LAUNCH, TRITON_CACHE_DIR=str(tmp_path))
+    words, _, last = printed.rstrip().rpartition("\n")
     report = json.loads(last)
     assert report["status"] == 0, words
     assert not any(report["failures"])

@@ -22,6 +22,8 @@ from kdkernels.triton.common.centre import Rows, centred
 
 B = 512
 CUDA_TILE = 128, 128
+# Features; the share of rows of 16 bits depends on their number.
+SIZES = {torch.float32: (128,), torch.bfloat16: (128, 512), torch.float16: (128, 512)}
 
 
 def _cosine(cosine: float) -> Callable[[Tensor], Tensor]:
@@ -96,10 +98,7 @@ def count(name: str, dtype: torch.dtype, D: int) -> dict[str, object]:
 
 def main() -> None:
     entries = [
-        count(name, dtype, D)
-        for name in DATA
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-        for D in (128, 512)
+        count(name, dtype, D) for name in DATA for dtype, sizes in SIZES.items() for D in sizes
     ]
     record = {
         "what": "shares of tiles and pairs of rows whose distances come from differences; counted, "

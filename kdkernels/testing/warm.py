@@ -261,8 +261,9 @@ def warm(calls: Sequence[Calls], pool: Any, processes: int, device: Device, end:
 
 
 def start() -> None:
-    """What a process of the pool begins with."""
+    """What a process of the pool begins with: one thread, and no GPU, which autograd would open."""
     torch.set_num_threads(1)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ its first launch is not called; the launch hooks of `triton.knobs` are.
 from __future__ import annotations
 
 import contextlib
+import dis
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,6 +55,18 @@ class Kernel(JITFunction):
         self._compiled: dict[tuple[Any, ...], Any] = {}
         self._remembers = True
 
+    @property
+    def cache_key(self) -> str:
+        """Triton's, of which the key in the cache is made, whatever was launched before.
+
+        Triton takes the constants of a called function into account if something called it earlier
+        in this process. Here each function is looked at after all that it calls.
+        """
+        if self.hash is None:
+            for function in _called_by(self):
+                _settle(function)
+        return super().cache_key
+
     def run(self, *args: Any, grid: Any, warmup: bool, **named: Any) -> Any:
         asked = self._remembers and _remember and not warmup and not args
         key = _facts(named) if asked else None
@@ -69,6 +82,27 @@ class Kernel(JITFunction):
             if self._remembers:
                 self._compiled[key] = compiled
         return compiled
+
+
+_settled: set[int] = set()  # ids, since a function's hash is made of its cache key
+
+
+def _settle(function: JITFunction) -> None:
+    """Compute a function's cache key after those of the functions that it calls."""
+    if id(function) in _settled:
+        return
+    for called in _called_by(function):
+        _settle(called)
+    function.hash = None
+    function.cache_key  # noqa: B018, computed here and kept
+    _settled.add(id(function))
+
+
+def _called_by(function: JITFunction) -> list[JITFunction]:
+    code = dis.get_instructions(function.fn)
+    names = dict.fromkeys(i.argval for i in code if i.opname == "LOAD_GLOBAL")
+    values = (function.__globals__.get(name) for name in names)
+    return [value for value in values if isinstance(value, JITFunction)]
 
 
 def _facts(named: dict[str, Any]) -> tuple[Any, ...] | None:

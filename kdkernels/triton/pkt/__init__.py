@@ -2,7 +2,7 @@
 """pkt on Triton: the operator and its launches.
 
 Features are fp16, bf16 or fp32; products accumulate in fp32. Nothing waits for the device. Between
-these kernels torch only adds up a product in splits, and centres the rows of student_t.
+these kernels torch only adds up a product in splits.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
+from kdkernels.triton.common.centre import centred
 from kdkernels.triton.common.launch import arch_of, cdiv, given, on_device, split_length, supports
 from kdkernels.triton.common.pairs_kernels import _pairs_gradient_kernel
 from kdkernels.triton.common.product import multiply
@@ -64,12 +65,10 @@ class _Call:
         )
         self.given = student, teacher
         if not self.cosine:
-            # Centring leaves the distances, and makes products lose fewer of their digits. Products
-            # of half precision are exact as they are, and would not be of rounded differences.
             self.given = student.contiguous(), teacher.contiguous()
         self.x = s, t = self.given
-        if not self.cosine and s.dtype == torch.float32:
-            self.x = s, t = s - s.mean(0), t - t.mean(0)
+        if not self.cosine:
+            self.x = s, t = centred(s)[0].x, centred(t)[0].x
         (self.B, self.D), self.width = s.shape, max(s.shape[1], t.shape[1])
         self.rows = s.new_empty((8, self.B), dtype=torch.float32)  # see `kernels.py`
         self.options = {"COSINE": self.cosine, "KL": divergence == "kl"}

@@ -68,7 +68,7 @@ def _distance(student: Tensor, teacher: Tensor, need: bool) -> tuple[Tensor, Ten
         gradient = student.new_zeros(student.shape if need else (0,), dtype=torch.float32)
         return gradient.new_zeros(()), gradient
     s, t = (Pairs(x, None, "euclidean", sides=2) for x in (student, teacher))
-    side_s, side_t = s.sides[0], t.sides[0]
+    (_, side_s), (_, side_t) = s.sides, t.sides
     sides: dict[str, Any] = {
         "s_ptr": side_s.x, "t_ptr": side_t.x, "given_s_ptr": side_s.given,
         "given_t_ptr": side_t.given, "s_norm_ptr": side_s.norm, "t_norm_ptr": side_t.norm, "B": B,

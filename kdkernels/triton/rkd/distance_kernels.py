@@ -145,12 +145,12 @@ def _rkd_pairs_kernel(
         at_m = tl.minimum(first + local, B - 1)
         at_n = tl.minimum(column, B - 1)
         d_t, _ = distance_tile(
-            t_ptr, t_ptr, given_t_ptr, given_t_ptr, t_norm_ptr, t_norm_ptr, at_m, at_n, D_t, True,
-            EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            t_ptr, t_ptr, given_t_ptr, given_t_ptr, t_norm_ptr, t_norm_ptr, at_m, at_n, D_t,
+            True, EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         d, close = distance_tile(
-            s_ptr, s_ptr, given_s_ptr, given_s_ptr, s_norm_ptr, s_norm_ptr, at_m, at_n, D_s, True,
-            EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            s_ptr, s_ptr, given_s_ptr, given_s_ptr, s_norm_ptr, s_norm_ptr, at_m, at_n, D_s,
+            True, EUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         if WEIGHTS:  # here, where few other masks are alive, of which AMD devices hold few
             d = tl.where(at_m[:, None] == at_n[None, :], 0.0, d)
