@@ -45,42 +45,11 @@ def centred(x: Tensor, r: Tensor | None = None) -> tuple[Rows, Rows]:
         if point.numel() > 0:
             G = groups[0] if groups else 1
             _centre_kernel[(G * cdiv(D, _SAMPLE_COLUMNS),)](
-                x_ptr=references, scale_ptr=point, point_ptr=point, M=M, D=D,
-                step=max(cdiv(M, SAMPLE), 1), **_strides(references), SCALED=False, SAMPLE=SAMPLE,
-                COLUMNS=_SAMPLE_COLUMNS, num_warps=4,
+                x_ptr=references, point_ptr=point, M=M, D=D, step=max(cdiv(M, SAMPLE), 1),
+                **_strides(references), SAMPLE=SAMPLE, COLUMNS=_SAMPLE_COLUMNS, num_warps=4,
             )  # fmt: skip
     rows = _moved(references, point, moved)
     return (rows if r is None else _moved(x, point, moved)), rows
-
-
-def centred_units(
-    x: Tensor,  # [B, D] fp32, contiguous
-    r: Tensor | None,  # [M, D]
-    stats: Tensor,  # [B + M, 2] fp32: what rows of x and then of r are multiplied by; squared norms
-) -> tuple[Tensor, Tensor]:
-    """The rows of both sides, or of x twice, multiplied and moved; their squared norms take the
-    place of those in `stats`."""
-    references = x if r is None else r
-    (B, D), M = x.shape, len(references)
-    of_references = stats if r is None else stats[B:]
-    point = torch.empty(D, dtype=torch.float32, device=x.device)
-    if D > 0:
-        _centre_kernel[(cdiv(D, _SAMPLE_COLUMNS),)](
-            x_ptr=references, scale_ptr=of_references, point_ptr=point, M=M, D=D,
-            step=max(cdiv(M, SAMPLE), 1), **_strides(references), SCALED=True, SAMPLE=SAMPLE,
-            COLUMNS=_SAMPLE_COLUMNS, num_warps=4,
-        )  # fmt: skip
-
-    def moved(rows: Tensor, stats: Tensor) -> Tensor:
-        out = torch.empty_like(rows)
-        _moved_rows_kernel[(cdiv(len(rows), ROWS),)](
-            x_ptr=rows, point_ptr=point, out_ptr=out, norm_ptr=stats, N=len(rows), D=D,
-            **_strides(rows), MOVED=True, SCALED=True, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
-        )  # fmt: skip
-        return out
-
-    moved_r = moved(references, of_references)
-    return (moved_r if r is None else moved(x, stats)), moved_r
 
 
 def _moved(x: Tensor, point: Tensor, moved: bool) -> Rows:
@@ -90,7 +59,7 @@ def _moved(x: Tensor, point: Tensor, moved: bool) -> Rows:
     if norm.numel() > 0:
         _moved_rows_kernel[((groups[0] if groups else 1) * cdiv(N, ROWS),)](
             x_ptr=x, point_ptr=point, out_ptr=out, norm_ptr=norm, N=N, D=D, **_strides(x),
-            MOVED=moved, SCALED=False, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+            MOVED=moved, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
         )  # fmt: skip
     return Rows(out, x, norm)
 
@@ -103,7 +72,6 @@ def _strides(x: Tensor) -> dict[str, int]:
 @kernel(counts=("M", "step"))
 def _centre_kernel(
     x_ptr,  # [G, M, D]
-    scale_ptr,  # [M, 2] fp32, with SCALED: what each row is multiplied by, and something else
     point_ptr,  # [G, D] fp32
     M,
     D,
@@ -111,7 +79,6 @@ def _centre_kernel(
     stride_g,
     stride_n,
     stride_d,
-    SCALED: tl.constexpr,
     SAMPLE: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -128,9 +95,6 @@ def _centre_kernel(
         mask=(rows < M)[:, None] & (columns < D)[None, :],
         other=float("nan"),
     ).to(tl.float32)  # fmt: skip
-    if SCALED:
-        scale = tl.load(scale_ptr + rows.to(tl.int64) * 2, mask=rows < M, other=0.0)
-        x *= scale[:, None]
     usable = tl.abs(x) < _MOVED
     number = tl.maximum(tl.sum(usable.to(tl.float32), 0), 1.0)
     # offsets from one of the numbers, so that equal ones have their exact mean
@@ -155,14 +119,13 @@ def _moved_rows_kernel(
     x_ptr,  # [G, N, D]
     point_ptr,  # [G, D] fp32, with MOVED
     out_ptr,  # [G, N, D], with MOVED
-    norm_ptr,  # [G, N] fp32; with SCALED [N, 2], behind what each row is multiplied by
+    norm_ptr,  # [G, N] fp32
     N,
     D,
     stride_g,
     stride_n,
     stride_d,
     MOVED: tl.constexpr,
-    SCALED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -172,18 +135,12 @@ def _moved_rows_kernel(
     rows = ((tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     x_ptrs = x_ptr + g * stride_g + rows[:, None] * stride_n
     out = (g * N + rows[:, None]) * D
-    norm_ptrs = norm_ptr + g * N + rows
-    if SCALED:
-        norm_ptrs = norm_ptr + rows * 2 + 1
-        scale = tl.load(norm_ptr + rows * 2, mask=rows < N, other=0.0)
     given = tl.zeros((ROWS, COLUMNS), tl.float64)
     moved = tl.zeros((ROWS, COLUMNS), tl.float64)
     for d in range(0, D, COLUMNS):
         columns = (d + tl.arange(0, COLUMNS)).to(tl.int64)
         mask = (rows < N)[:, None] & (columns < D)[None, :]
         x = tl.load(x_ptrs + columns[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-        if SCALED:
-            x *= scale[:, None]
         wide = x.to(tl.float64)
         given += wide * wide
         if MOVED:
@@ -195,4 +152,4 @@ def _moved_rows_kernel(
     norm = tl.sum(given, 1).to(tl.float32)
     if MOVED:
         norm = tl.where(norm < FINITE, tl.sum(moved, 1).to(tl.float32), float("inf"))
-    tl.store(norm_ptrs, norm, mask=rows < N)
+    tl.store(norm_ptr + g * N + rows, norm, mask=rows < N)
