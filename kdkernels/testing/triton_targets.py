@@ -42,9 +42,19 @@ TARGETS = tuple(TENSOR_CORE)
 # Triton makes one PTX for all GPUs of compute capability 8 (`_alike` looks), which the assembler
 # turns into the code of each. So it is made once.
 FAMILIES = (("sm_80", "sm_86", "sm_89"), ("sm_90",), ("sm_100",), ("sm_120",), ("gfx942",))
+# What the record has and the tests leave out: the assembler gave sm_89 the registers and the stack
+# of sm_86 in every variant.
+RECORD_ONLY = ("sm_89",)
 PTX_OF = {target: family[0] for family in FAMILIES for target in family}
+TESTED = tuple(target for target in TARGETS if target not in RECORD_ONLY)
 # Kernels that spill all the same: (target, name) -> (bytes of stack, why they stay).
-EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {}
+EXCEPTIONS: dict[tuple[str, str], tuple[int, str]] = {
+    ("sm_120", "gram_mse_product_kernel-resident-feature-fp32"): (
+        24,
+        "three programs of 256 threads fit a processor with 80 registers each, for which the "
+        "assembler leaves six numbers on the stack; so it is with 4 warps, and with 2 stages",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def compile_all(cache_dir: str | Path) -> dict[str, dict[str, list[Compiled]]]:
     )
     if done.returncode != 0:
         raise RuntimeError(f"compiling failed:\n{done.stderr[-4000:]}")
-    found: dict[str, dict[str, list[Compiled]]] = {target: {} for target in TARGETS}
+    found: dict[str, dict[str, list[Compiled]]] = {target: {} for target in TESTED}
     for target, op, entries in json.loads(done.stdout):
         found[target][op] = [Compiled(**entry) for entry in entries]
     return found
@@ -234,8 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # made before the fork: variants hold functions, which cannot be sent
     for op in calls_of_ops():
         for family in FAMILIES:
-            archs = {target: recorder.TARGETS[target] for target in family}
             every = record is not None
+            wanted = family if every else [target for target in family if target in TESTED]
+            archs = {target: recorder.TARGETS[target] for target in wanted}
             found = {name: list(recorder.variants_of(a, op, every)) for name, a in archs.items()}
             _work.append((op, found))
     # the longest first, or all would wait for it
@@ -258,6 +269,7 @@ def summary(done: list[tuple[str, str, list[dict[str, Any]]]]) -> dict[str, Any]
         "targets": {
             target: _of_target(target, {op: es for at, op, es in done if at == target})
             for target in TARGETS
+            if any(at == target for at, _, _ in done)
         },
     }
 
