@@ -98,8 +98,9 @@ def _tiles(
     # a step of weighted rows in fp16 holds fp32 copies of both, one of made weights two fp32 Grams
     product = 32 if algorithm == "factored" and dtype == torch.float16 else 64
     weighted = 32 if algorithm == "resident" else 64
+    wide = blackwell and (algorithm == "resident" or dtype == torch.float16)
     return (
-        Tile(64, 64, product, 8 if blackwell and algorithm == "resident" else 4, stages),
+        Tile(64, 64, product, 8 if wide else 4, stages),
         Tile(128, 128, 32 if arch.narrow else 64, 8, stages),
         Tile(128, 64, 64, 8, stages),
         Tile(64, 128, weighted, 4, stages),
