@@ -56,4 +56,5 @@ def _tiles(D: int, dtype: torch.dtype, arch: Arch, precisions: Precision) -> tup
         return Tile(64, 64, step, 8, stages), Tile(64, columns, step, 8, 2)
     if arch.narrow and columns == 32:
         return Tile(64, 64, 32, 8, stages), Tile(32, 32, 32, 4, 2)
-    return Tile(64, 64, 64, 8, stages), Tile(64, columns, 32, 8, 2)
+    step = 16 if arch.name == "sm_80" else 32  # where the assembler keeps more numbers of a step
+    return Tile(64, 64, 64, 8, stages), Tile(64, columns, step, 8, 2)

@@ -245,7 +245,7 @@ def _backward(
             bwd_kernels._triplet_bwd_kernel, (B if anchor else M,), stride_dloss=stride_dloss, B=B,
             D=D, IN_BATCH=in_batch, NORMALIZE=normalize, DISTANCE=DISTANCES[distance], SOFT=soft,
             ANCHOR=anchor, CHOSEN=in_batch or not anchor, WHOLE=columns >= D, ENTRIES=at_once,
-            COLUMNS=columns, num_warps=4,
+            COLUMNS=columns, num_warps=8,
         )  # fmt: skip
 
     return _Backward(
