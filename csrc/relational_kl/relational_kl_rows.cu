@@ -61,6 +61,7 @@ __global__ void __launch_bounds__(kThreads)
     return;
   }
   double numbers[kNumbers] = {};
+#pragma unroll  // an index that the compiler does not know would put the numbers into local memory
   for (int side = 0; side < 2; ++side) {
     const Source& x = p.x[side];
     if (x.data == nullptr) continue;
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(kThreads)
     numbers[kOwnStudent + side] = product * numbers[kStudentScale + side] * numbers[kOwnScale];
   }
   if (threadIdx.x % 32 != 0) return;
+#pragma unroll
   for (int place = 0; place < kNumbers; ++place)
     p.numbers[place * p.B + row] = static_cast<float>(numbers[place]);
 }

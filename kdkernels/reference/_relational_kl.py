@@ -287,7 +287,7 @@ def _through_scale(
         unit = rows / _norm(rows)[:, None]
         along = (unit * v).sum(-1).where(norms(rows) >= NORM_EPS, 0.0)
         v = v - unit * along[:, None]
-    return (v * scale[:, None]).to(x.dtype)
+    return (v * scale[:, None]).to(x.dtype).contiguous()
 
 
 def _along(v: Tensor, x: Tensor, scale: Tensor) -> Tensor:  # [n]

@@ -82,13 +82,12 @@ def _tiles(
         tile, small = Tile(32, 32, 64, 4, 1), Tile(32, 32, 16, 4, 1)
         return tile, tile, Tile(32, 64, 64, 4, 1), Tile(32, 64, 32, 4, 1), small, small
     stages = 2 if arch.vendor == "hip" else 3
-    blackwell = arch.name.startswith("sm_10")  # other numbers of warps leave numbers on the stack
     if dtype == torch.float32:
         # without tensor cores every operand of a step is held in registers: a short step
         step = 16 if precision.features == "ieee" and arch.vendor == "cuda" else 32
         wide = 16 if precision.factors == "ieee" and arch.vendor == "cuda" else 32
         return (
-            Tile(64, 64, step, 4 if blackwell else 8, stages),
+            Tile(64, 64, 32, 8, stages),
             Tile(64, 64, step, 8, stages),
             Tile(64, 64, step, 8, stages),
             Tile(64, 64, step, 8, stages),
@@ -98,7 +97,8 @@ def _tiles(
     # a step of weighted rows in fp16 holds fp32 copies of both, one of made weights two fp32 Grams
     product = 32 if algorithm == "factored" and dtype == torch.float16 else 64
     weighted = 32 if algorithm == "resident" else 64
-    wide = blackwell and (algorithm == "resident" or dtype == torch.float16)
+    # on Blackwell fewer warps leave numbers on the stack
+    wide = arch.name.startswith("sm_10") and (algorithm == "resident" or dtype == torch.float16)
     return (
         Tile(64, 64, product, 8 if wide else 4, stages),
         Tile(128, 128, 32 if arch.narrow else 64, 8, stages),

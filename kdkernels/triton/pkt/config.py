@@ -78,7 +78,9 @@ def _tiles(dtype: torch.dtype, arch: Arch, precision: str, cosine: bool) -> tupl
         # without tensor cores every operand of a step is held in registers: a short step
         step = 16 if precision == "ieee" and arch.vendor == "cuda" else 32
         product = Tile(64, 64, step, 8, stages)
-        return Tile(64, 32, step, 8, stages), product, product
+        return Tile(64, 32, step, 8, 1 if arch.vendor == "hip" else stages), product, product
     # of student_t a program holds the distances too
     tiles = Tile(64, 64 if cosine else 32, 32, 8, stages)
+    if arch.vendor == "hip":  # loads ahead of their use take registers
+        tiles = Tile(64, 32, 32, 8, 1)
     return tiles, Tile(128, 64, 32, 8, stages), Tile(64, 64, 32, 4, 2 if arch.narrow else stages)
