@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   double numbers[kNumbers] = {};
   // an index that the compiler does not know would put the numbers into local memory
-  KDK_UNROLL for (int side = 0; side < 2; ++side) {
+  KDK_UNROLL
+  for (int side = 0; side < 2; ++side) {
     const Source& x = p.x[side];
     if (x.data == nullptr) continue;
     numbers[kStudentScale + side] = scale_of<T>(p, x, row, p.temperature[side], p.factor[side]);
@@ -72,8 +73,10 @@ __global__ void __launch_bounds__(kThreads)
     numbers[kOwnStudent + side] = product * numbers[kStudentScale + side] * numbers[kOwnScale];
   }
   if (threadIdx.x % 32 != 0) return;
-  KDK_UNROLL for (int place = 0; place < kNumbers; ++place) p.numbers[place * p.B + row] =
-      static_cast<float>(numbers[place]);
+  KDK_UNROLL
+  for (int place = 0; place < kNumbers; ++place) {
+    p.numbers[place * p.B + row] = static_cast<float>(numbers[place]);
+  }
 }
 
 // The derivatives of a row's loss times dout by the logits of its own key.
