@@ -124,7 +124,8 @@ def _gram_mse_fwd_kernel_streamed(
             # the rows of a tile on the diagonal are its columns
             tl.store(column_ptrs + stat * n_blocks * BLOCK, tl.where(j > i, tl.sum(term, 0), 0.0))
     else:
-        total = tl.sum(tl.sum(squared_error(a, k, two_gamma, two_gamma_low, FORM, ORDER), 1), 0)
+        # all at once: for sm_100 Triton 3.7.1 fails to compile one axis after the other
+        total = tl.sum(squared_error(a, k, two_gamma, two_gamma_low, FORM, ORDER))
         tl.store(
             row_sums_ptr + g * tiles + first_tile + j * m_blocks + i,
             tl.where(j > i, 2.0 * total, total),
