@@ -164,7 +164,7 @@ def _chunk(
     merge = Prepared(
         kernels._relational_kl_merge_kernel, (cdiv(rows, merged_rows),), facts, **place, B=B, K=K,
         tiles=tiles, TEACHER=facts.has_teacher, OWN="own_ptr" in facts.given, **options,
-        FACTORS=need_student, ROWS=merged_rows, TILES=merged_tiles,
+        FACTORS=need_student, ROWS=merged_rows, TILES=merged_tiles, num_warps=8,
     )  # fmt: skip
     if not need_student or D == 0:
         return Chunk(first, rows, weights, merge, None, 1)
