@@ -161,10 +161,12 @@ def _chunk(
         **options, PRECISION=config.of_logits, **tile.launch(),
     )  # fmt: skip
     merged_rows, merged_tiles = config.merge
+    # on Blackwell four warps leave numbers on the stack, and eight do elsewhere
+    warps = 8 if config.arch.name.startswith("sm_10") else 4
     merge = Prepared(
         kernels._relational_kl_merge_kernel, (cdiv(rows, merged_rows),), facts, **place, B=B, K=K,
         tiles=tiles, TEACHER=facts.has_teacher, OWN="own_ptr" in facts.given, **options,
-        FACTORS=need_student, ROWS=merged_rows, TILES=merged_tiles, num_warps=8,
+        FACTORS=need_student, ROWS=merged_rows, TILES=merged_tiles, num_warps=warps,
     )  # fmt: skip
     if not need_student or D == 0:
         return Chunk(first, rows, weights, merge, None, 1)
