@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` and `make test` do all set-up on a fresh machine with python3, a C++ compiler, make and git.
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint format clean
+.PHONY: help demo test bench gpu-libraries lint format clean
 
 VENV := .venv
 BIN := $(abspath $(VENV)/bin)
@@ -14,6 +14,7 @@ help:
 	@echo "make demo    distil a teacher with each loss on real data and show the result (arguments: DEMO='--data digits')"
 	@echo "make test    the whole test suite (arguments: PYTEST='-k triton')"
 	@echo "make bench   the benchmark suite; writes benchmarks/results/ (arguments: BENCH='--shape pooled')"
+	@echo "make gpu-libraries   the native libraries for sm_90 in gpu-libraries/, to be carried to a machine with a GPU"
 	@echo "make lint    ruff and clang-format, changing nothing; make format applies them"
 	@echo "make clean   remove everything that make built"
 
@@ -44,6 +45,10 @@ test: $(VENV)/.built
 bench: $(VENV)/.built
 	$(BIN)/kdkernels bench --output benchmarks/results $(BENCH)
 
+# What benchmarks/run_on_gpu.sh takes in place of a build (arguments: GPU_LIBRARIES='--architectures 80-real')
+gpu-libraries: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu_libraries.py pack $(GPU_LIBRARIES)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,5 +60,5 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cu')
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks demo-results
+	rm -rf $(VENV) build dist gpu-libraries *.egg-info kdkernels/*.so .pytest_cache .ruff_cache .hypothesis .benchmarks demo-results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -58,7 +58,9 @@ class CMakeBuild(build_ext):
         import pybind11
         import torch
 
-        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        # an in-place build is kept apart, since others are for other GPUs
+        kept = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = kept if self.inplace else Path(self.build_temp).resolve() / "cmake"
         target = (
             ROOT / "kdkernels" if self.inplace else Path(self.build_lib).resolve() / "kdkernels"
         )

@@ -29,6 +29,7 @@ QUANTITIES = {
 }
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 KERNELS = ("cpu", "triton", "cuda")
+MOST_TEXT = 160  # of a reason
 
 
 def load(folder: Path = RESULTS) -> list[tuple[str, dict[str, Any]]]:
@@ -60,7 +61,7 @@ def _results(
         found = [
             (file, entry)
             for file, entry in records
-            if entry["device"] == device and "sweep" not in file
+            if entry["device"] == device and "sweep" not in file and _of_calls(entry)
         ]
         if not found:
             lines += [f"**{title}**: not measured.", ""]
@@ -76,6 +77,11 @@ def _results(
                 lines += rows(entry)
             lines += ["", *(_footnotes(group) if rows is _rows else [])]
     return lines[:-1]
+
+
+def _of_calls(entry: dict[str, Any]) -> bool:
+    """Whether a record has times of calls, and not of single kernels."""
+    return entry.get("timing") != "kernels"
 
 
 def _footnotes(entries: Iterable[dict[str, Any]]) -> list[str]:
@@ -120,9 +126,11 @@ def _rows(entry: dict[str, Any]) -> Iterable[str]:
         if name.startswith("mm"):
             continue
         called = f"{name} {result['version']}" if "version" in result else name
-        start = f"| {what} | {entry['mode']} | {called} |"
-        if "skipped" in result:
-            yield f"{start} {result['skipped']} | | | | |"
+        how = ", by graph" if entry.get("timing") == "graph" else ""
+        start = f"| {what} | {entry['mode']}{how} | {called} |"
+        missing = result.get("failed") or result.get("skipped")
+        if missing is not None:
+            yield f"{start} {_in_a_cell(missing)} | | | | |"
             continue
         *_, gradient = result.get("error", {"gradient": "-"}).values()
         cells = [
@@ -135,6 +143,12 @@ def _rows(entry: dict[str, Any]) -> Iterable[str]:
         yield f"{start} {' | '.join(cells)} |"
 
 
+def _in_a_cell(text: str) -> str:
+    """A reason may be what a compiler wrote."""
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]} ..."
+
+
 def _number(result: dict[str, Any], key: str, form: str) -> str:
     return format(result[key], form) if key in result else "-"
 
@@ -142,15 +156,20 @@ def _number(result: dict[str, Any], key: str, form: str) -> str:
 def _measured(
     records: Sequence[tuple[str, dict[str, Any]]], target: dict[str, Any]
 ) -> float | None:
-    """The latest measurement of what a target is about."""
+    """The latest measurement of what a target is about, of graphs before that of calls."""
     keys = ("op", "dtype", "mode", "device")
     found = [
         entry
         for _, entry in records
         if all(entry[key] == target[key] for key in keys)
         and entry["shape"]["name"] == target["shape"]
+        and _of_calls(entry)
     ]
-    for entry in sorted(found, key=lambda entry: entry["date"], reverse=True):
+
+    def rank(entry: dict[str, Any]) -> tuple[str, bool]:
+        return entry["date"], entry.get("timing") == "graph"
+
+    for entry in sorted(found, key=rank, reverse=True):
         result = entry["variants"].get(target["backend"], {})
         if target["quantity"] == "time_ms" and "time_us" in result:
             return result["time_us"]["p50"] * 1e-3

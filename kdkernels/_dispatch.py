@@ -2,11 +2,12 @@
 """Which backend runs an operator, and why.
 
 A backend is a package `kdkernels.<backend>`, which says what it can run at all: `unavailable()` and
-`rejects(tensors)` return None for yes, or a sentence saying why not. The launchers `<op>_fwd` and
-`<op>_bwd` of an op are in the module `kdkernels.<backend>.<op>`, or in what the package's function
-`launchers(op)` returns, if it has one (None: the op has no kernel there). Where a backend limits an
-op, `supports(*operator_args)` beside the launchers answers like `rejects`. Nothing is registered: a
-file in the right place is the registration.
+`rejects(tensors)` return None for yes, or a sentence saying why not: the latter knows devices,
+whatever the op does. The launchers `<op>_fwd` and `<op>_bwd` of an op are in the module
+`kdkernels.<backend>.<op>`, or in what the package's function `launchers(op)` returns, if it has one
+(None: the op has no kernel there). Where a backend limits an op, `supports(*operator_args)` beside
+the launchers answers like `rejects`. Nothing is registered: a file in the right place is the
+registration.
 """
 
 from __future__ import annotations

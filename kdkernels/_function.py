@@ -40,6 +40,14 @@ def kept(ctx: Any) -> tuple[Tensor | None, ...]:
     return tuple(ctx.unwatched.get(i, x) for i, x in enumerate(ctx.saved_tensors))
 
 
+def constant_results(ctx: Any, *results: Tensor) -> None:
+    """`ctx.mark_non_differentiable`, and their gradients come as None: torch would make zeros in
+    every call."""
+    ctx.mark_non_differentiable(*results)
+    if not torch.compiler.is_compiling():  # Dynamo does not know the method (torch 2.13)
+        ctx.set_materialize_grads(False)
+
+
 class KernelFunction(torch.autograd.Function):
     """An autograd function with `forward(ctx, ...)`, which `torch.func` can transform too.
 
@@ -71,6 +79,9 @@ class _Context:
 
     def mark_non_differentiable(self, *tensors: Tensor) -> None:
         self.non_differentiable = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Zeros are made for the one derivative that torch takes of the whole."""
 
 
 class _Call:

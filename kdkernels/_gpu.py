@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -21,9 +22,40 @@ def refuse_fp64(first: Tensor) -> str | None:
     return None
 
 
+# The least compute capability of an NVIDIA GPU that the kernels are written for.
+OLDEST_CAPABILITY = (8, 0)
+
+
+def refuse_capability(major: int, minor: int) -> str | None:
+    """Why kernels do not run on an NVIDIA GPU; None if they do."""
+    if (major, minor) >= OLDEST_CAPABILITY:
+        return None
+    return (
+        "its kernels need tensor cores for bf16 and tf32, which GPUs have from compute capability "
+        f"{'.'.join(map(str, OLDEST_CAPABILITY))} on, and this one has {major}.{minor}"
+    )
+
+
+@cache
+def refuse_device(device: torch.device) -> str | None:
+    """Why kernels do not run on a CUDA device; None if they do."""
+    if torch.version.hip:
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return refuse_capability(properties.major, properties.minor)
+
+
 def fp32_matmul() -> str:
-    """How fp32 features are multiplied: "highest", "high" or "medium", as torch is set."""
-    return torch.get_float32_matmul_precision()
+    """How fp32 features are multiplied: "highest", or "high" where torch would take tf32.
+
+    torch's own products on a GPU follow `torch.backends.cuda.matmul.fp32_precision`, which inherits
+    from `torch.backends.cudnn.fp32_precision` and `torch.backends.fp32_precision`. The older
+    setters write it too; the older getter raises where only a newer one was used.
+    """
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:  # a torch that has the older getter alone
+        return torch.get_float32_matmul_precision()
+    return "high" if setting == "tf32" else "highest"
 
 
 def sorted_exclude(

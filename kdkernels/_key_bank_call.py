@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments that the operators of relational_kl have in common."""
+"""The arguments and the numbers of rows that the operators of relational_kl have in common."""
 
 from __future__ import annotations
 
@@ -18,9 +18,26 @@ class KeyBankCall(NamedTuple):
     teacher: Tensor | None  # [B, E]
     keys: Tensor  # [K, D]
     teacher_keys: Tensor | None = None  # [K, E]
-    key_scale: Tensor | None = None  # [K]
-    teacher_key_scale: Tensor | None = None  # [K]
+    own_keys: Tensor | None = None  # [B, D]
     positives: Tensor | None = None  # [B] int64
-    exclude: Tensor | None = None  # [B] int64
+    exclude: Tensor | None = None  # [B] int64, or [B, K] bool
     num_keys: Tensor | None = None  # [] int64
+    student_factor: Tensor | None = None  # []
+    teacher_factor: Tensor | None = None  # []
+    normalize: bool = True
     subtract_entropy: bool = False
+
+
+class RowNumbers(NamedTuple):
+    """What the operators know about each row, [B] each, in the order of a residual [7, B].
+
+    0 where a call has no such number.
+    """
+
+    lse_student: Tensor
+    lse_teacher: Tensor
+    student_scale: Tensor
+    teacher_scale: Tensor
+    own_scale: Tensor
+    own_student: Tensor
+    own_teacher: Tensor

@@ -127,7 +127,9 @@ def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
     silently.
     """
 
-    def wrapper(ctx: Any, *douts: Tensor) -> Any:
+    def wrapper(ctx: Any, *douts: Tensor | None) -> Any:
+        if all(dout is None for dout in douts):  # possible after `constant_results`
+            return (None,) * len(ctx.needs_input_grad)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return backward(ctx, kept(ctx), *douts)
         tensors = kept(ctx)

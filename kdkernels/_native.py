@@ -45,6 +45,11 @@ def cuda_host_library() -> str | None:
     return os.environ.get("KDKERNELS_CUDA_HOST")
 
 
+def cuda_host_shared_kib() -> int:
+    """What that library gives a block of shared memory, by default as much as sm_80 does."""
+    return int(os.environ.get("KDKERNELS_CUDA_HOST_SHARED_KIB", "163"))
+
+
 @cache
 def cuda_load_error() -> str | None:
     """Load the CUDA kernels, or those that `KDKERNELS_CUDA_HOST` names, and say why that was

@@ -26,6 +26,20 @@ def unit(x: Tensor) -> Tensor:
     return x / norms(x, keepdim=True).clamp_min(NORM_EPS)
 
 
+def unit_gradient(
+    x: Tensor,  # [..., D]
+    du: Tensor,  # [..., D]
+) -> Tensor:
+    """The gradient of rows from that of `unit` of them, in the dtype of the latter.
+
+    In fp64, since the radial part that is taken away can be much larger than what remains.
+    """
+    norm = norms(x.to(du.dtype), keepdim=True).double()
+    radial = (x * du.double()).sum(-1, keepdim=True) / norm.square().clamp_min(NORM_EPS**2)
+    radial = radial.masked_fill(norm < NORM_EPS, 0.0)  # a clamped norm does not depend on x
+    return ((du - x * radial) / norm.clamp_min(NORM_EPS)).to(du.dtype)
+
+
 def similarities(
     x: Tensor,  # [..., B, D]
     keys: Tensor,  # [..., K, D]

@@ -6,13 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,20 +20,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kdkernels.cli import bench as command
 from kdkernels.cli.main import main
+from kdkernels.ops.pkt import pkt
 from kdkernels.reference import _lsh_bce as reference
+from kdkernels.reference import _pkt as reference_of_pkt
 from kdkernels.testing import bench, numerics, peak, record
+from kdkernels.testing.clock import HostClock
 from kdkernels.testing.opinfo import OpInfo, opinfos
 
 CPU = torch.device("cpu")
 INFOS = {info.name: info for info in opinfos()}
 ROOT = Path(__file__).parents[1]
-
-
-def _report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _tiny(info: OpInfo) -> Any:
@@ -48,12 +42,12 @@ def _tiny(info: OpInfo) -> Any:
 def test_variants_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
-    def clock(call: bench.Call, first: int, count: int) -> float:
+    def seconds(self: HostClock, call: bench.Call, first: int, count: int) -> float:
         assert count == 1  # a call of a second is a block of its own
         call(first)
         return 1.0
 
-    monkeypatch.setattr(bench, "_cpu_seconds", clock)
+    monkeypatch.setattr(HostClock, "seconds", seconds)
     calls = {name: (lambda i, name=name: made.append(name)) for name in "abc"}
     timings = bench.measure(calls, seconds=0.0, device=CPU, min_rounds=4, max_rounds=4)
     assert timings == dict.fromkeys("abc", bench.Timing(1e6, 1e6, 1e6, 4))
@@ -211,13 +205,87 @@ def test_the_gate_refuses_wrong_results(info: OpInfo) -> None:
     assert "loss" in failures[0]
 
 
-def test_nothing_is_timed_on_red(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def _raising(*args: Any, **kwargs: Any) -> Any:
+    raise torch.OutOfMemoryError("planted")
+
+
+def test_the_gate_reports_what_raises_and_goes_on() -> None:
+    raising = dataclasses.replace(INFOS["pkt"], function=functools.wraps(pkt)(_raising))
+    failures = bench.gate(raising, "reference", CPU, torch.float32)
+    assert [text.rpartition(", ")[2] for text in failures] == [
+        f"{name}: OutOfMemoryError: planted" for name in ("aligned", "ragged_all", "wide")
+    ]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+QUICK = ["bench", "--device", "cpu", "--shape", "small", "--rounds", "5", "--no-memory"]
+
+
+def test_what_is_red_is_not_timed_and_all_else_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(bench, "gate", lambda *args: ["planted"])
-    monkeypatch.setattr(record, "run", lambda *args, **kwargs: pytest.fail("timed"))
-    assert main(["bench", "--device", "cpu", "--shape", "small", "--backend", "reference"]) == 1
-    assert "planted" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "measure", functools.partial(bench.measure, warm_up_seconds=0.0))
+    monkeypatch.setattr(
+        bench, "gate", lambda info, *args: ["planted"] if info.name == "pkt" else []
+    )
+    monkeypatch.setattr(reference_of_pkt, "pkt_fwd", lambda *args: pytest.fail("timed"))
+    path = tmp_path / "lines.jsonl"
+    argv = [*QUICK, "--op", "pkt", "correlation", "--backend", "reference", "eager"]
+    assert main([*argv, "--lines", str(path)]) == 1
+    assert "FAIL planted" in capsys.readouterr().err
+    gates = [line for line in _lines(path) if "gate" in line]
+    entries = [line for line in _lines(path) if "gate" not in line]
+    key = {"backend": "reference", "dtype": "fp32"}
+    assert gates == [
+        {"gate": True, "op": "correlation", **key, "wrong": []},
+        {"gate": False, "op": "pkt", **key, "wrong": ["planted"]},
+    ]
+    right, wrong = (entry["variants"] for entry in entries)
+    assert wrong["reference"] == {"failed": "a result is wrong: planted"}
+    assert wrong["eager"]["time_us"]["p50"] > 0
+    assert right["reference"]["time_us"]["p50"] > 0
+
+
+def test_what_raises_while_it_is_timed_is_a_record(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "measure", functools.partial(bench.measure, warm_up_seconds=0.0))
+    monkeypatch.setattr(bench, "gate", lambda *args: [])
+    right, calls = reference_of_pkt.pkt_fwd, []
+
+    def of_a_full_device(*args: Any) -> Any:
+        calls.append(args)
+        return right(*args) if len(calls) < 4 else _raising()
+
+    monkeypatch.setattr(reference_of_pkt, "pkt_fwd", of_a_full_device)
+    path = tmp_path / "lines.jsonl"
+    argv = [*QUICK, "--op", "pkt", "--backend", "reference", "eager", "--lines", str(path)]
+    assert main(argv) == 1
+    (entry,) = (line for line in _lines(path) if "gate" not in line)
+    failed = entry["variants"]["reference"]
+    assert failed["failed"] == "call: OutOfMemoryError: planted"
+    assert set(failed["error"]) == {"loss", "dstudent"}  # what was found before
+    assert "time_us" not in failed
+    assert entry["variants"]["eager"]["rounds"] == 5
+    assert "call: OutOfMemoryError: planted" in capsys.readouterr().err
+
+
+def test_what_a_limit_left_out_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "gate", lambda *args: pytest.fail("begun"))
+    path = tmp_path / "lines.jsonl"
+    argv = [*QUICK, "--op", "pkt", "rkd_angle", "--limit", "1e-9", "--lines", str(path)]
+    assert main(argv) == 0
+    entries = _lines(path)
+    assert [entry["op"] for entry in entries] == ["pkt", "rkd_angle"]
+    for entry in entries:
+        assert entry["not_reached"] == "the limit of 1e-09 s was over"
+        assert entry["variants"] == {}
+    assert "not_reached: the limit of 1e-09 s was over" in capsys.readouterr().err
 
 
 def test_command_writes_records_and_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,72 +316,3 @@ def test_command_lists_every_shape(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for info in opinfos():
         assert all(shape.name in text and shape.workload in text for shape in info.bench)
-
-
-def _entry(**result: Any) -> dict[str, Any]:
-    result = {
-        "time_us": {"p20": 1.0, "p50": 2000.0, "p80": 3.0},
-        "error": {"loss": 0.0, "dx": 1e-7},
-        **result,
-    }
-    return {
-        "op": "gram_mse",
-        "shape": {"name": "pooled", "sizes": {"B": 8, "D": 4}},
-        "dtype": "float32",
-        "mode": "fwd_bwd",
-        "device": "cpu",
-        "variants": {"cpu": result, "eager": {"skipped": "needs about 99 GiB"}},
-        "environment": {"cpu": "A CPU", "cores": 2, "threads": 2, "torch": "2"},
-        "commit": "abc",
-        "dirty": False,
-        "date": "2000-01-01",
-    }
-
-
-def test_report_shows_records_and_verdicts() -> None:
-    report = _report()
-    same = {
-        "op": "gram_mse",
-        "shape": "pooled",
-        "dtype": "float32",
-        "mode": "fwd_bwd",
-        "device": "cpu",
-    }
-    targets = [
-        {**same, "backend": "cpu", "quantity": "times_mm", "at_most": 0.9},
-        {**same, "backend": "cpu", "quantity": "speedup_over_eager", "at_least": 12},
-        {**same, "backend": "triton", "quantity": "time_ms", "at_most": 1},
-    ]
-    text = report.render([("r.json", _entry(times_mm=0.8, speedup_over_eager=3.0))], targets)
-    verdicts = [
-        line.rsplit("|", 2)[1].strip()
-        for line in text.splitlines()
-        if line.startswith("| `gram_mse` pooled")
-    ]
-    assert verdicts == ["met", "missed", "not measured"]
-    row = "| `gram_mse` | pooled 8x4 | float32 | fwd_bwd | cpu | 2 |"
-    assert f"{row} 3.00 | 0.80 | 1.0e-07 | - |" in text
-    assert "needs about 99 GiB" in text
-    assert "| eager |" in text
-    brief = report.summary([("r.json", _entry(times_mm=0.8))])
-    assert f"{row} - | 0.80 | 1.0e-07 | - |" in brief
-    assert "eager |" not in brief.replace("x eager |", "")
-    assert "A CPU, 2 cores" in text
-    assert "`benchmarks/results/r.json`" in text
-    assert "**GPU**: not measured." in text
-
-
-def test_report_replaces_only_what_is_between_the_markers() -> None:
-    report = _report()
-    text = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    new = report.replaced(text, "new")
-    assert new == f"before\n{report.BEGIN}\nnew\n{report.END}\nafter\n"
-    assert report.replaced(new, "new") == new
-    with pytest.raises(ValueError, match="must hold"):
-        report.replaced("no markers", "new")
-
-
-def test_targets_name_what_exists() -> None:
-    shapes = {(info.name, shape.name) for info in opinfos() for shape in info.bench}
-    targets = json.loads((ROOT / "benchmarks" / "targets.json").read_text())["targets"]
-    assert {(target["op"], target["shape"]) for target in targets} <= shapes

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +21,7 @@ import torch
 from console import exit_code, output_of
 
 import kdkernels as kd
-from kdkernels import _dispatch
+from kdkernels import _dispatch, _gpu
 from kdkernels._progress import Progress
 from kdkernels.cli import env
 from kdkernels.cli.main import SUBCOMMANDS, main
@@ -159,6 +163,24 @@ def test_env_reports_what_dispatch_does(capsys: pytest.CaptureFixture[str]) -> N
     assert bool(record["build"]) == (record["libraries"]["kdkernels._C"] is None)
 
 
+@pytest.mark.parametrize(("capability", "refused"), [((7, 5), True), ((8, 0), False)])
+def test_env_says_which_gpus_are_refused(
+    capability: tuple[int, int], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    gpu = SimpleNamespace(
+        name="Tesla T4", major=major, minor=minor, total_memory=16 << 30, multi_processor_count=40,
+        L2_cache_size=4 << 20, shared_memory_per_block_optin=64 << 10,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    _gpu.refuse_device.cache_clear()
+    text = env._description(torch.device("cuda", 0))
+    _gpu.refuse_device.cache_clear()
+    limits = "16.0 GiB, 40 processors, 4 MiB of L2, 64 KiB of shared memory for a block"
+    assert text.startswith(f"Tesla T4, sm_{major}{minor}, {limits}")
+    assert ("capability 8.0 on, and this one has 7.5" in text) == refused
+
+
 def test_env_says_that_the_requested_backend_cannot_run(capsys: pytest.CaptureFixture[str]) -> None:
     with kd.use_backend("cuda"):
         record = output_of(capsys, "env")
@@ -233,6 +255,91 @@ def test_check_reports_a_crash_and_goes_on(
     text = capsys.readouterr().out
     assert "ZeroDivisionError: of this test" in text
     assert "1 failed" in text
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_check_writes_a_line_for_each_sample(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def no_compiler(*args: Any) -> Any:
+        raise RuntimeError("ptxas of this test")
+
+    monkeypatch.setattr(reference, "gram_mse_bwd", no_compiler)
+    argv = [*QUICK_CHECK, "--op", "gram_mse", "pkt", "--lines", str(tmp_path / "check.jsonl")]
+    assert main([*argv, "--json", str(tmp_path / "check.json")]) == 1
+    about, *samples, end = _lines(tmp_path / "check.jsonl")
+    assert about["device"] == "cpu"
+    for sample in samples:
+        assert sample.pop("seconds") > 0
+    assert samples == json.loads((tmp_path / "check.json").read_text())["samples"]
+    failed = [sample for sample in samples if not sample["ok"]]
+    assert {sample["op"] for sample in failed} == {"gram_mse"}
+    assert {sample["message"] for sample in failed} == {"RuntimeError: ptxas of this test"}
+    assert end == {
+        "ended": True,
+        "passed": len(samples) - len(failed),
+        "failed": len(failed),
+        "not_reached": 0,
+    }
+    assert "FAIL gram_mse reference float32" in capsys.readouterr().out
+
+
+def test_a_killed_check_leaves_its_lines(tmp_path: Path) -> None:
+    path = tmp_path / "check.jsonl"
+    command = [sys.executable, "-m", "kdkernels", "check", "--device", "cpu"]
+    options = ["--backend", "reference", "--lines", str(path)]
+    with subprocess.Popen(
+        [*command, *options],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+    ) as process:
+        while process.poll() is None and (not path.exists() or len(_lines(path)) < 4):
+            time.sleep(0.02)
+        process.kill()
+        assert process.stdout.read() == b""  # its tables come at the end
+    assert process.returncode == -signal.SIGKILL
+    about, *samples = _lines(path)
+    assert about["command"] == "check"
+    assert len(samples) >= 3
+    assert all(sample["ok"] for sample in samples)
+
+
+def test_check_selects_samples_and_parts(tmp_path: Path) -> None:
+    base = [*QUICK_CHECK[2:], "--op", "gram_mse", "pkt", "--lines", str(tmp_path / "lines")]
+
+    def names(*options: str) -> list[tuple[str, str]]:
+        assert main(["check", *base, *options]) == 0
+        return [(line["op"], line["sample"]) for line in _lines(tmp_path / "lines")[1:-1]]
+
+    every = names("--sample", "one_*", "aligned")
+    assert {name for _, name in every} == {"one_row", "one_col", "aligned"}
+    parts = [names("--sample", "one_*", "aligned", "--shard", f"{i}/4") for i in (1, 2, 3, 4)]
+    assert all(parts)
+    assert sorted(itertools.chain(*parts)) == sorted(every)
+    assert len(set(map(len, parts))) <= 2
+    assert main(["check", *base, "--sample", "nothing"]) == 2
+    for shard in ("0/4", "5/4", "1", "a/b"):
+        assert exit_code("check", "--shard", shard) == 2
+
+
+def test_check_says_what_its_limit_left_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "lines"
+    argv = [*QUICK_CHECK, "--op", "pkt", "--limit", "1e-9", "--lines", str(path)]
+    assert main(argv) == 0
+    _, late, end = _lines(path)
+    reason = "the limit of 1e-09 s was over"
+    key = {"op": "pkt", "backend": "reference", "dtype": "float32"}
+    assert late == {**key, "samples": late["samples"], "not_reached": reason}
+    assert end["passed"] == 0
+    assert end["not_reached"] == late["samples"] > 0
+    text = capsys.readouterr().out
+    assert reason in text
+    assert f"0 passed, 0 failed, {late['samples']} not reached" in text
 
 
 def test_table_aligns_and_wraps_its_last_column() -> None:

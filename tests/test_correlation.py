@@ -14,7 +14,7 @@ from values import assert_same
 import kdkernels as kd
 from kdkernels import _dispatch
 from kdkernels.testing import numerics
-from kdkernels.testing.opinfo import randn
+from kdkernels.testing.opinfo import Sample, opinfos, randn
 
 CPU = torch.device("cpu")
 DIST = {"temperature": 4.0, "row_weight": 0.5, "column_weight": 2.0}
@@ -148,6 +148,28 @@ def test_a_class_that_is_ruled_out_has_probability_0() -> None:
         wanted = value_and_gradient(far, teacher, backend=backend)
         for one, other in zip(found, wanted, strict=True):
             assert_same(one, other)
+
+
+@pytest.mark.parametrize("remain", [slice(512, 515), slice(3), slice(699, None), slice(510, 514)])
+def test_classes_are_ruled_out_in_whole_blocks_of_a_gpu(
+    remain: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """700 classes are two blocks there; the interpreter's own are smaller."""
+    pytest.importorskip("triton")
+    from kdkernels.testing.aot.recorder import TARGETS
+    from kdkernels.triton import correlation as triton
+
+    by_gpu = triton.pick_config(3, 700, arch=TARGETS["sm_90"])
+    assert by_gpu.by_row[1] == 512
+    monkeypatch.setattr(triton, "pick_config", lambda B, C, arch: by_gpu)
+    (info,) = (info for info in opinfos() if info.name == "correlation")
+    ruled_out = torch.ones(700, dtype=torch.bool)
+    ruled_out[remain] = False
+    sides = (logits(3, 700, seed, torch.float32) for seed in (1, 2))
+    args = tuple(x.masked_fill(ruled_out, -torch.inf) for x in sides)
+    sample = Sample("ruled_out", args, cancels=True)
+    for error in numerics.check_sample(info, sample, torch.float32, "triton"):
+        assert error.ok, error.detail
 
 
 def test_no_gradient_is_computed_where_none_is_asked_for() -> None:

@@ -14,18 +14,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import cuda_host
 import pytest
 import torch
 from cases import Case, assert_within_budget, gradients, leaves
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdkernels import _native
-from kdkernels.cuda import gram_mse, relational_kl
+from kdkernels.testing.fp32 import fp32_products
 from kdkernels.testing.opinfo import Sample, opinfos, randn
 from kdkernels.testing.opinfos import _key_bank, lsh_bce
 
@@ -147,25 +145,16 @@ def _large(name: str, dtype: torch.dtype) -> Case:
     return Case(info, "cuda", CPU, dtype, LARGE[name](dtype))
 
 
-@pytest.fixture
-def fp32_matmul() -> Iterator[Callable[[str], None]]:
-    before = torch.get_float32_matmul_precision()
-    yield torch.set_float32_matmul_precision
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize(
     ("dtype", "precision"),
-    [(torch.float32, "highest"), (torch.float32, "high"), (torch.bfloat16, "highest")],
+    [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee")],
     ids=["fp32-ieee", "fp32-tf32x3", "bf16"],
 )
 @pytest.mark.parametrize("name", LARGE)
-def test_several_tiles(
-    name: str, dtype: torch.dtype, precision: str, fp32_matmul: Callable[[str], None]
-) -> None:
-    fp32_matmul(precision)
+def test_several_tiles(name: str, dtype: torch.dtype, precision: Literal["ieee", "tf32"]) -> None:
     case = _large(name, dtype)
-    assert_within_budget(case, case.errors())
+    with fp32_products(precision):
+        assert_within_budget(case, case.errors())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -291,6 +280,7 @@ class Resources:
     registers: int
     local_bytes: int  # stack and spills
     tensor_core: int  # instructions
+    slow_divisions: int  # fp32 divisions that may call the slow path of IEEE division
 
 
 @cache
@@ -310,15 +300,33 @@ def _resources(path: Path, architecture: str) -> Iterator[Resources]:
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
 
-    counts: dict[str, int] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for part in re.split(r"\n\s*Function : ", output("-sass"))[1:]:
-        counts[part.split()[0]] = len(re.findall(r"\bHMMA\b", part))
+        counts[part.split()[0]] = len(re.findall(r"\bHMMA\b", part)), _slow_divisions(part)
     found = re.findall(
         r"Function (\S+):\s*\n\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", output("-res-usage")
     )
     for kernel, registers, stack, local in found:
         yield Resources(architecture, kernel, int(registers), int(stack) + int(local),
-                        counts[kernel])  # fmt: skip
+                        *counts[kernel])  # fmt: skip
+
+
+def _slow_divisions(sass: str) -> int:
+    """Calls of a kernel to subroutines that take an fp32 reciprocal. Those of integers convert
+    them, those of fp64 take the high word's."""
+    code = {int(at, 16): text for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/ +(.*?) ;", sass)}
+    places, calls = sorted(code), 0
+    for text in code.values():
+        if (call := re.search(r"\bCALL\S* 0x([0-9a-f]+)", text)) is None:
+            continue
+        body = []
+        for at in places[places.index(int(call[1], 16)) :]:
+            body.append(code[at])
+            if code[at].startswith("RET"):
+                break
+        words = " ".join(body)
+        calls += "MUFU.RCP " in words and not re.search(r"64H|I2F", words)
+    return calls
 
 
 def _built(architecture: str) -> Path | None:
@@ -360,6 +368,13 @@ def test_products_use_tensor_cores_where_claimed(device_code: list[Resources]) -
         assert (kernel.tensor_core > 0) == (IEEE not in kernel.kernel), kernel
 
 
+def test_epilogues_divide_without_a_slow_path(device_code: list[Resources]) -> None:
+    """`kdk::quotient`, once per element; a division per row does no harm."""
+    for kernel in device_code:
+        per_row = "relational_kl_merge_kernel" in kernel.kernel
+        assert kernel.slow_divisions <= (3 if per_row else 0), kernel
+
+
 def test_the_library_names_where_the_current_stream_is() -> None:
     """Symbols of a library that torch has loaded are found only by who names it as needed."""
     library = Path(_native.__file__).parent / "libkdkernels_cuda.so"
@@ -368,20 +383,3 @@ def test_the_library_names_where_the_current_stream_is() -> None:
     done = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True)
     needed = re.findall(r"\(NEEDED\).*\[(lib\w+)\.so", done.stdout)
     assert {"libtorch_cpu", "libtorch_cuda"} <= set(needed)
-
-
-@pytest.mark.parametrize(("kib", "fits"), [(99, False), (163, True)])
-def test_blocks_that_do_not_fit_a_gpu_are_refused_before_the_launch(
-    kib: int, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    properties = SimpleNamespace(shared_memory_per_block_optin=kib << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    with FakeTensorMode():
-        x = torch.empty(4, 4, device="cuda")
-    reasons = {
-        "gram_mse": gram_mse.supports(x, x, "streamed"),
-        "relational_kl": relational_kl.supports(x, x, x),
-    }
-    for reason in reasons.values():
-        assert reason is None if fits else f"and this GPU has {kib}" in reason
-    assert gram_mse.supports(x, x, "resident") is None

@@ -20,6 +20,7 @@ import kdkernels as kd
 from kdkernels import _dispatch
 from kdkernels.ops.gram_mse import choose_algorithm
 from kdkernels.testing import numerics, peak
+from kdkernels.testing.fp32 import fp32_products
 from kdkernels.testing.opinfo import BenchShape, Sample, opinfos, randn
 
 (INFO,) = (info for info in opinfos() if info.name == "gram_mse")
@@ -152,18 +153,13 @@ def test_auto_takes_what_the_backend_has_kernels_for(backend: str) -> None:
 
 
 @pytest.mark.parametrize("normalize", ["row_l2", "feature", "none"])
-@pytest.mark.parametrize("precision", ["high", "medium"])
-def test_triton_has_factors_of_fp32_features_where_tf32_is_allowed(
-    precision: str, normalize: str
-) -> None:
+def test_triton_has_factors_of_fp32_features_where_tf32_is_allowed(normalize: str) -> None:
     found = _dispatch.implementation("gram_mse", "triton")
     if isinstance(found, str):
         pytest.skip(found)
     device = DEVICES[-1]
     options = {"normalize": normalize, "algorithm": "factored"}
-    outer = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
+    with fp32_products("tf32"):
         for shape in ((71, 13, 29), (2, 83, 11, 5)):
             sides = (
                 randn(*shape[:-2], D, seed=seed, device=device, dtype=torch.float32)
@@ -173,8 +169,6 @@ def test_triton_has_factors_of_fp32_features_where_tf32_is_allowed(
             assert_within_budget(moved, moved.errors())
         choice = kd.explain("gram_mse", torch.empty(130, 6), torch.empty(130, 6), backend="triton")
         assert choice.choices["algorithm"].startswith("factored (")
-    finally:
-        torch.set_float32_matmul_precision(outer)
 
 
 @pytest.mark.parametrize("normalize", ["row_l2", "feature", "none"])

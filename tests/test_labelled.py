@@ -56,6 +56,39 @@ def test_gradients_of_both_sides(case: Case, distance: str) -> None:
     assert torch.equal(of_references, beside)
 
 
+@each_backend((torch.float32,))
+def test_norms_are_clamped_and_one_that_overflows_is_nan(case: Case) -> None:
+    """Operators divide the rows by their norms themselves, and take what that adds to gradients."""
+
+    def draw(seed: int) -> Sample:
+        rows, labels = normal(case, 21, 5, 4, seed=seed)
+        rows[::3] *= 1e-13  # far below the clamp
+        return Sample("clamped", (rows, labels), case.sample.kwargs)
+
+    drawn = draw(_labelled.first(draw, _labelled.clear_of_kinks))
+    rows, labels = drawn.args
+    size = torch.ones_like(rows[:, :1])
+    size[::3] = 1e-13
+
+    def loss(function: Any, scale: Tensor = size, **more: Any) -> Any:
+        return lambda z: function(z * scale.to(z), labels, **drawn.kwargs, **more)
+
+    z = rows / size
+    hi, (hi_gradient,) = numerics.value_and_grads(loss(case.info.definition), (z.double(),), 1)
+    low, (low_gradient,) = numerics.value_and_grads(loss(case.info.definition), (z,), 1)
+    on_backend = loss(case.info.function, backend=case.backend)
+    out, (gradient,) = numerics.value_and_grads(on_backend, (z,), 1)
+    assert_within_budget(
+        case,
+        [
+            numerics.compare("loss", out, hi, low, case.dtype),
+            numerics.compare("dembeddings", gradient, hi_gradient, low_gradient, case.dtype),
+        ],
+    )
+    size[1] = 1e25  # its square is beyond fp32
+    assert loss(case.info.function, size, backend=case.backend)(z).isnan()
+
+
 @every_float
 def test_the_batch_as_references_less_itself(case: Case) -> None:
     """A bank that holds the batch in another order, where each row leaves itself out."""

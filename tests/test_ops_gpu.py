@@ -55,6 +55,19 @@ def test_capture_and_replay(case: Case) -> None:
         assert torch.equal(got, expected)
 
 
+def test_graphed_callable_of_a_module() -> None:
+    """The example of README.md."""
+    plain = kd.nn.SimilarityPreservingLoss(weight=3000)
+    sample = torch.randn(64, 128, device=CUDA, requires_grad=True), torch.randn(64, 128).to(CUDA)
+    graphed = torch.cuda.make_graphed_callables(kd.nn.SimilarityPreservingLoss(weight=3000), sample)
+    student, teacher = torch.randn(64, 128, device=CUDA), torch.randn(64, 128, device=CUDA)
+    student.requires_grad_()
+    value, wanted = graphed(student, teacher), plain(student, teacher)
+    assert torch.equal(value, wanted)
+    (grad,), (expected,) = (torch.autograd.grad(x, student) for x in (value, wanted))
+    assert torch.equal(grad, expected)
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("algorithm", ["tiled", "factored"])
 def test_offsets_beyond_32_bits(algorithm: str) -> None:

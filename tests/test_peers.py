@@ -14,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import samples
-from test_bench import _entry, _report
+from test_report import _entry, _report
 
 import kdkernels as kd
-from kdkernels.cli import bench as command
+from kdkernels.cli import _bench_report
 from kdkernels.ops.pairwise import METRICS
 from kdkernels.reference import _lsh_bce as reference
 from kdkernels.testing import bench, numerics, peers, record
@@ -152,9 +152,9 @@ def test_the_record_names_its_version_its_work_and_the_ratio(
     assert "speedup_over" not in results[peer]
     assert "speedup_over" not in results["mm"]
     named = f"{peer} {peers.version(peer)}"
-    shown = command._table(entry).render()
+    shown = _bench_report.table(entry).render()
     assert f"x {peer}" in shown
-    assert command._footnotes(entry) == [f"{named}: {found.computes}"]
+    assert _bench_report.footnotes(entry) == [f"{named}: {found.computes}"]
     text = _report().render([("r.json", entry)], [])
     assert f"| {named} |" in text
     assert f"`{info.name}`, {named}: {found.computes}" in text

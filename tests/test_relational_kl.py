@@ -373,9 +373,10 @@ def test_only_what_asks_takes_a_second_sweep(case: Case) -> None:
 
     rows, keys = STUDENT.numel(), KEYS.numel()
     assert sizes(False, False, False) == (0,)
-    assert sizes(True, False, False) == (rows, rows, 0, 0, 0)
-    assert sizes(False, True, False) == (0, 0, rows, 0, 0)
-    assert sizes(False, False, True) == (0, 0, 0, keys, 0)
+    others = (0, 0, 0, 0)
+    assert sizes(True, False, False) == (rows, rows, 0, 0, *others)
+    assert sizes(False, True, False) == (0, 0, rows, 0, *others)
+    assert sizes(False, False, True) == (0, 0, 0, keys, *others)
     leaf = case.sample.args[0].detach().requires_grad_()
     with torch.no_grad(), Calls() as calls:
         case.call(leaf, *case.sample.args[1:])

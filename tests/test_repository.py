@@ -24,7 +24,7 @@ PATH = re.compile(
     r"^(?:(?:csrc|kdkernels|tests|docs|benchmarks|examples)/[\w./*<>{},-]*|[\w-]+\.(?:md|toml|py|txt))$"
 )
 # Built or written at run time, so no checkout has them.
-GENERATED = ("benchmarks/results", ".so", "gpu-results", "demo-results")
+GENERATED = ("benchmarks/results", ".so", "gpu-libraries", "gpu-results", "demo-results")
 
 
 @cache

@@ -6,6 +6,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/unit_rows.h"
 #include "../pairs/distance_names.h"
 #include "../pairs/pair_sweep.h"
 #include "contrastive_simd.h"
@@ -70,11 +71,15 @@ template <typename T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const Tensor& labels,
                                                const Tensor& references,
                                                const Tensor& reference_labels, bool in_batch,
-                                               const Optional& exclude, double margin,
-                                               pairs::Distance distance, bool need_embeddings,
-                                               bool need_references) {
-  const Tensor x = contiguous_in_type<T>(embeddings),
-               r = in_batch ? x : contiguous_in_type<T>(references);
+                                               const Optional& exclude, bool normalize,
+                                               double margin, pairs::Distance distance,
+                                               bool need_embeddings, bool need_references) {
+  const Tensor given_x = contiguous_in_type<T>(embeddings),
+               given_r = in_batch ? given_x : contiguous_in_type<T>(references);
+  const Tensor x = normalize ? unit_rows<T>(given_x) : given_x, r = in_batch ? x
+                                                                    : normalize
+                                                                        ? unit_rows<T>(given_r)
+                                                                        : given_r;
   Sweep<T> sweep(x, labels, r, reference_labels, in_batch, distance, need_embeddings,
                  need_references, exclude);
   Loss<T> loss(sweep.rows.ranges, margin);
@@ -91,16 +96,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fwd(const Tensor& embeddings, const T
   const auto gradient = [&](const pairs::Side<T>& side) {
     return std::isnan(sum) ? pairs::nan_gradient(side) : side.gradient(0, [](int64_t, double*) {});
   };
-  return {total, nonzero, gradient(sweep.anchors),
-          in_batch ? empty({0}, scalar_type_of<T>) : gradient(sweep.references)};
+  const Tensor dx = gradient(sweep.anchors),
+               dr = in_batch ? empty({0}, scalar_type_of<T>) : gradient(sweep.references);
+  if (normalize) {
+    unit_rows_gradient<T>(given_x, dx);
+    unit_rows_gradient<T>(given_r, dr);
+  }
+  return {total, nonzero, dx, dr};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
     Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch,
-    Optional exclude, double margin, std::string distance, bool need_embeddings,
+    Optional exclude, bool normalize, double margin, std::string distance, bool need_embeddings,
     bool need_references) {
   const auto run = embeddings.scalar_type() == ScalarType::Double ? fwd<double> : fwd<float>;
-  return run(embeddings, labels, references, reference_labels, in_batch, exclude, margin,
+  return run(embeddings, labels, references, reference_labels, in_batch, exclude, normalize, margin,
              by_name(pairs::kDistances, distance), need_embeddings, need_references);
 }
 
@@ -110,7 +120,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(kdkernels_C, m) {
   m.def(
       "contrastive_fwd(Tensor embeddings, Tensor labels, Tensor references, Tensor "
-      "reference_labels, bool in_batch, Tensor? exclude, float margin, str distance, bool "
+      "reference_labels, bool in_batch, Tensor? exclude, bool normalize, float margin, str "
+      "distance, bool "
       "need_embeddings, bool "
       "need_references) -> (Tensor, Tensor, Tensor, Tensor)");
 }

@@ -74,29 +74,51 @@ __device__ double sum_of(const double* x, int64_t n) {
   return block_sum(sum, reinterpret_cast<double*>(shared_memory()));
 }
 
+constexpr int kManySplits = 8;
+
 __global__ void __launch_bounds__(kThreads)
     gram_mse_finish_kernel(const __grid_constant__ FinishParams p) {
+  // A block has a row. Where there are many splits, four threads have an entry, a quarter of the
+  // splits each, and the quarters are added in their order.
   const Problem& problem = p.problem;
-  const int64_t B = problem.B, g = blockIdx.z, lane = threadIdx.x % 32;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
-  if (i < B) {
-    double sums[kSums] = {};
-    const float scale_s = row_scale(problem, 0, g, i), scale_t = row_scale(problem, 1, g, i);
-    for (int64_t j = lane; j < B; j += 32) {
-      float entry[2] = {};
+  const int64_t B = problem.B, g = blockIdx.z, i = blockIdx.x;
+  const int quarters = p.splits >= kManySplits ? 4 : 1, columns = kThreads / quarters;
+  const int quarter = threadIdx.x / columns, column = threadIdx.x % columns;
+  const int each = (p.splits + quarters - 1) / quarters;
+  const int first = quarter * each, end = first + each < p.splits ? first + each : p.splits;
+  auto* shared = reinterpret_cast<float*>(shared_memory());  // [2, kThreads]
+  double sums[kSums] = {};
+  for (int64_t j0 = 0; j0 < B; j0 += columns) {
+    const int64_t j = j0 + column;
+    float entry[2] = {};
+    KDK_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      for (int split = first; j < B && split < end; ++split)
+        entry[side] += p.parts[side][((split * problem.G + g) * B + i) * B + j];
+    }
+    if (quarters > 1) {
+      KDK_UNROLL
+      for (int side = 0; side < 2; ++side) shared[side * kThreads + threadIdx.x] = entry[side];
+      __syncthreads();
       KDK_UNROLL
       for (int side = 0; side < 2; ++side) {
-        for (int split = 0; split < p.splits; ++split)
-          entry[side] += p.parts[side][((split * problem.G + g) * B + i) * B + j];
-        entry[side] *= (side == 0 ? scale_s : scale_t) * row_scale(problem, side, g, j);
-        p.gram[side][(g * B + i) * B + j] = entry[side];
+        for (int k = 1; k < quarters && quarter == 0; ++k)
+          entry[side] += shared[side * kThreads + k * columns + column];
       }
-      add_entry(problem, sums, entry[0], entry[1]);
+      __syncthreads();
     }
+    if (quarter > 0 || j >= B) continue;
     KDK_UNROLL
-    for (int k = 0; k < kSums; ++k) sums[k] = warp_sum(sums[k]);
-    if (lane == 0) finish_row(problem, sums, i, p.coef + g * kCoefs * B, p.row_losses + g * B);
+    for (int side = 0; side < 2; ++side) {
+      entry[side] *= row_scale(problem, side, g, i) * row_scale(problem, side, g, j);
+      p.gram[side][(g * B + i) * B + j] = entry[side];
+    }
+    add_entry(problem, sums, entry[0], entry[1]);
   }
+  KDK_UNROLL
+  for (int k = 0; k < kSums; ++k)
+    sums[k] = block_sum(sums[k], reinterpret_cast<double*>(shared_memory()));
+  if (threadIdx.x == 0) finish_row(problem, sums, i, p.coef + g * kCoefs * B, p.row_losses + g * B);
   // the last block of a group adds up its rows
   auto* arrival = reinterpret_cast<unsigned*>(shared_memory());
   __threadfence();
@@ -147,9 +169,8 @@ void launch_gram_mse_resident(const ResidentParams& params, Math math, cudaStrea
 }
 
 void launch_gram_mse_finish(const FinishParams& params, cudaStream_t stream) {
-  launch(gram_mse_finish_kernel,
-         grid_of(ceil_div(params.problem.B, kRowsPerBlock), 1, params.problem.G), kThreads,
-         kThreads / 32 * sizeof(double), stream, params);
+  launch(gram_mse_finish_kernel, grid_of(params.problem.B, 1, params.problem.G), kThreads,
+         2 * kThreads * sizeof(float), stream, params);
 }
 
 void launch_gram_mse_loss(const LossParams& params, int64_t G, cudaStream_t stream) {

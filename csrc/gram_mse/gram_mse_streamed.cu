@@ -16,7 +16,7 @@ namespace {
 using namespace kdk::cuda;
 
 constexpr int kPairSharedBytes = kSharedBytes + kTile * kTile * static_cast<int>(sizeof(float));
-static_assert(kPairSharedBytes <= kMostSharedBytes);
+static_assert(kPairSharedBytes == 128 << 10, "kdkernels/cuda/gram_mse.py asks for so many");
 
 // Tile (i0, j0) of both Grams, staged: the teacher's tile k lies where the operands were, the
 // student's tile a behind it.
@@ -81,21 +81,31 @@ __global__ void __launch_bounds__(kThreads, 1)
   for (int s = 0; s < kSums; ++s) p.across[(i * kSums + s) * B + j0 + threadIdx.x] = sums[s];
 }
 
+// A block has 32 rows, and each of its warps some of the tiles that add to their sums.
 __global__ void __launch_bounds__(kThreads)
     gram_mse_pair_finish_kernel(const __grid_constant__ PairFinishParams p) {
   const PairSumsParams& from = p.sums;
-  const int64_t B = from.problem.B, row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t B = from.problem.B, row = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   const int64_t r = from.first * kTile + row;
-  if (r >= B) return;
   const int64_t tile = row / kTile, end = ceil_div(B, kTile) - from.first;
   const bool complete = tile < from.tiles;
+  auto* parts = reinterpret_cast<double*>(shared_memory());  // [kSums, kThreads]
+  for (int s = 0; s < kSums; ++s) {
+    double sum = 0;
+    for (int64_t i = warp; r < B && i < tile && i < from.tiles; i += kRowsPerBlock)
+      sum += from.across[(i * kSums + s) * B + r];
+    for (int64_t j = tile + warp; r < B && complete && j < end; j += kRowsPerBlock)
+      sum += from.along[(j * kSums + s) * from.tiles * kTile + row];
+    parts[s * kThreads + threadIdx.x] = sum;
+  }
+  __syncthreads();
+  if (warp > 0 || r >= B) return;
   double sums[kSums];
   for (int s = 0; s < kSums; ++s) {
     sums[s] = from.first == 0 ? 0 : p.totals[s * B + r];
-    for (int64_t i = 0; i < tile && i < from.tiles; ++i)
-      sums[s] += from.across[(i * kSums + s) * B + r];
-    for (int64_t j = tile; complete && j < end; ++j)
-      sums[s] += from.along[(j * kSums + s) * from.tiles * kTile + row];
+    for (int part = 0; part < kRowsPerBlock; ++part)
+      sums[s] += parts[s * kThreads + part * 32 + lane];
     p.totals[s * B + r] = sums[s];
   }
   if (complete) finish_row(from.problem, sums, r, p.coef, p.row_losses);
@@ -161,8 +171,8 @@ void launch_gram_mse_pair_sums(const PairSumsParams& params, Math math, cudaStre
 
 void launch_gram_mse_pair_finish(const PairFinishParams& params, cudaStream_t stream) {
   const int64_t rows = params.sums.problem.B - params.sums.first * kTile;
-  launch(gram_mse_pair_finish_kernel, grid_of(ceil_div(rows, kThreads)), kThreads, 0, stream,
-         params);
+  launch(gram_mse_pair_finish_kernel, grid_of(ceil_div(rows, 32)), kThreads,
+         kSums * kThreads * sizeof(double), stream, params);
 }
 
 void launch_gram_mse_bwd_pair_weights(const PairWeightsParams& params, Math math,

@@ -18,7 +18,7 @@ struct TilePlace {
 };
 
 __device__ __forceinline__ TilePlace place(const CudaProjection& p) {
-  const int64_t down = ceil_div(p.features.rows, kTile);
+  const auto down = static_cast<unsigned>(ceil_div(p.features.rows, kTile));
   const int64_t i = blockIdx.x % down, j = blockIdx.x / down;
   return {i * kTile, j * kTile, i, j};
 }

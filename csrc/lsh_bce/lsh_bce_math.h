@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../common/exp_math.h"
+#include "../common/quotient.h"
 
 namespace kdk::lsh_bce {
 
@@ -15,7 +16,7 @@ inline constexpr int kLog1pTerms = sizeof(T) == sizeof(float) ? 7 : 16;
 
 template <typename T, typename V>
 KDK_HOST_DEVICE V log1p_unit(V e) {
-  return two_atanh<T, kLog1pTerms<T>>(e / (e + T(2)));
+  return two_atanh<T, kLog1pTerms<T>>(quotient<V>(e, e + T(2)));
 }
 
 // Returns the cross-entropy of one projection z and its bit y, 0 or 1, given e = exp(-|z|). max(z,
@@ -30,7 +31,7 @@ KDK_HOST_DEVICE V cross_entropy(V z, V y, V e) {
 template <typename T, typename V>
 KDK_HOST_DEVICE V slope(V z, V y, V e) {
   const V sign = 1 - 2 * y;
-  const V of_magnitude = 1 / (e + T(1));
+  const V of_magnitude = quotient<V>(V{} + T(1), e + T(1));
   return sign * (sign * z >= T(0) ? of_magnitude : e * of_magnitude);
 }
 

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <type_traits>
 
-#include "../common/host_device.h"
+#include "../common/quotient.h"
 
 namespace kdk::pairs {
 
@@ -23,7 +23,7 @@ KDK_HOST_DEVICE T from_squared(std::type_identity_t<T> d2, Distance distance) {
 // square root has no derivative.
 template <typename T = double>
 KDK_HOST_DEVICE T slope(std::type_identity_t<T> d, Distance distance) {
-  if (distance == Distance::kEuclidean) return d > 0 || d != d ? 1 / d : 0;
+  if (distance == Distance::kEuclidean) return d > 0 || d != d ? quotient<T>(1, d) : 0;
   return distance == Distance::kSqEuclidean ? 2 : 1;
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Values are made in the epilogue of the product of rows. In batch, only tiles on and above the
 // diagonal are multiplied, and each is stored twice.
+#include "../common/cuda/centre_device.h"
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
@@ -24,14 +25,18 @@ __global__ void __launch_bounds__(kThreads)
   if (second) i -= of_x;
   const Source& x = second ? p.x[1] : p.x[0];
   if (i >= p.G * x.rows) return;
-  const double squared = squared_norm(row_of<T>(x, i / x.rows, i % x.rows), x.cols);
+  const int64_t g = i / x.rows;
+  const float* point = p.point == nullptr ? nullptr : p.point + g * x.cols;
+  const double squared = move_row(row_of<T>(x, g, i % x.rows), point, x.cols,
+                                  (second ? p.moved[1] : p.moved[0]) + i * x.cols);
   if (threadIdx.x % 32 != 0) return;
   auto number = static_cast<float>(squared);
   if (p.what == RowNumber::kInverse) {
     number = static_cast<float>(1 / clamp_min(std::sqrt(squared), kEps));
   } else {
     number = number < kNormLimit<float> ? number : kNaN;
-    if (p.what == RowNumber::kBound) number = close_bound(p.metric, number, p.gamma);
+    if (p.what == RowNumber::kBound)
+      number = close_bound(p.metric, number, p.gamma, p.close_share);
   }
   (second ? p.number[1] : p.number[0])[i] = number;
 }
@@ -66,12 +71,12 @@ __device__ __forceinline__ bool scale_products(Accumulators& acc, const ValuesPa
     for_each_value(acc, [&](float& value, int k, int c) { value = value * x[k] * y[c]; });
     return false;
   }
-  const float sharpness = p.metric == Metric::kRbf ? p.gamma : 0.0f;
+  const float sharpness = p.metric == Metric::kRbf ? p.sharpness : 0.0f;
   for_each_value(acc, [&](float& value, int k, int c) {
     // in this order, so that nothing is rounded to the digits of the sum of the norms
     const float d2 = (x[k] - value) + (y[c] - value);
     const float size = x[k] + y[c];
-    const bool marked = d2 < size * kClose<float> || is_sharp(d2, size, sharpness);
+    const bool marked = d2 < size * p.close_share || is_sharp(d2, size, sharpness);
     value = marked ? kMarked : d2;
   });
   if (p.in_batch && i0 == j0) {  // itself; NaN stays
@@ -101,18 +106,20 @@ __device__ __forceinline__ void differences(float* tile, const ValuesParams& p, 
         if (lane / 8 == group && marked != 0) mine = lowest_bit(marked);
         marked &= marked - 1;
       }
-      const T* x = row_of<T>(p.x, g, i0 + row);
-      const T* y = row_of<T>(p.y, g, j0 + column0 + (mine < 0 ? 0 : mine));
+      const T* x = row_of<T>(p.given_x, g, i0 + row);
+      const T* y = row_of<T>(p.given_y, g, j0 + column0 + (mine < 0 ? 0 : mine));
       float sum = 0;
       for (int64_t d = lane % 8 * 8; mine >= 0 && d < D; d += 64) {
         float a[8], b[8];
-        read_eight(a, x + d, D - d, p.x.aligned);
-        read_eight(b, y + d, D - d, p.y.aligned);
+        read_eight(a, x + d, D - d, p.given_x.aligned);
+        read_eight(b, y + d, D - d, p.given_y.aligned);
         KDK_UNROLL
         for (int e = 0; e < 8; ++e) sum += (a[e] - b[e]) * (a[e] - b[e]);
       }
       sum = lane_sum<1, 4>(sum);
-      if (mine >= 0 && lane % 8 == 0) *staged(tile, row, column0 + mine) = sum;
+      if (mine < 0 || lane % 8 != 0) continue;
+      *staged(tile, row, column0 + mine) = sum;
+      count_differences(1);
     }
   }
 }

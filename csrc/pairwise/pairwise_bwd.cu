@@ -161,11 +161,12 @@ __global__ void __launch_bounds__(kThreads)
     total += p.sums[(g * pieces + piece) * p.rows + local];
   total = warp_sum(total);
   float x[8], dx[8];
-  read_eight(x, row_of<T>(params.x, g, i) + d, left, params.x.aligned);
+  read_eight(x, row_of<T>(params.moved, g, i) + d, left, params.moved.aligned);
   read_eight(dx, params.product + (g * p.rows + local) * D + d, left, D % 4 == 0);
   KDK_UNROLL
   for (int e = 0; e < 8; ++e) dx[e] = static_cast<float>(total * static_cast<double>(x[e]) - dx[e]);
 
+  read_eight(x, row_of<T>(params.x, g, i) + d, left, params.x.aligned);
   const auto entry = [&](const Strided& matrix, int64_t row, int64_t column) {
     return to_float(static_cast<const T*>(
         matrix.data)[g * matrix.group + row * matrix.row + column * matrix.column]);

@@ -43,7 +43,7 @@ Strided strided_of(const Tensor& x) {
 
 // The rows of one side, as they are given and as products take them, with a number for each row.
 struct Side {
-  Tensor given, multiplied;  // contiguous rows
+  Tensor given, multiplied;  // contiguous rows; of distances the latter may be less a point
   Math given_math, math;     // of either
   Optional numbers;          // [G, N] fp32, of any metric but kDot
 
@@ -53,6 +53,11 @@ struct Side {
         given_math(math_of(x, true)),
         math(math_) {
     if (metric != Metric::kDot) numbers = device.empty({groups_of(x), rows()}, ScalarType::Float);
+  }
+
+  // Has `multiplied` be less a point, once the launch of row numbers has made it so.
+  void move(const Device& device) {
+    multiplied = like(device, given, columns_of(given), ScalarType::Float);
   }
 
   int64_t rows() const { return count_rows(given); }
@@ -72,6 +77,15 @@ struct Sides {
     if (y_) y.emplace(device, *y_, math, metric);
     if (metric == Metric::kDot) return;
     RowNumbersParams params{};
+    const Optional point =
+        is_distance(metric) ? point_of(device, (y ? *y : x).given) : std::nullopt;
+    if (point) {
+      params.point = data_of<const float>(*point);
+      x.move(device);
+      params.moved[0] = data_of<float>(x.multiplied);
+      if (y) y->move(device);
+      if (y) params.moved[1] = data_of<float>(y->multiplied);
+    }
     params.x[0] = source_of(x.given);
     if (y) params.x[1] = source_of(y->given);
     params.number[0] = x.number();
@@ -82,10 +96,12 @@ struct Sides {
                                             : RowNumber::kSquared;
     params.metric = metric;
     params.gamma = gamma;
+    params.close_share = share();
     launch_pairwise_row_numbers(params, x.given_math, device.stream());
   }
 
   const Side& other() const { return y ? *y : x; }
+  float share() const { return close_share(x.given_math, columns_of(x.given)); }
 };
 
 Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool ieee) {
@@ -94,10 +110,16 @@ Tensor pairwise_fwd(Tensor x, Optional y, std::string metric, double gamma, bool
   if (out.numel() == 0) return out;
   const Math math = math_of(x, ieee);
   const Sides sides(device, x, y, math, by_name(kMetrics, metric), gamma, false);
-  launch_pairwise_values({source_of(sides.x.multiplied), source_of(sides.other().multiplied),
-                          sides.x.number(), sides.other().number(), out.mutable_data_ptr(),
-                          groups_of(x), !y, sides.metric, static_cast<float>(gamma)},
-                         math, device.stream());
+  // rows of 16 bits: docs/ops/pairwise.md derives when the rounding of a product shows
+  const double share = sides.share();
+  const double sharpness =
+      sides.x.given.scalar_type() == ScalarType::Float ? gamma : gamma * std::min(4 * share, 1.0);
+  launch_pairwise_values(
+      {source_of(sides.x.multiplied), source_of(sides.other().multiplied), source_of(sides.x.given),
+       source_of(sides.other().given), sides.x.number(), sides.other().number(),
+       out.mutable_data_ptr(), groups_of(x), !y, sides.metric, static_cast<float>(gamma),
+       static_cast<float>(share), static_cast<float>(sharpness)},
+      math, device.stream());
   return out;
 }
 
@@ -210,8 +232,11 @@ class Gradient {
     if (distance)
       launch_pairwise_bwd_gradient(
           {pairs, from_group(source_of(of_.given), g, given),
-           from_group(source_of(other_.given), g, given), data_of<const float>(step.product),
-           data_of<char>(dx) + g * N_ * D_ * given},
+           from_group(source_of(other_.given), g, given),
+           from_group(
+               source_of(of_.given.scalar_type() == ScalarType::Float ? of_.multiplied : of_.given),
+               g, given),
+           data_of<const float>(step.product), data_of<char>(dx) + g * N_ * D_ * given},
           of_.given_math, device_.stream());
   }
 

@@ -16,16 +16,20 @@ enum class RowNumber {
 };
 
 struct RowNumbersParams {
-  cuda::Source x[2];  // [G, N, D] and [G, M, D]; the second without rows where the sides are one
-  float* number[2];   // [G, N], [G, M]
+  cuda::Source x[2];   // [G, N, D] and [G, M, D]; the second without rows where the sides are one
+  float* number[2];    // [G, N], [G, M]
+  const float* point;  // [G, D] that distances are taken from; null where rows stay as they are
+  float* moved[2];     // [G, N, D] and [G, M, D], x less that
   int64_t G;
   RowNumber what;
   Metric metric;
   double gamma;
+  float close_share;
 };
 
 struct ValuesParams {
-  cuda::Source x, y;      // [G, N, D], [G, M, D]
+  cuda::Source x, y;  // [G, N, D], [G, M, D], of distances less a point
+  cuda::Source given_x, given_y;
   const float* x_number;  // [G, N]: inverse norms (kCosine) or squared norms (distances)
   const float* y_number;  // [G, M]
   void* out;              // [G, N, M] contiguous, of the dtype of x
@@ -33,6 +37,8 @@ struct ValuesParams {
   bool in_batch;  // y is x
   Metric metric;
   float gamma;
+  float close_share;  // of |x|^2 + |y|^2, below which d^2 comes from differences
+  float sharpness;    // the gamma with which rounding shows in kRbf
 };
 
 // A matrix for each group. It may have any strides, which are in elements.
@@ -75,7 +81,8 @@ struct WeightsParams {
 // differences.
 struct GradientParams {
   PairsParams pairs;
-  cuda::Source x, y;     // [groups, all_rows, D], [groups, cols, D]
+  cuda::Source x, y;     // [groups, all_rows, D], [groups, cols, D], as given
+  cuda::Source moved;    // x as the product takes it, in the dtype of x
   const float* product;  // [groups, rows, D]: W y
   void* dx;              // [groups, all_rows, D] contiguous, of the dtype of x
 };

@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "../common/quotient.h"
 #include "../common/rows_math.h"
 
 namespace kdk::pairwise {
@@ -20,7 +21,7 @@ KDK_HOST_DEVICE bool is_distance(Metric metric) {
 template <Metric kMetric, typename T>
 KDK_HOST_DEVICE T slope(T value, T factor) {
   if constexpr (kMetric == Metric::kEuclidean) {
-    return value == T(0) ? T(0) : T(1) / value;
+    return value == T(0) ? T(0) : quotient<T>(1, value);
   } else if constexpr (kMetric == Metric::kSqEuclidean) {
     return T(2);
   } else {
@@ -28,8 +29,9 @@ KDK_HOST_DEVICE T slope(T value, T factor) {
   }
 }
 
-// Returns whether two rows are so close that products of them lose their distance (kdk::kClose),
-// from the value and a bound of each row: exp(-gamma kClose |x|^2) for kRbf, else kClose |x|^2.
+// Returns whether two rows are so close that products of them lose their distance, from the value
+// and a bound of each row: with s the share of kdk::kClose, exp(-gamma s |x|^2) for kRbf, else
+// s |x|^2.
 // Returns false for NaN.
 template <Metric kMetric, typename T>
 KDK_HOST_DEVICE bool is_close(T value, T bound, T other) {
@@ -74,8 +76,8 @@ KDK_HOST_DEVICE T from_squared(Metric metric, T d2, T gamma) {
 
 // Returns the bound of a row for is_close, from its squared norm.
 template <typename T>
-KDK_HOST_DEVICE T close_bound(Metric metric, T norm, double gamma) {
-  const T bound = norm * kClose<T>;
+KDK_HOST_DEVICE T close_bound(Metric metric, T norm, double gamma, T share = kClose<T>) {
+  const T bound = norm * share;
   return metric == Metric::kRbf ? static_cast<T>(std::exp(-gamma * bound)) : bound;
 }
 

@@ -20,7 +20,8 @@ __device__ __forceinline__ void store_pieces(T* to, float x, int64_t width) {
   if constexpr (sizeof(T) == 2) to[width] = from_float<T>(x - to_float(to[0]));
 }
 
-template <Math kMath>
+// X: the type of the rows, which are multiplied by their scales
+template <Math kMath, typename X>
 __global__ void __launch_bounds__(kThreads)
     relational_kl_prepare_kernel(const __grid_constant__ PrepareParams p) {
   using T = Element<kMath>;
@@ -35,9 +36,11 @@ __global__ void __launch_bounds__(kThreads)
   const bool meets = operand.steps[1] == 0 || bank == side;
   const Source& x = side == 0 ? p.x[0] : p.x[1];
   const bool there = meets && query < x.rows && d < x.cols;
+  const float value =
+      there ? p.scale[side][query] * to_float(static_cast<const X*>(x.data)[query * x.stride + d])
+            : 0.0f;
   store_pieces(static_cast<T*>(operand.data) + row * pieces_of(kMath) * operand.width + column,
-               there ? static_cast<const float*>(x.data)[query * x.stride + d] : 0.0f,
-               operand.width);
+               value, operand.width);
 }
 
 // Behind the stages lie what the warps of a row tell one another, the maxima before and after a
@@ -50,11 +53,14 @@ struct SweepShared {
   Marks marks;
 };
 
-template <Math kMath>
-constexpr int kWeightsBytes = kStages * kStageBytes<kMath> + static_cast<int>(sizeof(SweepShared));
-static_assert(kWeightsBytes<Math::kBFloat16> <= kMostSharedBytes);
-static_assert(2 * (kWeightsBytes<Math::kBFloat16> + 1024) <= 228 << 10,
+template <Math kMath, int kCount>
+constexpr int kWeightsBytes = kCount * kStageBytes<kMath> + static_cast<int>(sizeof(SweepShared));
+static_assert(2 * (kWeightsBytes<Math::kBFloat16, kStages> + 1024) <= 228 << 10,
               "two blocks have to fit a multiprocessor of sm_90");
+// Where kStages of them do not fit. Rows of bf16 keys and 128 features stay in shared memory only
+// with kStages.
+constexpr int kFewStages = 3;
+static_assert(kWeightsBytes<Math::kBFloat16, kFewStages> <= kEverywhereBytes);
 
 // Marks the logits of keys that do not count, and leaves the largest logit that each warp has of a
 // row in `shared.across`.
@@ -94,11 +100,11 @@ __device__ __forceinline__ float maximum_now(const SweepShared& shared, float be
 
 __device__ __forceinline__ float finite(float max) { return max == -kInfinity ? 0.0f : max; }
 
-template <Math kMath>
+template <Math kMath, int kCount>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
     relational_kl_weights_product_kernel(const __grid_constant__ WeightsParams p) {
   const SweepParams& of = p.sweep;
-  auto& shared = *reinterpret_cast<SweepShared*>(shared_memory() + kStages * kStageBytes<kMath>);
+  auto& shared = *reinterpret_cast<SweepShared*>(shared_memory() + kCount * kStageBytes<kMath>);
   const Place place(of);
   const int tiles = static_cast<int>(ceil_div(place.counting, kTile));
   KDK_UNROLL
@@ -108,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   if (threadIdx.x < kTile) shared.most[0][threadIdx.x] = -kInfinity;
   shared.marks.fill(of, place);
   if (tiles == 0) __syncthreads();  // otherwise the sweep's barriers do
-  sweep<kMath>(of, shared_memory(), place, tiles, [&](Accumulators& acc, int tile) {
+  sweep<kMath, kCount>(of, shared_memory(), place, tiles, [&](Accumulators& acc, int tile) {
     const int turn = tile % 2;
     scale_logits(acc, of, place, tile);
     if (!of.teacher) {
@@ -270,6 +276,7 @@ struct RowsShared {
 template <Math kMath>
 constexpr int kDerivativesBytes =
     kStages * kStageBytes<kMath> + static_cast<int>(sizeof(RowsShared));
+static_assert(kDerivativesBytes<Math::kBFloat16> <= kEverywhereBytes);
 
 template <Math kMath>
 __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
@@ -324,14 +331,25 @@ dim3 grid_of_sweep(const SweepParams& p) {
 void launch_relational_kl_prepare(const PrepareParams& params, Math math, cudaStream_t stream) {
   const dim3 grid = grid_of(ceil_div(params.operand.rows * params.operand.width, kThreads));
   for_wide_math(math, [&]<Math kMath>() {
-    launch(relational_kl_prepare_kernel<kMath>, grid, kThreads, 0, stream, params);
+    using Wide = Element<kMath>;  // of the operand: fp32 for rows of fp16
+    const auto kernel = params.dtype == Dtype::kFloat16
+                            ? relational_kl_prepare_kernel<kMath, fp16_t>
+                            : relational_kl_prepare_kernel<kMath, Wide>;
+    launch(kernel, grid, kThreads, 0, stream, params);
   });
 }
 
 void launch_relational_kl_weights(const WeightsParams& params, Math math, cudaStream_t stream) {
   for_wide_math(math, [&]<Math kMath>() {
-    launch(relational_kl_weights_product_kernel<kMath>, grid_of_sweep(params.sweep), kThreads,
-           kWeightsBytes<kMath>, stream, params);
+    const auto with_stages = [&]<int kCount>() {
+      launch(relational_kl_weights_product_kernel<kMath, kCount>, grid_of_sweep(params.sweep),
+             kThreads, kWeightsBytes<kMath, kCount>, stream, params);
+    };
+    constexpr int kBytes = kWeightsBytes<kMath, kStages>;
+    if constexpr (kBytes > kEverywhereBytes) {
+      if (shared_bytes() < kBytes) return with_stages.template operator()<kFewStages>();
+    }
+    with_stages.template operator()<kStages>();
   });
 }
 

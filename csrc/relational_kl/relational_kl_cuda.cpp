@@ -3,141 +3,12 @@
 // functions.
 #include "relational_kl_cuda.h"
 
-#include <limits>
 #include <utility>
 
-#include "../common/cuda/glue.h"
-#include "relational_kl_arguments.h"
+#include "relational_kl_call.h"
 
 namespace kdk::relational_kl {
 namespace {
-
-using namespace kdk::cuda;
-
-Math math_of_keys(const Tensor& keys, bool ieee) {
-  // the softmaxes' difference over norms of keys could leave the range of fp16
-  return keys.scalar_type() == ScalarType::Half ? Math::kTf32x3 : math_of(keys, ieee);
-}
-
-template <typename T>
-const T* data_or_null(const Optional& x) {
-  return x ? data_of<const T>(*x) : nullptr;
-}
-
-// Returns how many tiles of keys a block has. Blocks run in waves, and a wave takes as long as the
-// tiles of a block and the filling of its pipeline, which takes about as long as one more tile.
-int tiles_of_block(int64_t row_tiles, int64_t key_tiles) {
-  constexpr int64_t kMost = 64, kGrid = 65535;  // blocks along the axis of keys
-  const int64_t at_once = 2 * processors(), fewest = ceil_div(key_tiles, kGrid);
-  int64_t best = fewest, least = std::numeric_limits<int64_t>::max();
-  for (int64_t tiles = fewest; tiles <= std::max(fewest, std::min(key_tiles, kMost)); ++tiles) {
-    const int64_t waves = ceil_div(row_tiles * ceil_div(key_tiles, tiles), at_once);
-    const int64_t time = waves * (tiles + 1);
-    if (time > least) continue;
-    best = tiles;
-    least = time;
-  }
-  return static_cast<int>(best);
-}
-
-// The tensors of a call in the form that kernels read, with the rows of both sides as one operand.
-class Call {
- public:
-  Call(const Device& device, const Arguments& given, bool ieee)
-      : math(math_of_keys(given.keys, ieee)),
-        B(given.student.size(0)),
-        K(given.keys.size(0)),
-        teacher(given.teacher.has_value()),
-        two_banks(given.teacher_keys.has_value()),
-        keys_(with_contiguous_rows(in_dtype(given.keys, dtype_of(math)))),
-        teacher_keys_(two_banks
-                          ? with_contiguous_rows(in_dtype(*given.teacher_keys, dtype_of(math)))
-                          : keys_),
-        scale_{contiguous(given.key_scale),
-               contiguous(two_banks ? given.teacher_key_scale : given.key_scale)},
-        positives_(contiguous(given.positives)),
-        exclude_(contiguous(given.exclude)),
-        num_keys_(given.num_keys) {
-    const Tensor student = with_contiguous_rows(given.student),
-                 other = teacher ? with_contiguous_rows(*given.teacher) : student;
-    const int step = kStepBytes / static_cast<int>(element_bytes(math));
-    const auto steps = [&](const Tensor& bank) {
-      return static_cast<int>(std::max<int64_t>(ceil_div(bank.size(1), step), 1));
-    };
-    Operand& operand = all.operand;
-    operand.steps[0] = steps(keys_);
-    operand.steps[1] = two_banks ? steps(teacher_keys_) : 0;
-    operand.width = (operand.steps[0] + operand.steps[1]) * step;
-    operand.rows = rows_of_queries(B);
-    rows_.emplace(device.empty({operand.rows, pieces_of(math), operand.width}, dtype_of(math)));
-    operand.data = rows_->mutable_data_ptr();
-    launch_relational_kl_prepare({{source_of(student), source_of(other)}, operand, teacher}, math,
-                                 device.stream());
-    all.keys[0] = source_of(keys_);
-    all.keys[1] = source_of(teacher_keys_);
-    for (int side = 0; side < 2; ++side) all.scale[side] = data_or_null<float>(scale_[side]);
-    all.B = B;
-    all.K = all.all = K;
-    all.num_keys = data_or_null<int64_t>(num_keys_);
-    all.exclude = data_or_null<int64_t>(exclude_);
-    all.positives = data_or_null<int64_t>(positives_);
-    all.teacher = teacher;
-    all.subtract_entropy = given.subtract_entropy;
-  }
-
-  // Returns how many rows of the operand hold so many queries.
-  int64_t rows_of_queries(int64_t count) const {
-    return round_up(teacher ? 2 * round_up(count, kGroup) : count, kTile);
-  }
-
-  // Returns a sweep of `count` queries from query `first` on, which begins a tile, against all
-  // keys.
-  SweepParams queries(int64_t first, int64_t count) const {
-    SweepParams part = all;
-    part.operand.data = data_of<char>(*rows_) + (teacher ? 2 : 1) * first * pieces_of(math) *
-                                                    all.operand.width * rows_->element_size();
-    part.operand.rows = rows_of_queries(count);
-    part.B = count;
-    if (part.exclude) part.exclude += first;
-    if (part.positives) part.positives += first;
-    part.tiles = tiles_of_block(part.operand.rows / kTile, ceil_div(K, kTile));
-    return part;
-  }
-
-  // Returns a sweep of all queries against `count` keys from key `first` on.
-  SweepParams keys(int64_t first, int64_t count) const {
-    SweepParams part = all;
-    for (int side = 0; side < 2; ++side) {
-      part.keys[side] = rows_of(all.keys[side], first, count, math);
-      if (part.scale[side]) part.scale[side] += first;
-    }
-    part.K = count;
-    part.first = first;
-    part.tiles = tiles_of_block(part.operand.rows / kTile, ceil_div(count, kTile));
-    return part;
-  }
-
-  // Returns D columns of the rows that a bank meets, as operand b of a product over these rows.
-  Source rows_meeting(int bank, int64_t D) const {
-    Source source = source_of(*rows_);
-    source.data = data_of<char>(*rows_) + (bank == 0 ? 0 : all.operand.steps[0] * kStepBytes);
-    source.rows = all.operand.rows;
-    source.cols = D;
-    source.stride = pieces_of(math) * all.operand.width;
-    source.group = 0;
-    return source;
-  }
-
-  const Math math;
-  const int64_t B, K;
-  const bool teacher, two_banks;
-  SweepParams all{};
-
- private:
-  Tensor keys_, teacher_keys_;
-  Optional scale_[2], positives_, exclude_, num_keys_;
-  Optional rows_;
-};
 
 // Returns the entries of a row of weights: whole stores of a thread.
 int64_t padded(int64_t K) { return round_up(K, kGroup); }
@@ -171,17 +42,20 @@ ProductParams difference_product(const Source& keys, int64_t M, int64_t N, float
   return params;
 }
 
-Results fwd(const Arguments& given, const Optional& own_student, const Optional& own_teacher,
-            bool need_student, bool ieee) {
+Results fwd(const Arguments& given, const ForwardArguments& with, bool ieee) {
   const Device device(given.student);
   const int64_t B = given.student.size(0), D = given.student.size(1), K = given.keys.size(0);
+  const bool need_student = with.need_student;
   const Tensor loss = device.empty({B}, ScalarType::Float),
-               lse_student = device.empty({B}, ScalarType::Float),
-               lse_teacher = device.empty({B}, ScalarType::Float);
+               numbers = device.empty({kNumbers, B}, ScalarType::Float);
+  const int64_t banks = !given.normalize ? 0 : given.teacher_keys ? 2 : 1;
+  const Tensor key_scales = device.empty({banks, K}, ScalarType::Float);
   const Tensor dloss =
       need_student ? device.empty({B, D}, ScalarType::Float) : device.empty({0}, ScalarType::Float);
-  if (B == 0) return {loss, dloss, lse_student, lse_teacher};
-  const Call call(device, given, ieee);
+  const Given known(given, numbers, key_scales);
+  known.find_scales(device, with);
+  if (B == 0) return {loss, dloss, numbers, key_scales};
+  const Call call(device, given, known, ieee);
   const Math math = call.math;
   const bool multiply = need_student && D > 0;
   const int64_t stride = padded(K), key_tiles = ceil_div(K, kTile);
@@ -192,7 +66,6 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
   const Tensor maxima = device.empty({multiply ? key_tiles : 0, rows}, ScalarType::Float);
   const Tensor positive = device.empty({call.teacher ? 0 : B}, ScalarType::Float);
   const Tensor softmax = device.empty({4, multiply ? step : 0}, ScalarType::Float);
-  const Optional own[2] = {contiguous(own_student), contiguous(own_teacher)};
   for (int64_t first = 0; first < B; first += step) {
     const int64_t count = std::min(step, B - first);
     WeightsParams sums{};
@@ -220,11 +93,11 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
     merge.positives = sweep.positives;
     merge.teacher = call.teacher;
     merge.subtract_entropy = given.subtract_entropy;
-    if (own[0]) merge.own_student = data_of<const float>(*own[0]) + first;
-    if (own[1]) merge.own_teacher = data_of<const float>(*own[1]) + first;
+    if (given.own_keys) merge.own_student = known.known(kOwnStudent) + first;
+    if (given.own_keys && given.teacher) merge.own_teacher = known.known(kOwnTeacher) + first;
     merge.loss = data_of<float>(loss) + first;
-    merge.lse_student = data_of<float>(lse_student) + first;
-    merge.lse_teacher = data_of<float>(lse_teacher) + first;
+    merge.lse_student = known.known(kLseStudent) + first;
+    merge.lse_teacher = known.known(kLseTeacher) + first;
     merge.softmax = multiply ? data_of<float>(softmax) : nullptr;
     launch_relational_kl_merge(merge, device.stream());
     if (!multiply) continue;
@@ -250,28 +123,30 @@ Results fwd(const Arguments& given, const Optional& own_student, const Optional&
           {data_of<const float>(partials), out, product.splits, count * D, Dtype::kFloat},
           device.stream());
   }
-  return {loss, dloss, lse_student, lse_teacher};
+  return {loss, dloss, numbers, key_scales};
 }
 
 // The residuals that the second sweep reads, and the incoming gradient.
 struct Residuals {
-  const Tensor &dout, &loss, &lse_student, &lse_teacher;
+  const Tensor &dout, &loss;
+  const Given& known;
 
   DerivativesParams params(const SweepParams& sweep, int64_t first) const {
     DerivativesParams params{};
     params.sweep = sweep;
     params.loss = data_of<const float>(loss) + first;
-    params.lse_student = data_of<const float>(lse_student) + first;
-    params.lse_teacher = data_of<const float>(lse_teacher) + first;
+    params.lse_student = known.known(kLseStudent) + first;
+    params.lse_teacher = known.known(kLseTeacher) + first;
     params.dout = data_of<const float>(dout) + first * dout.stride(0);
     params.dout_stride = dout.stride(0);
     return params;
   }
 };
 
-// Makes dteacher in chunks of rows: each row of dteacher needs one chunk only.
-void teacher_gradient(const Device& device, const Call& call, const Residuals& residuals,
-                      const Tensor& dteacher) {  // [B, E]
+// Makes derivatives by the teacher times its scales in chunks of rows: each row needs one chunk
+// only.
+void teacher_derivatives(const Device& device, const Call& call, const Residuals& residuals,
+                         const Tensor& dteacher) {  // [B, E]
   const int64_t E = dteacher.size(1), stride = padded(call.K);
   const int64_t step = rows_in_l2(call.B, stride * int64_t(element_bytes(call.math)));
   const Tensor h = device.empty({step, stride}, dtype_of(call.math));
@@ -293,11 +168,11 @@ void teacher_gradient(const Device& device, const Call& call, const Residuals& r
   }
 }
 
-// Makes the gradients of keys in chunks of keys: each row of them needs one chunk only. Where both
-// sides share a bank, one product over the rows of both makes its gradient. Where there are two
-// banks, each meets zeros in the rows of the other side.
-void key_gradients(const Device& device, const Call& call, const Residuals& residuals,
-                   const Tensor (&grads)[2]) {  // [K, D] and [K, E], or empty
+// Makes derivatives by keys times their scales in chunks of keys: each key needs one chunk only.
+// Where both sides share a bank, one product over the rows of both makes its gradient. Where there
+// are two banks, each meets zeros in the rows of the other side.
+void key_derivatives(const Device& device, const Call& call, const Residuals& residuals,
+                     const Tensor (&grads)[2]) {  // [K, D] and [K, E], or empty
   const int64_t rows = call.all.operand.rows;
   const int64_t step = rows_in_l2(call.K, rows * int64_t(element_bytes(call.math)));
   const Tensor g = device.empty({rows, padded(step)}, dtype_of(call.math));
@@ -332,32 +207,83 @@ void key_gradients(const Device& device, const Call& call, const Residuals& resi
   }
 }
 
-Results bwd(const Arguments& given, const BackwardArguments& with, bool ieee) {
+BackwardResults bwd(const Arguments& given, const BackwardArguments& with, bool ieee) {
   const Device device(given.student);
   const int64_t B = given.student.size(0);
-  const auto result = [&](const Optional& like, bool needed) {
-    if (!needed) return device.empty({0}, ScalarType::Float);
+  const Tensor loss = torch::stable::contiguous(with.loss);
+  const Given known(given, torch::stable::contiguous(with.numbers),
+                    torch::stable::contiguous(with.key_scales));
+  const auto result = [&](const Optional& like, bool needed, ScalarType dtype) {
+    if (!needed) return device.empty({0}, dtype);
     const int64_t rows = like->size(0), cols = like->size(1);
-    return B == 0 ? device.zeros({rows, cols}, ScalarType::Float)
-                  : device.empty({rows, cols}, ScalarType::Float);
+    return B == 0 ? device.zeros({rows, cols}, dtype) : device.empty({rows, cols}, dtype);
   };
-  const Tensor dstudent = with.need_student
-                              ? scaled_rows(device, with.dloss, with.dout, ScalarType::Float)
-                              : device.empty({0}, ScalarType::Float);
-  const Tensor dteacher = result(given.teacher, with.need_teacher);
-  const Tensor by_keys[2] = {result(given.keys, with.need_keys),
-                             result(given.teacher_keys, with.need_teacher_keys)};
-  const bool of_keys = by_keys[0].numel() + by_keys[1].numel() > 0;
-  if (B > 0 && (dteacher.numel() > 0 || of_keys)) {
-    const Call call(device, given, ieee);
-    const Tensor rows[3] = {torch::stable::contiguous(with.loss),
-                            torch::stable::contiguous(with.lse_student),
-                            torch::stable::contiguous(with.lse_teacher)};
-    const Residuals residuals{with.dout, rows[0], rows[1], rows[2]};
-    if (dteacher.numel() > 0) teacher_gradient(device, call, residuals, dteacher);
-    if (of_keys) key_gradients(device, call, residuals, by_keys);
+  const Tensor dstudent = result(given.student, with.need_student, known.dtype),
+               dteacher = result(given.teacher, with.need_teacher, known.dtype),
+               down_keys = result(given.own_keys, with.need_own_keys, known.dtype);
+  const Tensor dkeys[2] = {result(given.keys, with.need_keys, known.dtype),
+                           result(given.teacher_keys, with.need_teacher_keys, known.dtype)};
+  const Tensor dfactor[2] = {device.empty({with.need_student_factor ? B : 0}, ScalarType::Float),
+                             device.empty({with.need_teacher_factor ? B : 0}, ScalarType::Float)};
+  const BackwardResults results{dstudent,  dteacher,   dkeys[0],  dkeys[1],
+                                down_keys, dfactor[0], dfactor[1]};
+  if (B == 0) return results;
+  RowGradientsParams rows{};
+  rows.x[0] = known.rows(Given::kStudent);
+  rows.x[1] = known.rows(Given::kTeacher);
+  rows.own = known.rows(Given::kOwnKeys);
+  rows.num_keys = data_or_null<int64_t>(given.num_keys);
+  rows.normalize = known.normalize;
+  rows.subtract_entropy = known.subtract_entropy;
+  rows.numbers = known.known(0);
+  rows.loss = data_of<const float>(loss);
+  rows.dout = data_of<const float>(with.dout);
+  rows.dout_stride = with.dout.stride(0);
+  rows.B = B;
+  const auto finish = [&](Of of, const float* v, const Tensor& out, int64_t count) {
+    rows.of = of;
+    rows.v = v;
+    rows.out = out.dim() == 2 ? out.mutable_data_ptr() : nullptr;
+    launch_relational_kl_bwd_rows(rows, count, stored_as(known.dtype), device.stream());
+  };
+  const auto finish_side = [&](int side, const float* v, const Tensor& out) {
+    rows.factor = known.factor(side);
+    rows.dfactor = dfactor[side].numel() > 0 ? data_of<float>(dfactor[side]) : nullptr;
+    finish(side == 0 ? Of::kStudent : Of::kTeacher, v, out, B);
+    rows.dfactor = nullptr;
+  };
+  if (with.need_student || with.need_student_factor) {
+    const Tensor dloss = torch::stable::contiguous(with.dloss);
+    finish_side(0, data_of<const float>(dloss), dstudent);
   }
-  return {dstudent, dteacher, by_keys[0], by_keys[1]};
+  if (with.need_own_keys) finish(Of::kOwnKeys, nullptr, down_keys, B);
+  const bool of_teacher = with.need_teacher || with.need_teacher_factor,
+             of_keys = with.need_keys || with.need_teacher_keys;
+  if (!of_teacher && !of_keys) return results;
+  const Call call(device, given, known, ieee);
+  const Residuals residuals{with.dout, loss, known};
+  // Derivatives are fp32, and become gradients where they are if these are fp32, too.
+  const auto room = [&](const Tensor& out, const Optional& like, bool needed) {
+    if (!needed || (out.dim() == 2 && known.dtype == ScalarType::Float)) return out;
+    return device.empty({like->size(0), like->size(1)}, ScalarType::Float);
+  };
+  if (of_teacher) {
+    const Tensor v = room(dteacher, given.teacher, true);
+    if (v.numel() > 0) teacher_derivatives(device, call, residuals, v);
+    finish_side(1, data_of<const float>(v), dteacher);
+  }
+  if (of_keys) {
+    const Tensor v[2] = {room(dkeys[0], given.keys, with.need_keys),
+                         room(dkeys[1], given.teacher_keys, with.need_teacher_keys)};
+    if (v[0].numel() + v[1].numel() > 0) key_derivatives(device, call, residuals, v);
+    for (int bank = 0; bank < 2; ++bank) {
+      if (dkeys[bank].numel() == 0) continue;
+      rows.keys = known.rows(bank == 0 ? Given::kKeys : Given::kTeacherKeys);
+      rows.key_scales = known.key_scales(bank);
+      finish(Of::kKeys, data_of<const float>(v[bank]), dkeys[bank], known.K);
+    }
+  }
+  return results;
 }
 
 // The operators, for the list of types of their shared arguments.
@@ -366,18 +292,21 @@ struct Operators;
 
 template <typename... Ts>
 struct Operators<Types<Ts...>> {
-  static Results fwd(Ts... shared, Optional own_student, Optional own_teacher, bool need_student,
-                     bool ieee) {
-    return relational_kl::fwd({std::move(shared)...}, own_student, own_teacher, need_student, ieee);
+  static Results fwd(Ts... shared, double student_temperature, double teacher_temperature,
+                     bool need_student, bool ieee) {
+    return relational_kl::fwd({std::move(shared)...},
+                              {student_temperature, teacher_temperature, need_student}, ieee);
   }
 
-  static Results bwd(Tensor dout, Ts... shared, Tensor loss, Tensor dloss, Tensor lse_student,
-                     Tensor lse_teacher, bool need_student, bool need_teacher, bool need_keys,
-                     bool need_teacher_keys, bool ieee) {
-    return relational_kl::bwd({std::move(shared)...},
-                              {dout, loss, dloss, lse_student, lse_teacher, need_student,
-                               need_teacher, need_keys, need_teacher_keys},
-                              ieee);
+  static BackwardResults bwd(Tensor dout, Ts... shared, Tensor loss, Tensor dloss, Tensor numbers,
+                             Tensor key_scales, bool need_student, bool need_teacher,
+                             bool need_keys, bool need_teacher_keys, bool need_own_keys,
+                             bool need_student_factor, bool need_teacher_factor, bool ieee) {
+    return relational_kl::bwd(
+        {std::move(shared)...},
+        {dout, loss, dloss, numbers, key_scales, need_student, need_teacher, need_keys,
+         need_teacher_keys, need_own_keys, need_student_factor, need_teacher_factor},
+        ieee);
   }
 };
 

@@ -27,10 +27,43 @@ struct Operand {
   int steps[2];   // of each bank; 0 for a second one where there is none
 };
 
+// A launch makes the scales of rows and keys, and the logits of own keys.
+struct ScalesParams {
+  cuda::Source x[2], own;  // [B, D] student, [B, E] teacher, [B, D]; without data where not given
+  cuda::Source keys[2];    // [K, D] and [K, E]
+  int banks;               // whose keys have scales
+  bool normalize;
+  double temperature[2];
+  const float* factor[2];  // [] or null
+  float *numbers, *key_scales;
+  int64_t B, K;
+};
+
 struct PrepareParams {
-  cuda::Source x[2];  // [B, D] student and [B, E] teacher, fp32
+  cuda::Source x[2];      // [B, D] student and [B, E] teacher
+  cuda::Dtype dtype;      // of both
+  const float* scale[2];  // [B]
   Operand operand;
   bool teacher;
+};
+
+enum class Of { kStudent, kTeacher, kOwnKeys, kKeys };
+
+// A launch makes the gradient of rows from derivatives v by the rows times their scales, which are
+// dout times too small if they are the student's, and from the logits of own keys.
+struct RowGradientsParams {
+  Of of;
+  const float* v;           // [n, D]; null for own keys
+  cuda::Source x[2], own;   // as ScalesParams has them
+  cuda::Source keys;        // where the gradient is that of keys
+  const float* key_scales;  // [K], or null for 1
+  const int64_t* num_keys;  // [], how many of the keys count; null for all
+  bool normalize, subtract_entropy;
+  const float *numbers, *loss, *dout;  // [7, B], [B], [B]
+  int64_t dout_stride, B;
+  const float* factor;  // [], with dfactor
+  float* dfactor;       // [B] or null
+  void* out;            // [n, D] of the rows' dtype, or null; v itself where that is fp32
 };
 
 // A sweep of queries against keys, of which a block has `tiles` tiles.
@@ -100,6 +133,10 @@ struct DerivativesParams {
   int64_t semaphore_count;
 };
 
+void launch_relational_kl_scales(const ScalesParams& params, cuda::Dtype dtype,
+                                 cudaStream_t stream);
+void launch_relational_kl_bwd_rows(const RowGradientsParams& params, int64_t rows,
+                                   cuda::Dtype dtype, cudaStream_t stream);
 void launch_relational_kl_prepare(const PrepareParams& params, cuda::Math math,
                                   cudaStream_t stream);
 void launch_relational_kl_weights(const WeightsParams& params, cuda::Math math,

@@ -123,18 +123,18 @@ __device__ __forceinline__ void load_keys(unsigned char* to, const Source& keys,
 }
 
 // Calls epilogue(acc, tile) for tiles 0 ... tiles - 1 of the block's keys, with the unscaled logits
-// of the block's rows. Keys that do not count have logits of 0. `shared` holds kStages *
+// of the block's rows. Keys that do not count have logits of 0. `shared` holds kCount *
 // kStageBytes.
-template <Math kMath, typename Epilogue>
+template <Math kMath, int kCount = kStages, typename Epilogue>
 __device__ __forceinline__ void sweep(const SweepParams& p, unsigned char* shared,
                                       const Place& place, int tiles, const Epilogue& epilogue) {
   using Tile = OperandTile<kMath, Along::kContraction>;
   constexpr int kPieces = pieces_of(kMath);
   const int first_steps = p.operand.steps[0], steps = first_steps + p.operand.steps[1];
   // Rows of few enough features stay in shared memory: each stage holds one of their steps.
-  const bool resident = steps <= kStages;
+  const bool resident = steps <= kCount;
   const auto stage_of = [&](int tile, int step) {
-    return shared + (tile * steps + step) % kStages * kStageBytes<kMath>;
+    return shared + (tile * steps + step) % kCount * kStageBytes<kMath>;
   };
   // Begins to copy the step that is `ahead` of step `step` of a tile.
   const auto begin_step = [&](int tile, int step, int ahead) {
@@ -163,15 +163,15 @@ __device__ __forceinline__ void sweep(const SweepParams& p, unsigned char* share
     }
     copy_async_commit();
   };
-  for (int ahead = 0; ahead < kStages - 1; ++ahead) begin_step(0, 0, ahead);
+  for (int ahead = 0; ahead < kCount - 1; ++ahead) begin_step(0, 0, ahead);
   for (int tile = 0; tile < tiles; ++tile) {
     Accumulators acc;
     fill(acc, 0);
     for (int step = 0; step < steps; ++step) {
-      copy_async_wait<kStages - 2>();
+      copy_async_wait<kCount - 2>();
       // every thread's copies of this step are there, and nobody reads the stage filled next
       __syncthreads();
-      begin_step(tile, step, kStages - 1);
+      begin_step(tile, step, kCount - 1);
       unsigned char* stage = stage_of(tile, step);
       unsigned char* of_rows = resident ? stage_of(0, step) : stage;
       // one piece after the other: fragments of both at once would not fit the registers

@@ -2,6 +2,7 @@
 // Mining is done in the epilogue of the product of rows sorted by label. A tile whose labels do not
 // meet has negatives only, and in batch a tile above the diagonal serves its rows and its columns.
 // Winners are merged as integers, so the order does not matter.
+#include "../common/cuda/centre_device.h"
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
@@ -30,21 +31,21 @@ __global__ void __launch_bounds__(kThreads)
     triplet_prepare_kernel(const __grid_constant__ PrepareParams p) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / 32;
   const int64_t lane = threadIdx.x % 32;
-  const Source& x = p.rows.x;
+  const Source& x = p.rows.given;
   if (i >= x.rows) return;
   const bool paired = p.paired.data != nullptr;
   const int64_t row = p.rows.row[i];
-  const T* from = static_cast<const T*>(x.data) + i * x.stride;
+  const T* from = row_of<T>(x, 0, i);
   const T* other = static_cast<const T*>(p.paired.data) + (paired ? row * p.paired.stride : 0);
-  double squared = 0, other_squared = 0, between = 0;
-  for (int64_t d = lane; d < x.cols; d += 32) {
-    const double a = to_float(from[d]), b = paired ? to_float(other[d]) : 0.0f;
-    squared += a * a;
+  auto* to = static_cast<float*>(const_cast<void*>(p.rows.x.data)) + i * p.rows.x.stride;
+  const auto norm = static_cast<float>(move_row(from, p.point, x.cols, to));
+  double other_squared = 0, between = 0;
+  for (int64_t d = lane; paired && d < x.cols; d += 32) {
+    const double a = to_float(from[d]), b = to_float(other[d]);
     other_squared += b * b;
     between += (a - b) * (a - b);
   }
-  const auto norm = static_cast<float>(warp_sum(squared)),
-             other_norm = static_cast<float>(warp_sum(other_squared));
+  const auto other_norm = static_cast<float>(warp_sum(other_squared));
   const auto d2 = static_cast<float>(warp_sum(between));
   if (lane != 0) return;
   p.rows.norm[i] = norm;
@@ -114,23 +115,25 @@ __device__ __forceinline__ Float4 distances(const MineParams& p, const Candidate
                                             const Candidate (&across)[4], Float4 products,
                                             int64_t i, int64_t j0) {
   const int lane = threadIdx.x % 32;
-  const T* x = row_of<T>(p.anchors.x, 0, i);
+  const T* x = row_of<T>(p.anchors.given, 0, i);
   KDK_UNROLL
   for (int e = 0; e < 4; ++e) {
     const float size = anchor.norm + across[e].norm;
     float d2 = size - 2.0f * products.x[e];
     const bool pair = across[e].row >= 0 && across[e].row != anchor.left_out;
-    unsigned close = __ballot_sync(kWarp, pair && d2 < size * kClose<float>);
+    unsigned close = __ballot_sync(kWarp, pair && d2 < size * p.close_share);
     for (; close != 0; close &= close - 1) {
       const int of = lowest_bit(close);
-      const T* r = row_of<T>(p.references.x, 0, j0 + 4 * of + e);
+      const T* r = row_of<T>(p.references.given, 0, j0 + 4 * of + e);
       float sum = 0;
       for (int64_t d = lane; d < p.anchors.x.cols; d += 32) {
         const float difference = to_float(x[d]) - to_float(r[d]);
         sum += difference * difference;
       }
       sum = warp_sum(sum);
-      if (lane == of) d2 = sum;
+      if (lane != of) continue;
+      d2 = sum;
+      count_differences(1);
     }
     // no NaN: what is forced says it
     products.x[e] = d2 > 0 ? (d2 < kLargest ? d2 : kLargest) : 0;
@@ -216,7 +219,7 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= p.anchors.x.rows) return;
   const Winner winner[2] = {p.winners[kPositive][i], p.winners[kNegative][i]};
   const bool valid = winner[0] != kNoWinner && winner[1] != kNoWinner;
-  const T* x = static_cast<const T*>(p.anchors.x.data) + i * p.anchors.x.stride;
+  const T* x = row_of<T>(p.anchors.given, 0, i);
   const int64_t row = p.anchors.row[i];
   KDK_UNROLL
   for (int side = 0; side < 2; ++side) {
@@ -246,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
     return static_cast<const T*>(from.data) + at * from.stride;
   };
   const auto gradient_weight = [&](int64_t entry) {
-    return static_cast<float>(p.dd[entry] * pairs::slope(p.d[entry], p.distance));
+    return p.dd[entry] * pairs::slope<float>(p.d[entry], p.distance);
   };
   for (int64_t d = threadIdx.x % 32; d < D; d += 32) {
     float total = 0;

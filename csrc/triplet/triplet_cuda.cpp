@@ -15,6 +15,22 @@ namespace {
 
 using namespace kdk::cuda;
 
+// Rows in the order of their labels, and memory for them as products take them.
+struct Side {
+  std::optional<Tensor> moved;
+  SortedRows rows;
+
+  Side(const Device& device, const Tensor& x, const Tensor& label, const Tensor& order, float* norm,
+       bool moves)
+      : rows{source_of(x), source_of(x), data_of<const int64_t>(label),
+             data_of<const int64_t>(order), norm} {
+    if (!moves) return;
+    moved = device.empty({x.size(0), round_up(x.size(1), 4)}, ScalarType::Float);
+    rows.x = source_of(*moved);
+    rows.x.cols = x.size(1);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
     Tensor embeddings,        // [B, D] in the order of `labels`
     Tensor labels,            // [B] int64, sorted
@@ -38,19 +54,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
   const Tensor winners = device.empty({2, B}, ScalarType::Long);
   const Tensor norms = device.empty({B + M}, ScalarType::Float);
   Winner* const winner[2] = {data_of<Winner>(winners), data_of<Winner>(winners) + B};
-  const SortedRows anchors{source_of(x), data_of<const int64_t>(labels),
-                           data_of<const int64_t>(order), data_of<float>(norms)};
-  const SortedRows candidates =
-      in_batch ? anchors
-               : SortedRows{source_of(r), data_of<const int64_t>(reference_labels),
-                            data_of<const int64_t>(reference_order), data_of<float>(norms) + B};
+  const Optional point = point_of(device, in_batch ? x : r);
+  const Side side(device, x, labels, order, data_of<float>(norms), point.has_value());
+  std::optional<Side> others;
+  if (!in_batch)
+    others.emplace(device, r, reference_labels, reference_order, data_of<float>(norms) + B,
+                   point.has_value());
+  const SortedRows &anchors = side.rows, &candidates = others ? others->rows : side.rows;
   const Strategy p = by_name(kStrategies, positives), n = by_name(kStrategies, negatives);
   const bool paired = p == Strategy::kPaired, bounded = n == Strategy::kSemihard;
-  PrepareParams prepare{anchors, {winner[0], winner[1]}, {}};
+  const float* const moved_by = point ? data_of<const float>(*point) : nullptr;
+  PrepareParams prepare{anchors, {winner[0], winner[1]}, {}, moved_by};
   if (paired) prepare.paired = source_of(unsorted);
   launch_triplet_prepare(prepare, math, device.stream());
   if (!in_batch)
-    launch_triplet_prepare({candidates, {nullptr, nullptr}, {}}, math, device.stream());
+    launch_triplet_prepare({candidates, {nullptr, nullptr}, {}, moved_by}, math, device.stream());
 
   const Optional left_out = contiguous(exclude);
   // a semi-hard positive is the farthest within its bound, a semi-hard negative the nearest beyond
@@ -59,6 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> triplet_fwd(
     MineParams params{anchors,
                       candidates,
                       in_batch,
+                      close_share(math, x.size(1)),
                       {positive_sign, negative_sign},
                       {winner[0], winner[1]},
                       bound,

@@ -14,7 +14,8 @@ using pairs::Distance;
 
 // Rows in the order of their labels.
 struct SortedRows {
-  cuda::Source x;        // [N, D]
+  cuda::Source x;        // [N, D], less a point, or as given where that has 16 bits
+  cuda::Source given;    // [N, D]
   const int64_t* label;  // [N]
   const int64_t* row;    // [N], where it was before
   float* norm;           // [N], squared
@@ -25,11 +26,13 @@ struct PrepareParams {
   Winner* winners[2];  // [N], set to none: positive and negative of each row; null for references
   // the rows that are the positives, one for each of `rows` by its number before; null if searched
   cuda::Source paired;
+  const float* point;  // [D], what `rows.given` is moved by to be `rows.x`; null where it is not
 };
 
 struct MineParams {
   SortedRows anchors, references;  // the same in batch
   bool in_batch;
+  float close_share;   // of |x|^2 + |r|^2, below which d^2 comes from differences
   int sign[2];         // per side: 1 looks for the nearest, -1 for the farthest, 0 not at all
   Winner* winners[2];  // [B], of sorted anchors
   // Only rows beyond the winner of side `bound`, which was found with `bound_sign`, count. If it is

@@ -7,13 +7,14 @@
 #include "../common/cuda/semaphores.h"
 #include "../common/cuda/tile.h"
 #include "../common/cuda/winner_device.h"
+#include "../pairs/margin_math.h"
 #include "triplet_all_cuda.h"
-#include "triplet_all_math.h"
 
 namespace kdk::triplet_all {
 namespace {
 
 using namespace kdk::cuda;
+using pairs::hinge, pairs::softplus, pairs::Term;
 
 constexpr int kWarps = kThreads / 32;  // at most: fewer for short rows
 

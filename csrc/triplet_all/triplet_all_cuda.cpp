@@ -26,14 +26,18 @@ class Side {
         place_(device.empty({size()}, ScalarType::Long)),
         // rows of whole 16-byte pieces, whatever D
         x_(device.empty({size(), round_up(columns(), 4)}, ScalarType::Float)),
+        given_(device.empty({size(), x_.size(1)}, ScalarType::Float)),
         norm_(device.empty({size()}, ScalarType::Float)),
         sums_(device.empty({needed ? size() : 0}, ScalarType::Double)),
         weighted_(device.empty({needed ? size() : 0, columns()}, ScalarType::Float)) {
-    rows = {source_of(x_), data_of<float>(norm_), data_of<const int64_t>(order_),
+    rows = {source_of(x_),
+            source_of(given_),
+            data_of<float>(norm_),
+            data_of<const int64_t>(order_),
             needed ? data_of<double>(sums_) : nullptr,
             needed ? data_of<float>(weighted_) : nullptr};
-    rows.x.cols = columns();
-    rows.x.stride = x_.size(1);
+    rows.x.cols = rows.given.cols = columns();
+    rows.x.stride = rows.given.stride = x_.size(1);
   }
 
   int64_t size() const { return features_.size(0); }
@@ -41,18 +45,29 @@ class Side {
   bool needed() const { return needed_; }
   const int64_t* place() const { return data_of<const int64_t>(place_); }
 
+  // Returns a point that the rows lie around, [D].
+  Tensor point(const Device& device) const {
+    const Tensor point = device.empty({columns()}, ScalarType::Float);
+    if (columns() > 0)
+      launch_centre({source_of(features_), data_of<float>(point), 1}, math_of(features_, true),
+                    device.stream());
+    return point;
+  }
+
   // Where `ranges` is given, these are anchors, and the references of their labels go there.
-  void prepare(const Device& device, const Side& references, int64_t* ranges) const {
+  void prepare(const Device& device, const Side& references, const Tensor& point,
+               int64_t* ranges) const {
     launch_triplet_all_prepare(
-        {rows, source_of(features_), data_of<int64_t>(place_), data_of<const int64_t>(label_),
-         data_of<const int64_t>(references.label_), references.size(), ranges,
-         ranges ? ranges + size() : nullptr},
+        {rows, source_of(features_), data_of<const float>(point), data_of<int64_t>(place_),
+         data_of<const int64_t>(label_), data_of<const int64_t>(references.label_),
+         references.size(), ranges, ranges ? ranges + size() : nullptr},
         math_of(features_, true), device.stream());
   }
 
   Rows chunk(int64_t first, int64_t count) const {
     Rows some = rows;
     some.x = rows_of(rows.x, first, count, Math::kIeee);
+    some.given = rows_of(rows.given, first, count, Math::kIeee);
     some.norm += first;
     some.order += first;
     if (!needed_) return some;
@@ -72,7 +87,7 @@ class Side {
 
  private:
   bool needed_;
-  Tensor features_, label_, order_, place_, x_, norm_, sums_, weighted_;
+  Tensor features_, label_, order_, place_, x_, given_, norm_, sums_, weighted_;
 };
 
 // Makes the losses and weights of a chunk, and the two products that add up what the weights
@@ -134,8 +149,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> triplet_all_fwd(
     others.emplace(device, references, reference_labels, reference_order, need_references);
   const Side& candidates = in_batch ? anchors : *others;
   const Tensor ranges = device.empty({2, B}, ScalarType::Long);
-  if (!in_batch) candidates.prepare(device, candidates, nullptr);
-  anchors.prepare(device, candidates, data_of<int64_t>(ranges));
+  const Tensor point = candidates.point(device);
+  if (!in_batch) candidates.prepare(device, candidates, point, nullptr);
+  anchors.prepare(device, candidates, point, data_of<int64_t>(ranges));
 
   const bool gradient = anchors.needed() || candidates.needed();
   const int64_t stride = round_up(M, 4);

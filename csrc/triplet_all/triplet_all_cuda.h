@@ -18,7 +18,9 @@ using pairs::Distance;
 
 // The rows of one side, anchors or references. In batch both are the same.
 struct Rows {
-  cuda::Source x;        // [N, D] fp32, in whole pieces of 16 bytes; a row that is not finite is 0
+  // [N, D] fp32, in whole pieces of 16 bytes; a row that is not finite is 0
+  cuda::Source x;        // less a point
+  cuda::Source given;    // as the caller has them
   float* norm;           // [N], squared; NaN where the row is not finite
   const int64_t* order;  // [N], which row of the caller's each is
   double* sums;          // [N], sums of the weights of a row; null where no gradient is needed
@@ -29,6 +31,7 @@ struct Rows {
 struct PrepareParams {
   Rows rows;
   cuda::Source from;               // [N, D] of `math`'s dtype
+  const float* point;              // [D]
   int64_t* place;                  // [N], where each row went
   const int64_t* label;            // [N], sorted
   const int64_t* reference_label;  // [M], sorted

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // These kernels surround those of the losses: they put rows into the order of their labels, make
 // the distances, and make the gradient from weights on distances.
+#include "../common/cuda/centre_device.h"
 #include "../common/cuda/launch.h"
 #include "../common/cuda/main_loop.h"
 #include "../common/cuda/rows.h"
@@ -35,11 +36,16 @@ __global__ void __launch_bounds__(kThreads)
   if (i >= p.from.rows) return;
   const int64_t row = p.rows.order[i];
   const T* from = row_of<T>(p.from, 0, row);
-  const auto norm = static_cast<float>(squared_norm(from, D));
+  const auto place = [&](const Source& rows) {
+    return static_cast<float*>(const_cast<void*>(rows.data)) + i * rows.stride;
+  };
+  float *to = place(p.rows.x), *given = place(p.rows.given);
+  const auto norm = static_cast<float>(move_row(from, p.point, D, to));
   const bool finite = norm < kNormLimit<float>;
-  float* to = static_cast<float*>(const_cast<void*>(p.rows.x.data)) + i * p.rows.x.stride;
-  for (int64_t d = lane; d < p.rows.x.stride; d += 32)
-    to[d] = finite && d < D ? to_float(from[d]) : 0.0f;
+  for (int64_t d = lane; d < p.rows.x.stride; d += 32) {
+    given[d] = finite && d < D ? to_float(from[d]) : 0.0f;
+    if (!finite || d >= D) to[d] = 0;
+  }
   for (int64_t d = lane; p.rows.weighted != nullptr && d < D; d += 32)
     p.rows.weighted[i * D + d] = 0;
   if (lane == 0) {
@@ -96,9 +102,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kMath>)
   });
   near = any_of(near, shared_memory());
   if (near) {
+    if (threadIdx.x == 0) count_differences(kTile * kTile);
     fill(acc, 0);
-    multiply<Math::kIeee, kAlong, kAlong, Terms::kSquaredDifferences>(acc, shared_memory(), x.x,
-                                                                      r.x, 0, i0, j0, 0, x.x.cols);
+    multiply<Math::kIeee, kAlong, kAlong, Terms::kSquaredDifferences>(
+        acc, shared_memory(), x.given, r.given, 0, i0, j0, 0, x.x.cols);
     squares([&](int row, int column, float x_norm, float r_norm, bool) {
       // a norm that is NaN makes it so
       acc[row / 2][column / 2][row % 2 * 2 + column % 2] += 0 * (x_norm + r_norm);
@@ -142,7 +149,7 @@ __device__ void subtract_close(const CloseParams& p, int64_t block) {
   const int64_t n = threadIdx.x / (kColumns / 4) * 4, d = threadIdx.x % (kColumns / 4) * 4;
   Float4 x[4], acc[4] = {};
   KDK_UNROLL
-  for (int a = 0; a < 4; ++a) x[a] = load_four(rows.x, n0 + n + a, d0 + d);
+  for (int a = 0; a < 4; ++a) x[a] = load_four(rows.given, n0 + n + a, d0 + d);
   bool any = false;
   for (int64_t tile = 0; tile * kTile < K; ++tile) {
     const int64_t at = p.references ? tile * across + n0 / kTile : n0 / kTile * across + tile;
@@ -161,7 +168,7 @@ __device__ void subtract_close(const CloseParams& p, int64_t block) {
       }
       if (threadIdx.x < kSteps * kColumns / 4) {
         const int step = threadIdx.x / (kColumns / 4), four = threadIdx.x % (kColumns / 4);
-        shared.other[step][four] = load_four(other.x, k0 + step, d0 + 4 * four);
+        shared.other[step][four] = load_four(other.given, k0 + step, d0 + 4 * four);
       }
       __syncthreads();
       for (int step = 0; step < kSteps; ++step) {

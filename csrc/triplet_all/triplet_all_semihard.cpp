@@ -2,12 +2,14 @@
 // triplet_all with negatives="semihard". The sweep keeps, per anchor and positive, the nearest
 // negative beyond that positive, and per anchor the farthest negative; losses and gradients then
 // come from differences of the rows.
+#include "../pairs/margin_math.h"
 #include "triplet_all_cpu.h"
-#include "triplet_all_math.h"
 #include "triplet_all_simd.h"
 
 namespace kdk::triplet_all {
 namespace {
+
+using pairs::hinge, pairs::softplus;
 
 static_assert(pairs::kMostTile <= kStretch);
 

@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`kdkernels bench`: time, memory and error of the ops against eager PyTorch, torch.compile, the
-matrix products of the obvious way and other libraries."""
+"""Time, memory and error of the ops against eager PyTorch, torch.compile, the matrix products of
+the obvious way and other libraries.
+
+A backend is timed only if it passes some samples of the op first. What fails, by a wrong result or
+by any exception, is in the records with its reason, and all else is timed. Exit status 1 if a
+backend of this package failed.
+
+examples:
+  kdkernels bench --op gram_mse --shape pooled
+  kdkernels bench --mode fwd bwd                 the parts of a step
+  kdkernels bench --mode graph kernels           on a GPU: replayed graphs, and single kernels
+  kdkernels bench --device cuda --table --lines table.jsonl --limit 150"""
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,19 +26,20 @@ import torch
 
 from kdkernels import _dispatch
 from kdkernels._progress import Progress
-from kdkernels.cli import UsageError
-from kdkernels.cli.table import Table, write_json
-from kdkernels.testing import bench, record
+from kdkernels.cli import UsageError, _bench_report, lines
+from kdkernels.cli._bench_findings import DTYPE_NAMES, Findings, Planned, sizes
+from kdkernels.cli.lines import Lines, positive
+from kdkernels.cli.table import write_json
+from kdkernels.testing import bench, clock, record
+from kdkernels.testing.gpu_table import GPU_TABLE
+from kdkernels.testing.limit import Limit
 from kdkernels.testing.opinfo import BenchShape, OpInfo, opinfos
 
 NAME = "bench"
 HELP = "time the ops against eager PyTorch, torch.compile and one matrix product"
-DTYPES = {
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
+TABLE_VARIANTS = ("triton", "cuda", "eager", "mm")
+MOST_LOST = 20  # processes that may go on with the rest
+DEFAULT_TIMINGS = {"cuda": ("graph", "call"), "cpu": ("call",)}
 SWEEP_ROWS = tuple(2**k for k in range(8, 15))
 SWEEP_WIDTH = 512
 SWEEP_LIMIT_BYTES = 8 * bench.GIB
@@ -41,11 +52,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", nargs="+", metavar="NAME", help="named shapes, see --list (default: all)"
     )
     parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, default=["fp32"], help="default: fp32"
+        "--table", action="store_true",
+        help="the shapes that have a target on a GPU, in bf16, against eager mode and the products "
+        f"alone (backends {' '.join(TABLE_VARIANTS)})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", nargs="+", choices=DTYPE_NAMES, help="default: fp32, or bf16 with --table"
     )
     parser.add_argument(
-        "--mode", nargs="+", choices=bench.MODES, default=["fwd_bwd"], help="default: fwd_bwd"
-    )
+        "--mode", nargs="+", choices=(*bench.MODES, *clock.TIMINGS), default=[],
+        help="what is timed (default: fwd_bwd): a step or its parts; and how (default: graph and "
+        "call on a GPU, call on a CPU): a replayed CUDA graph, calls from Python, or each kernel "
+        "by the profiler",
+    )  # fmt: skip
     parser.add_argument(
         "--backend",
         nargs="+",
@@ -59,12 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--rounds", type=_positive(int), help="rounds of every shape")
+    length.add_argument("--rounds", type=positive(int), help="rounds of every shape")
     length.add_argument(
-        "--time", type=_positive(float), default=5.0, help="seconds of every shape (default: 5)"
+        "--time", type=positive(float), default=5.0, help="seconds of every shape (default: 5)"
     )
     parser.add_argument(
-        "--memory-limit", type=_positive(float), metavar="GIB", help="skip what needs more"
+        "--memory-limit", type=positive(float), metavar="GIB", help="skip what needs more"
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument(
@@ -76,18 +95,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help='write the records as JSON; "-" is standard output'
     )
+    lines.add_arguments(parser, "measurement")
     parser.add_argument("--list", action="store_true", help="print ops and shapes, and stop")
-
-
-def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it when the text is no number
-    return parse
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,52 +104,80 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         _list(infos)
         return 0
+    limit = Limit(args.limit)
     device = _device(args)
     plan = _plan(infos, args, device)
+    if not plan and args.shape is None:
+        raise UsageError(f"--table has no shape of {', '.join(args.op)}")
     if not plan:
         raise UsageError(
             f"--shape must name a shape for {device.type}, see --list, got {' '.join(args.shape)}"
         )
-    wrong = _gate(infos, args, device)
-    if wrong:
-        print("nothing was timed, because results are wrong:", *wrong, sep="\n", file=sys.stderr)
-        return 1
-    records: list[dict[str, Any]] = []
-    with Progress(len(plan), "bench") as progress:
-        for info, shape, dtype, mode in plan:
-            title = f"{info.name} {shape.name} {_sizes(shape)} {dtype} {mode}"
-            progress.note(f"{title} ...")
-            entry = record.run(
-                info,
-                shape,
-                DTYPES[dtype],
-                mode,
-                device=device,
-                variants=args.backend,
-                seconds=args.time,
-                rounds=args.rounds,
-                memory=not args.no_memory,
-                memory_limit=_memory_limit(args),
-                progress=lambda what, share, title=title: progress.step(
-                    f"{title}: {what} {share:.0%}", count=0
-                ),
-            )
-            records.append(entry)
-            progress.step(title)
-            progress.note("\n".join((_table(entry).render(), *_footnotes(entry), "")))
-            # after each record, so that an interrupted run keeps what it has
-            if args.output is not None:
-                args.output.mkdir(parents=True, exist_ok=True)
-                write_json({"records": records}, str(args.output / f"{_stem(args, device)}.json"))
+    with Progress(len(plan), "bench") as progress, Lines(args.lines, args.resume) as out:
+        found = Findings(out)
+        for work in plan:
+            progress.note(f"{work} ...")
+            try:
+                _measure(work, args, device, limit, found, progress)
+            except clock.DeviceLostError as lost:
+                found.lose(work, lost)
+                progress.note(str(lost))
+                if args.lines and len(found.lost) < MOST_LOST:
+                    lines.start_anew(args.words, limit)
+            progress.step(str(work))
     if args.json:
-        write_json({"records": records}, args.json)
+        write_json({"records": found.records}, args.json)
     if args.output is not None:
-        _write_plots(records, args.output, sweep=args.sweep)
-    return 0
+        _write_plots(found.records, args.output, sweep=args.sweep)
+    failed = found.failures()
+    for text in failed:
+        print(f"FAIL {text}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _measure(
+    work: Planned,
+    args: argparse.Namespace,
+    device: torch.device,
+    limit: Limit,
+    found: Findings,
+    progress: Progress,
+) -> None:
+    timings = found.missing(work)
+    if timings and limit.over() is None:
+        _gate(work, args, device, found)
+    for entry in record.records(
+        work.info, work.shape, work.torch_dtype, work.part,
+        device=device,
+        timings=timings,
+        variants=_variants(work.info, args, device),
+        refused=found.refused(work),
+        seconds=args.time,
+        rounds=args.rounds,
+        memory=not args.no_memory,
+        memory_limit=_memory_limit(args),
+        progress=lambda what, share: progress.step(f"{work}: {what} {share:.0%}", count=0),
+        limit=limit,
+    ):  # fmt: skip
+        found.add(entry)
+        progress.note(_text(entry))
+        # after each record, so that an interrupted run keeps what it has
+        if args.output is not None:
+            args.output.mkdir(parents=True, exist_ok=True)
+            path = args.output / f"{_stem(args, device)}.json"
+            write_json({"records": found.records}, str(path))
+
+
+def _text(entry: dict[str, Any]) -> str:
+    ended = [f"{key}: {entry[key]}" for key in ("failed", "not_reached") if key in entry]
+    table = _bench_report.table(entry).render()
+    return "\n".join((table, *ended, *_bench_report.footnotes(entry), ""))
 
 
 def _device(args: argparse.Namespace) -> torch.device:
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.table and name != "cuda":
+        raise UsageError(f"--table needs a GPU, got the device {name}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device must be cpu here, since torch sees no GPU, got cuda")
     return torch.device(name)
@@ -157,126 +194,88 @@ def _list(infos: Sequence[OpInfo]) -> None:
         print(info.name)
         for shape in info.bench:
             only = f" ({shape.device} only)" if shape.device else ""
-            print(f"  {shape.name:<14} {_sizes(shape):<22} {shape.workload}{only}")
+            print(f"  {shape.name:<14} {sizes(shape):<22} {shape.workload}{only}")
 
 
-def _sizes(shape: BenchShape) -> str:
-    return " ".join(f"{name}={size}" for name, size in shape.sizes.items())
+def _plan(infos: Sequence[OpInfo], args: argparse.Namespace, device: torch.device) -> list[Planned]:
+    parts = [mode for mode in args.mode if mode in bench.MODES]
+    plan = [
+        (info, shape, dtype, part)
+        for info in infos
+        for shape, of_table in _shapes(info, args, device)
+        for dtype in args.dtype or (["bf16"] if args.table else ["fp32"])
+        for part in parts or of_table
+    ]
+    if args.table:  # those first that are most asked for
+        order = [(op, name) for op, name, _ in GPU_TABLE]
+        plan.sort(key=lambda what: order.index((what[0].name, what[1].name)))
+    # a process that has profiled is slower afterwards
+    timings = _timings(args, device)
+    first, last = (
+        tuple(name for name in timings if (name == "kernels") is profiled)
+        for profiled in (False, True)
+    )
+    return [Planned(*what, of) for of in (first, last) if of for what in plan]
 
 
-def _plan(
-    infos: Sequence[OpInfo], args: argparse.Namespace, device: torch.device
-) -> list[tuple[OpInfo, BenchShape, str, str]]:
-    plan = []
-    for info in infos:
-        shapes: list[BenchShape]
-        if args.sweep:
-            base = info.bench[0]
-            shapes = [
+def _timings(args: argparse.Namespace, device: torch.device) -> tuple[str, ...]:
+    able = clock.of(device).timings
+    asked = [mode for mode in args.mode if mode in clock.TIMINGS]
+    for mode in asked:
+        if mode not in able:
+            raise UsageError(f"--mode {mode} needs a GPU, got the device {device.type}")
+    return tuple(asked) or DEFAULT_TIMINGS[device.type]
+
+
+def _shapes(
+    info: OpInfo, args: argparse.Namespace, device: torch.device
+) -> list[tuple[BenchShape, Sequence[str]]]:
+    """The shapes asked for, and the parts of a step that are timed where none are asked for."""
+    if args.sweep:
+        base = info.bench[0]
+        return [
+            (
                 replace(
                     base,
                     name=f"rows_{B}",
                     sizes={**base.sizes, "B": B, "D": SWEEP_WIDTH},
                     workload="sweep",
-                )
-                for B in SWEEP_ROWS
-            ]
-        else:
-            shapes = [
-                shape
-                for shape in info.bench
-                if (args.shape is None or shape.name in args.shape)
-                and shape.device in (None, device.type)
-            ]
-        plan += [
-            (info, shape, dtype, mode)
-            for shape in shapes
-            for dtype in args.dtype
-            for mode in args.mode
+                ),
+                ("fwd_bwd",),
+            )
+            for B in SWEEP_ROWS
         ]
-    return plan
+    found = []
+    for shape in info.bench:
+        parts = [part for op, name, part in GPU_TABLE if (op, name) == (info.name, shape.name)]
+        named = args.shape is None or shape.name in args.shape
+        if named and shape.device in (None, device.type) and (parts or not args.table):
+            found.append((shape, parts if args.table else ["fwd_bwd"]))
+    return found
 
 
-def _gate(infos: Sequence[OpInfo], args: argparse.Namespace, device: torch.device) -> list[str]:
-    """What is wrong: nothing is timed that misses its error budget."""
-    wrong = []
-    for info in infos:
-        asked = args.backend or record.default_variants(info, device)
-        for backend in (name for name in asked if name in _dispatch.BACKENDS):
-            if isinstance(_dispatch.implementation(info.op, backend), str):
-                continue  # absent: the record says so
-            for dtype in args.dtype:
-                wrong += bench.gate(info, backend, device, DTYPES[dtype])
-    return wrong
+def _variants(info: OpInfo, args: argparse.Namespace, device: torch.device) -> Sequence[str]:
+    if args.backend is None and args.table:
+        return TABLE_VARIANTS
+    return args.backend or record.default_variants(info, device)
 
 
-HEADERS = (
-    "variant",
-    "time",
-    "p20",
-    "p80",
-    "x eager",
-    "x mm",
-    "% limit",
-    "loss error",
-    "gradient error",
-    "MiB",
-    "note",
-)
-
-
-def _cells(name: str, result: dict[str, Any], peers: Sequence[str]) -> list[str]:
-    def number(key: str, form: str) -> str:
-        return format(result[key], form) if key in result else "-"
-
-    times = [
-        _duration(result["time_us"][key]) if "time_us" in result else "-"
-        for key in ("p50", "p20", "p80")
-    ]
-    errors = [
-        e if isinstance(e, str) else f"{e:.1e}" for e in result.get("error", {}).values()
-    ] or ["-", "-"]
-    ratios = (
-        number("speedup_over_eager", ".2f"),
-        *(
-            format(result["speedup_over"][peer], ".2f") if "speedup_over" in result else "-"
-            for peer in peers
-        ),
-        number("times_mm", ".2f"),
-        number("percent_of_limit", ".0f"),
-    )
-    note = result.get("skipped", result.get("peak_extra_mib_skipped", ""))
-    return [name, *times, *ratios, *errors, number("peak_extra_mib", ".1f"), note]
-
-
-def _duration(time_us: float) -> str:
-    for limit, factor, unit in ((1e3, 1.0, "us"), (1e6, 1e-3, "ms")):
-        if time_us < limit:
-            return f"{time_us * factor:.3g} {unit}"
-    return f"{time_us * 1e-6:.3g} s"
-
-
-def _table(entry: dict[str, Any]) -> Table:
-    shape = entry["shape"]
-    sizes = " ".join(f"{name}={size}" for name, size in shape["sizes"].items())
-    how = f"{entry['dtype']} {entry['mode']} on {entry['device']}"
-    title = f"{entry['op']}, {shape['name']}: {sizes} {how}"
-    peers = [peer for peer, result in entry["variants"].items() if "version" in result]
-    at = HEADERS.index("x eager") + 1
-    headers = (*HEADERS[:at], *(f"x {peer}" for peer in peers), *HEADERS[at:])
-    table = Table(*headers, title=title, right=headers[1:-1])
-    for name, result in entry["variants"].items():
-        table.add(*_cells(name, result, peers))
-    return table
-
-
-def _footnotes(entry: dict[str, Any]) -> list[str]:
-    """What each other library computed, which may be less than the op."""
-    return [
-        f"{name} {result['version']}: {result['computes']}"
-        for name, result in entry["variants"].items()
-        if "computes" in result
-    ]
+def _gate(work: Planned, args: argparse.Namespace, device: torch.device, found: Findings) -> None:
+    """Find what is wrong with each backend: nothing is timed that misses its error budget."""
+    for backend in _variants(work.info, args, device):
+        key = work.info.name, backend, work.dtype
+        if backend not in _dispatch.BACKENDS or key in found.gates:
+            continue
+        if isinstance(_dispatch.implementation(work.info.op, backend), str):
+            continue  # absent: the record says so
+        try:
+            wrong = bench.gate(work.info, backend, device, work.torch_dtype)
+        except Exception as error:  # of the samples themselves
+            wrong = [bench.reason(error)]
+        found.add_gate(*key, wrong)
+        lost = clock.lost(device) if wrong else None
+        if lost is not None:
+            raise clock.DeviceLostError(backend, lost)
 
 
 def _stem(args: argparse.Namespace, device: torch.device) -> str:
@@ -289,5 +288,8 @@ def _write_plots(records: Sequence[dict[str, Any]], folder: Path, sweep: bool) -
         return
     from kdkernels.cli import _plots
 
-    for path in _plots.draw(records, folder, sweep=sweep):
+    # one way of timing, the one that is closest to the device
+    shown = next((t for t in ("graph", "call") if any(r["timing"] == t for r in records)), None)
+    drawn = [entry for entry in records if entry["timing"] == shown]
+    for path in _plots.draw(drawn, folder, sweep=sweep):
         print(f"wrote {path}", file=sys.stderr)

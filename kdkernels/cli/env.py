@@ -21,6 +21,7 @@ import torch
 
 import kdkernels
 from kdkernels import _dispatch, _native
+from kdkernels._gpu import fp32_matmul, refuse_device
 from kdkernels.cli.table import Table, report_stream, write_json
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 
@@ -61,7 +62,7 @@ def collect() -> dict[str, Any]:
         "torch": {
             "threads": torch.get_num_threads(),
             "CPU capability": torch.backends.cpu.get_cpu_capability(),
-            "float32 matmul precision": torch.get_float32_matmul_precision(),
+            "fp32 products on a GPU": "tf32" if fp32_matmul() != "highest" else "fp32",
             "KDKERNELS_BACKEND": os.environ.get("KDKERNELS_BACKEND", "not set (auto)"),
         },
         "devices": [
@@ -97,8 +98,18 @@ def _versions() -> dict[str, str]:
 def _description(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        capability = f"sm_{properties.major}{properties.minor}"
-        return f"{properties.name}, {capability}, {properties.total_memory / 2**30:.1f} GiB"
+        shared = getattr(properties, "shared_memory_per_block_optin", 0)  # ROCm does not say
+        facts = (
+            properties.name,
+            f"sm_{properties.major}{properties.minor}",
+            f"{properties.total_memory / 2**30:.1f} GiB",
+            f"{properties.multi_processor_count} processors",
+            f"{properties.L2_cache_size / 2**20:.0f} MiB of L2",
+            f"{shared / 2**10:.0f} KiB of shared memory for a block",
+        )
+        described = ", ".join(facts if shared else facts[:-1])
+        reason = refuse_device(device)
+        return described if reason is None else f"{described}; refused by triton and cuda: {reason}"
     return f"{platform.machine()}, {os.cpu_count()} logical cores"
 
 

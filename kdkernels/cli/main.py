@@ -55,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: from argparse, for --help (0) and for what it cannot parse (2).
     """
     args = parser().parse_args(argv)
+    args.words = sys.argv[1:] if argv is None else list(argv)
     try:
         return args.command.run(args)
     except UsageError as error:

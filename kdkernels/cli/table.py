@@ -85,7 +85,7 @@ def report_stream(json_path: str | None) -> TextIO:
 
 def write_json(record: dict[str, Any], json_path: str) -> None:
     """Write a record to a file, or to standard output for "-"; what is not finite as null."""
-    text = json.dumps(_finite(record), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(record), indent=2, allow_nan=False) + "\n"
     if json_path == "-":
         sys.stdout.write(text)
         return
@@ -97,9 +97,10 @@ def write_json(record: dict[str, Any], json_path: str) -> None:
         ) from error
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value with None for each float in it that JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

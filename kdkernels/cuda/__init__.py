@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdkernels import _native
+from kdkernels._gpu import refuse_device
 
 
 def unavailable() -> str | None:
@@ -16,9 +17,10 @@ def unavailable() -> str | None:
 
 def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
-    wanted = "cpu" if _native.cuda_host_library() else "cuda"
+    on_host = bool(_native.cuda_host_library())
+    wanted = "cpu" if on_host else "cuda"
     for tensor in tensors:
         if tensor.device.type != wanted:
-            on_host = ", where KDKERNELS_CUDA_HOST runs it" if wanted == "cpu" else ""
-            return f"its tensors must be on {wanted}{on_host}, got {tensor.device}"
-    return None
+            where = ", where KDKERNELS_CUDA_HOST runs it" if on_host else ""
+            return f"its tensors must be on {wanted}{where}, got {tensor.device}"
+    return None if on_host else refuse_device(tensors[0].device)

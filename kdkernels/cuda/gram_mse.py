@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import refuse_fp64
-from kdkernels.cuda._common import ieee, too_small
+from kdkernels.cuda._common import ieee, refuse_shared
 
 _ops = torch.ops.kdkernels_cuda
+PAIR_KIB = 128  # of shared memory, kPairSharedBytes of csrc/gram_mse/gram_mse_streamed.cu
 
 
 def supports(*args: Any) -> str | None:
@@ -19,7 +20,11 @@ def supports(*args: Any) -> str | None:
     if args[-1] == "factored":
         return "its kernels are those of algorithm='tiled', and the factored one was chosen"
     first = args[0]  # the student, or the gradient of its loss
-    return refuse_fp64(first) or (too_small(first) if args[-1] == "streamed" else None)
+    return refuse_fp64(first) or (
+        refuse_shared(first, PAIR_KIB, "blocks that hold a tile of both Grams")
+        if args[-1] == "streamed"
+        else None
+    )
 
 
 def gram_mse_fwd(*args: Any) -> tuple[Tensor, ...]:

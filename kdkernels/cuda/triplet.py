@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import Contributions, refuse_fp64, triplet_gradients
-from kdkernels.cuda._common import ieee
+from kdkernels.cuda._common import given_rows_gradients, ieee, unit_rows
 
 _ops = torch.ops.kdkernels_cuda
 
@@ -26,14 +26,22 @@ def triplet_fwd(
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
     exclude: Tensor | None,  # [B] int64
+    normalize: bool,
     positives: str,
     negatives: str,
+    margin: float,
+    soft: bool,
     distance: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if len(embeddings) == 0 or len(references) == 0:
         none = labels.new_full(labels.shape, -1)
         zero = embeddings.new_zeros(len(embeddings), dtype=torch.float32)
-        return none, none.clone(), zero, zero.clone()
+        return (
+            zero.sum(), none.new_zeros(()), none.new_zeros(()), zero, none, none.clone(),
+            zero.clone(), zero.clone(),
+        )  # fmt: skip
+    if normalize:
+        embeddings, references = unit_rows(embeddings, references, in_batch)
     labels, order = labels.sort(stable=True)
     x = embeddings[order]
     sorted_references, reference_order = x, order
@@ -42,15 +50,40 @@ def triplet_fwd(
     else:
         reference_labels, reference_order = reference_labels.sort(stable=True)
         sorted_references = references[reference_order]
-    return _ops.triplet_fwd(
+    positive, negative, d_ap, d_an = _ops.triplet_fwd(
         x, labels, order, references, sorted_references, reference_labels, reference_order,
         in_batch, exclude, positives, negatives, distance, ieee(),
     )  # fmt: skip
+    u, kept = d_ap - d_an + margin, positive >= 0
+    # softplus of torch turns linear at a threshold
+    losses = torch.logaddexp(u, u.new_zeros(())) if soft else u.relu()
+    losses = torch.where(kept, losses, 0.0)
+    return (
+        losses.sum(), (losses > 0).sum(), kept.sum(), losses, positive, negative, d_ap, d_an,
+    )  # fmt: skip
 
 
-def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
-    *args, distance = args
-    embeddings, references = args[2:4]
+def triplet_bwd(
+    dloss: Tensor,  # [] or [B]
+    embeddings: Tensor,  # [B, D]
+    references: Tensor,  # [M, D]
+    positive: Tensor,  # [B] int64
+    negative: Tensor,  # [B] int64
+    d_ap: Tensor,  # [B]
+    d_an: Tensor,  # [B]
+    in_batch: bool,
+    normalize: bool,
+    need_embeddings: bool,
+    need_references: bool,
+    margin: float,
+    soft: bool,
+    distance: str,
+) -> tuple[Tensor, Tensor]:
+    u = d_ap - d_an + margin
+    du = dloss * u.sigmoid() if soft else torch.where(u <= 0, 0.0, dloss)
+    given = embeddings, references
+    if normalize:
+        embeddings, references = unit_rows(embeddings, references, in_batch)
 
     def gradient(contributions: Contributions, as_anchor: bool, as_chosen: bool) -> Tensor:
         chosen, d, dd, order, begin = contributions
@@ -58,4 +91,11 @@ def triplet_bwd(*args: Any) -> tuple[Tensor, Tensor]:
             dd, embeddings, references, chosen, d, order, begin, as_anchor, as_chosen, distance
         )
 
-    return triplet_gradients(gradient, *args)
+    gradients = triplet_gradients(
+        gradient, du, -du, embeddings, references, positive, negative, d_ap, d_an, in_batch,
+        need_embeddings, need_references,
+    )  # fmt: skip
+    if not normalize:
+        return gradients
+    dx, dr = given_rows_gradients(given, gradients)
+    return dx.to(given[0].dtype), dr.to(given[1].dtype)

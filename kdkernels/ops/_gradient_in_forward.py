@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._function import KernelFunction, constant_results, keep_for_backward
 from kdkernels._library import first_order
 
 
@@ -30,7 +30,7 @@ class GradientInForward(KernelFunction):
         loss = loss if scale == 1.0 else loss * scale
         if not others:
             return loss
-        ctx.mark_non_differentiable(*others)
+        constant_results(ctx, *others)
         return loss, *others
 
     @staticmethod

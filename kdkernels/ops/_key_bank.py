@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import TensorForm, form
-from kdkernels._similarity import NORM_EPS, norms, unit
+from kdkernels._key_bank_call import KeyBankCall
+from kdkernels._similarity import unit
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -118,8 +119,7 @@ def counted(
     if keys is None:
         return None
     keys = keys.to(dtype)
-    # a slice even of all keys: Dynamo passes no tensor to an autograd function twice (torch 2.13)
-    return keys if isinstance(num_keys, Tensor) else keys[:num_keys]
+    return keys if num_keys is None or isinstance(num_keys, Tensor) else keys[:num_keys]
 
 
 def form_of_counted(
@@ -131,38 +131,47 @@ def form_of_counted(
     return form(keys, dtype=dtype, shape=(num_keys if cut else len(keys), keys.shape[1]))
 
 
-def divided(
+def apart(call: KeyBankCall) -> KeyBankCall:
+    """The same call, under torch.compile with no tensor in it twice: Dynamo passes none to an
+    autograd function twice (torch 2.13), and does not show which are the same."""
+    if not torch.compiler.is_compiling():
+        return call
+    student, *others = call[:5]
+    return KeyBankCall(student, *(x if x is None else x.view_as(x) for x in others), *call[5:])
+
+
+def number(by: float | Tensor) -> float:
+    """The temperature as operators take it beside `factor`."""
+    return 1.0 if isinstance(by, Tensor) else by
+
+
+def factor(by: float | Tensor, dtype: torch.dtype) -> Tensor | None:  # []
+    """A temperature that is a tensor, NaN where it is not positive; None for a number."""
+    if not isinstance(by, Tensor):
+        return None
+    return by.to(_checks.accumulation_dtype(dtype)).where(by > 0, torch.nan)
+
+
+def form_of_factor(by: float | Tensor, dtype: torch.dtype) -> TensorForm | None:
+    if not isinstance(by, Tensor):
+        return None
+    return form(by, dtype=_checks.accumulation_dtype(dtype))
+
+
+def scaled_wants_gradient(x: Tensor, by: float | Tensor) -> bool:
+    """Whether rows or their temperature require a gradient."""
+    return _checks.wants_gradient(x) or (isinstance(by, Tensor) and _checks.wants_gradient(by))
+
+
+def scaled(
     x: Tensor,  # [B, D]
     by: float | Tensor,
     normalize: bool,
 ) -> Tensor:  # [B, D]
-    """Rows over a temperature, in the accumulation dtype."""
+    """Rows times their scales, in the accumulation dtype, differentiable by autograd."""
     x = x.to(_checks.accumulation_dtype(x.dtype))
     x = unit(x) if normalize else x
     return x / (by.where(by > 0, torch.nan) if isinstance(by, Tensor) else by)
-
-
-def divided_wants_gradient(x: Tensor, by: float | Tensor) -> bool:
-    """Whether `divided` returns what requires a gradient."""
-    return _checks.wants_gradient(x) or (isinstance(by, Tensor) and _checks.wants_gradient(by))
-
-
-def scale_of(
-    keys: Tensor | None,  # [K, D]
-    normalize: bool,
-) -> Tensor | None:  # [K]
-    """One over the norm of each key, in the accumulation dtype; None for keys as they are."""
-    if keys is None or not normalize:
-        return None
-    acc = _checks.accumulation_dtype(keys.dtype)
-    with torch.no_grad():
-        return norms(keys.to(acc)).clamp_min(NORM_EPS).reciprocal()
-
-
-def form_of_scale(keys: TensorForm | None, normalize: bool) -> TensorForm | None:
-    if keys is None or not normalize:
-        return None
-    return TensorForm(keys.shape[:1], _checks.accumulation_dtype(keys.dtype), keys.device)
 
 
 def form_of_index(x: Tensor | None) -> TensorForm | None:

@@ -11,16 +11,10 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import form
-from kdkernels._similarity import unit
 from kdkernels.ops import _rows
 from kdkernels.ops._key_bank import within
 
 DISTANCES = ("euclidean", "sqeuclidean", "cosine")
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Unit rows in the accumulation dtype, so that half precision rounds no distance."""
-    return unit(x.to(_checks.accumulation_dtype(x.dtype)))
 
 
 def _check_side(name: str, x: Tensor, labels_name: str, labels: Any) -> None:
@@ -63,7 +57,7 @@ def _check(
 
 
 class LabelledRows(NamedTuple):
-    """Rows as operators take them: those that count, unit rows where asked for, int64 labels.
+    """Rows as operators take them: those that count, in one dtype, int64 labels.
 
     None for the references says that they are the embeddings, None for their labels that they are
     the same tensor: Dynamo passes no tensor to an autograd function twice (torch 2.13).
@@ -74,12 +68,17 @@ class LabelledRows(NamedTuple):
     references: Tensor | None
     reference_labels: Tensor | None
     exclude: Tensor | None
+    normalize: bool  # whether operators divide the rows by their norms
     index: Tensor | None  # of the rows in what was given; None where all count
     reference_index: Tensor | None  # likewise, of the embeddings where they are the references
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         return self[:5]
+
+
+def normalizes(distance: str, normalize_embeddings: bool) -> bool:
+    return bool(normalize_embeddings) or distance == "cosine"
 
 
 def labelled_rows(
@@ -101,14 +100,13 @@ def labelled_rows(
         embeddings, labels, references, reference_labels, distance, exclude, sample_mask,
         ignore_index,
     )  # fmt: skip
-    divide = normalize_embeddings or distance == "cosine"
+    normalize = normalizes(distance, normalize_embeddings)
     given_labels, labels = labels, labels.to(torch.int64)
     index = _rows.counting(_rows.of_label(labels, sample_mask, ignore_index))
     same_labels = reference_labels is given_labels and sample_mask is None
     embeddings, labels = _rows.take(index, embeddings, labels)
     if references is None:
-        embeddings = _unit(embeddings) if divide else embeddings
-        return LabelledRows(embeddings, labels, None, None, None, index, index)
+        return LabelledRows(embeddings, labels, None, None, None, normalize, index, index)
     if exclude is not None:
         (exclude,) = _rows.take(index, exclude.to(torch.int64))
         within("exclude", exclude, -1, references.shape[0])
@@ -121,14 +119,13 @@ def labelled_rows(
         reference_index = _rows.counting(_rows.of_label(reference_labels, None, ignore_index))
         references, reference_labels = _rows.take(reference_index, references, reference_labels)
     embeddings, references = _checks.in_dtype(dtype, embeddings, references)
-    if divide:
-        embeddings, references = _unit(embeddings), _unit(references)
     references = references.view_as(references) if references is embeddings else references
     if exclude is not None:
         exclude = _rows.renumbered(exclude, reference_index, M)
     return LabelledRows(
-        embeddings, labels, references, reference_labels, exclude, index, reference_index
-    )
+        embeddings, labels, references, reference_labels, exclude, normalize, index,
+        reference_index,
+    )  # fmt: skip
 
 
 def both_sides(
@@ -159,18 +156,17 @@ def forms_of_both_sides(
     sample_mask: Tensor | None,
     ignore_index: int | None,
 ) -> tuple[Any, ...]:
-    """The forms of `both_sides` of `labelled_rows`, if all rows count."""
+    """The forms of `both_sides` of `labelled_rows` and its `normalize`, if all rows count."""
     dtype = _check(
         embeddings, labels, references, reference_labels, distance, exclude, sample_mask,
         ignore_index,
     )  # fmt: skip
-    if normalize_embeddings or distance == "cosine":
-        dtype = _checks.accumulation_dtype(dtype)
     x, y, r, r_y = both_sides(embeddings, labels, references, reference_labels, exclude)[:4]
     return (
         form(x, dtype=dtype), form(y, dtype=torch.int64), form(r, dtype=dtype),
         form(r_y, dtype=torch.int64), references is None,
         None if exclude is None else form(exclude, dtype=torch.int64),
+        normalizes(distance, normalize_embeddings),
     )  # fmt: skip
 
 

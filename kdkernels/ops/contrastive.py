@@ -31,15 +31,17 @@ REDUCTIONS = ("mean", "mean_nonzero", "sum")
 #                        embeddings, each pair of rows counts once and no row pairs with itself;
 #                        nor does a row with the reference `exclude` [B] int64 names, -1 for none
 #   nonzero      [] int64  pairs with a loss above 0
-#   dembeddings  [B, D]  derivative of `total`; [0] unless needed
+#   dembeddings  [B, D]  derivative of `total` by the rows as given; [0] unless needed
 #   dreferences  [M, D]  likewise; [0] with `in_batch`
-# Distances are NaN as in ops/triplet.py; a pair with such a distance makes `total` NaN.
+# `normalize` is that of ops/triplet.py. Distances are NaN as there; a pair with such a distance
+# makes `total` NaN.
 contrastive_fwd = define_operator(
     "contrastive",
     "fwd",
     "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch, "
-    "Tensor? exclude, float margin, str distance, bool need_embeddings, bool need_references, "
-    "str backend) -> (Tensor total, Tensor nonzero, Tensor dembeddings, Tensor dreferences)",
+    "Tensor? exclude, bool normalize, float margin, str distance, bool need_embeddings, "
+    "bool need_references, str backend) "
+    "-> (Tensor total, Tensor nonzero, Tensor dembeddings, Tensor dreferences)",
     summed_fake(counts=1),
 )
 _forward = differentiable_first(contrastive_fwd)
@@ -122,13 +124,14 @@ def contrastive_loss(
     """
     margin = _checks.not_negative("margin", margin)
     _checks.choice("reduction", reduction, REDUCTIONS)
-    x, y, r, r_y, exclude = labelled_rows(
+    rows = labelled_rows(
         embeddings, labels, references, reference_labels, distance, normalize_embeddings, exclude,
         sample_mask, ignore_index,
-    ).tensors  # fmt: skip
+    )  # fmt: skip
+    x, y, r, r_y, exclude = rows.tensors
     total, nonzero = GradientInForward.apply(
-        _forward, 2, 1.0, x, r, y, r_y, exclude, margin, distance, *need_of_both_sides(x, r),
-        requested_backend(backend),
+        _forward, 2, 1.0, x, r, y, r_y, exclude, rows.normalize, margin, distance,
+        *need_of_both_sides(x, r), requested_backend(backend),
     )  # fmt: skip
     if reduction == "sum":
         return total

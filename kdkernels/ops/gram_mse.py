@@ -114,8 +114,11 @@ class GramMSEFunction(KernelFunction):
         loss, *residuals = _fwd(_grouped(student), _grouped(teacher), *options)
         keep_for_backward(ctx, student, teacher, *residuals)
         ctx.scale, ctx.options = scale, options
-        # the result must not be a view: users change losses in place
-        return (loss.reshape(student.shape[:-2]) if reduction == "none" else loss.sum()) * scale
+        if reduction == "none" or student.dim() == 2:  # one group, whose loss is the sum
+            loss = loss.reshape(student.shape[:-2])
+        else:
+            loss = loss.sum()
+        return loss * scale  # it must not be a view: users change losses in place
 
     @staticmethod
     @first_order

@@ -79,7 +79,7 @@ def _operator_args(
         queries, keys, positives, key_labels=key_labels, own_keys=own_keys, exclude=exclude,
         **options,
     )  # fmt: skip
-    num_keys, acc = options["num_keys"], _checks.accumulation_dtype(dtype)
+    num_keys = options["num_keys"]
     bank = _key_bank.form_of_counted(keys, num_keys, dtype)
     excluded = None
     if exclude is not None:
@@ -87,16 +87,17 @@ def _operator_args(
         shape = (len(queries), bank.shape[0]) if mask else exclude.shape
         excluded = form(exclude, dtype=torch.bool if mask else torch.int64, shape=shape)
     call = KeyBankCall(
-        form(queries, dtype=acc),
+        form(queries, dtype=dtype),
         None,
         bank,
-        key_scale=_key_bank.form_of_scale(bank, options["normalize"]),
+        own_keys=None if own_keys is None else form(own_keys, dtype=dtype),
         positives=None if key_labels is not None else _key_bank.form_of_index(positives),
         exclude=excluded,
         num_keys=_key_bank.form_of_index(num_keys if isinstance(num_keys, Tensor) else None),
+        student_factor=_key_bank.form_of_factor(by, dtype),
+        normalize=options["normalize"],
     )
-    own_logit = None if own_keys is None else form(queries, dtype=acc, shape=queries.shape[:1])
-    return *call, own_logit, None, _key_bank.divided_wants_gradient(queries, by)
+    return *call, _key_bank.number(by), 1.0, _key_bank.scaled_wants_gradient(queries, by)
 
 
 def _choices(queries: Tensor, temperature: float | Tensor, **_: Any) -> dict[str, str]:
@@ -190,33 +191,31 @@ def info_nce(
     counting = _key_bank.counting(num_keys, keys)
     if exclude is not None:
         exclude = _excluded(exclude, sample_mask, keys)
-    x = _key_bank.divided(queries.to(dtype), by, normalize)
-    keys = _key_bank.counted(keys, num_keys, dtype)
+    queries, keys = queries.to(dtype), _key_bank.counted(keys, num_keys, dtype)
+    own_keys = None if own_keys is None else own_keys.to(dtype)
     if exclude is not None and exclude.dtype == torch.bool:
         exclude = exclude[:, : keys.shape[0]]
     named = None
     if positives is not None and key_labels is None:
         _key_bank.within("positives", positives, 0, counting)
         named = _counting_positives(positives.long(), exclude)
-    own_logit = None
-    if own_keys is not None:
-        own_logit = (x * _key_bank.divided(own_keys.to(dtype), 1.0, normalize)).sum(-1)
-    num_keys = num_keys.long() if isinstance(num_keys, Tensor) else None
     call = KeyBankCall(
-        x,
+        queries,
         None,
         keys,
-        key_scale=_key_bank.scale_of(keys, normalize),
+        own_keys=own_keys,
         positives=named,
         exclude=exclude,
-        num_keys=num_keys,
+        num_keys=num_keys.long() if isinstance(num_keys, Tensor) else None,
+        student_factor=_key_bank.factor(by, dtype),
+        normalize=normalize,
     )
+    temperatures = _key_bank.number(by), 1.0
     if key_labels is None and sample_mask is None:
-        return apply(call, own_logit, None, reduction, backend)
-    losses = apply(call, own_logit, None, "none", backend)
+        return apply(call, *temperatures, reduction, backend)
+    losses = apply(call, *temperatures, "none", backend)
     if key_labels is not None:
-        labels = key_labels[: len(keys)]
-        losses = _with_labels(losses, call, own_logit, positives, labels, normalize)
+        losses = _with_labels(losses, call, by, positives, key_labels[: len(keys)])
     return _rows.reduced(losses, sample_mask, reduction)
 
 
@@ -252,17 +251,18 @@ def _counting_positives(
 def _with_labels(
     loss: Tensor,  # [B], of the operator
     call: KeyBankCall,
-    own_logit: Tensor | None,  # [B]
+    by: float | Tensor,
     labels: Tensor,  # [B]
     key_labels: Tensor,  # [K]
-    normalize: bool,
 ) -> Tensor:  # [B]
     """Less the mean logit of the keys that have the label of the row."""
     with autocast_off(call.keys.device.type):
-        total, count = _sum_of_positives(call, labels.long(), key_labels.long(), normalize)
-    at = (call.student * total).sum(-1)
-    if own_logit is None:
+        total, count = _sum_of_positives(call, labels.long(), key_labels.long())
+    rows = _key_bank.scaled(call.student, by, call.normalize)
+    at = (rows * total).sum(-1)
+    if call.own_keys is None:
         return (loss - at / count.clamp_min(1)).where(count > 0, 0.0)
+    own_logit = (rows * _key_bank.scaled(call.own_keys, 1.0, call.normalize)).sum(-1)
     return loss + (count * own_logit - at) / (count + 1)
 
 
@@ -270,15 +270,14 @@ def _sum_of_positives(
     call: KeyBankCall,
     labels: Tensor,  # [B] int64
     key_labels: Tensor,  # [K] int64
-    normalize: bool,
 ) -> tuple[Tensor, Tensor]:  # [B, D], [B]
     """Of the keys that have a row's label, in the accumulation dtype, and how many these are."""
-    keys, K = call.keys.to(call.student.dtype), len(key_labels)
+    keys, K = call.keys.to(_checks.accumulation_dtype(call.keys.dtype)), len(key_labels)
     counts = keys.new_ones(K)
     if call.num_keys is not None:  # what lies beyond may be anything
         beyond = torch.arange(K, device=keys.device) >= call.num_keys
         keys, counts = keys.masked_fill(beyond[:, None], 0.0), counts.masked_fill(beyond, 0.0)
-    if normalize:
+    if call.normalize:
         keys = unit(keys)
     if call.exclude is not None and call.exclude.dtype == torch.bool:
         weights = counts * ((labels[:, None] == key_labels) & ~call.exclude)

@@ -16,52 +16,64 @@ from torch import Tensor
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, form, requested_backend
 from kdkernels._function import KernelFunction, keep_for_backward
-from kdkernels._key_bank_call import KeyBankCall
+from kdkernels._key_bank_call import KeyBankCall, RowNumbers
 from kdkernels._library import define_operator, first_order
-from kdkernels._similarity import NORM_EPS
 from kdkernels.ops import _key_bank, _rows
 
 DIVERGENCES = ("kl", "cross_entropy")
-CLAMPED = 0.999  # of NORM_EPS / norm: from here on the norm was clamped, up to rounding
-
-# The operators take student [B, D] and teacher [B, E] normalised and divided by the temperature, in
-# the accumulation dtype, and the keys as they are, with a factor per key. The logits are
-#     a = student (key_scale keys)^T                  [B, K], and
-#     b = teacher (teacher_key_scale teacher_keys)^T  [B, K], of `keys` where teacher_keys is None.
+# The operators take student [B, D] and teacher [B, E] as they are, of the dtype of the keys. Each
+# row has a scale: 1 / (norm temperature factor), without the norm unless `normalize`; the
+# temperature is a number, the factor a tensor without dimensions, or None for 1. A key is divided
+# by its norm if `normalize`. The logits are the inner products of rows and keys times their scales,
+#     a of student and keys                  [B, K], and
+#     b of teacher and teacher_keys          [B, K], or `keys` where teacher_keys is None.
 # A softmax of each row of a and of b runs over the keys that count: the first num_keys (int64
-# without dimensions, on the device; None: all), less the key `exclude` of the row (-1: none).
-# own_student and own_teacher [B], where given, are one more logit of each row on each side. The
+# without dimensions, on the device; None: all), less the key `exclude` of the row (-1: none). The
+# key own_keys [B, D] of each row, where given, is one more key of its row on both sides. The
 # teacher's probabilities are p = softmax(b). Where teacher is None, p is 1 at the row's key
-# `positives`; where that is None too, at own_student; with neither, p is 0, so that the loss is
+# `positives`; where that is None too, at its own key; with neither, p is 0, so that the loss is
 # the log-sum-exp of a. There `exclude` may be a bool mask [B, K] of keys that do not count, which
 # holds no row's positive. Results of the forward, the same for every backend; fp64 for fp64 inputs,
 # else fp32:
-#   loss         [B]     sum_k p_k c_k with c = subtract_entropy log p - log softmax(a)
-#   dloss        [B, D]  its derivative by the student; empty (0) unless need_student
-#   lse_student  [B]     log-sum-exp of a
-#   lse_teacher  [B]     log-sum-exp of b; 0 where teacher is None
+#   loss        [B]     sum_k p_k c_k with c = subtract_entropy log p - log softmax(a)
+#   dloss       [B, D]  its derivative by the student times its scale, without what the own key
+#                       adds; empty (0) unless need_student
+#   numbers     [7, B]  `RowNumbers`: log-sum-exp of a and of b, the scales of student, teacher and
+#                       own key (1 / norm), and the own key's logits; 0 where there is no such thing
+#   key_scales  [n, K]  1 / norm of keys and of teacher_keys, if there are any; n = 0 unless
+#                       `normalize`
 # A row that no key is left for has loss and derivatives of 0, and its other residuals are not
 # read. A positive that names no key that counts makes its row NaN. The backward scales dloss by
-# rows for the student. Other gradients take a second sweep over the keys, except those of
-# own_student and own_teacher, which need no operator. dkeys and dteacher_keys are derivatives by
-# the scaled keys, in the accumulation dtype. Keys that do not count may hold anything.
+# rows for the student, and takes out the part along the row where a norm is divided by. Other
+# gradients take a second sweep over the keys, except that of own_keys. They are those of the
+# arguments themselves, in their dtype; derivatives by the factors are [B], to be summed. Keys that
+# do not count may hold anything, and their gradient is 0.
 
 
 def _fwd_fake(*args: Any) -> tuple[Tensor, ...]:
     *call, _, _, need_student, _ = args
-    student = KeyBankCall(*call).student
-    loss, *sums = (student.new_empty(student.shape[0]) for _ in range(3))
-    return loss, student.new_empty(student.shape if need_student else (0,)), *sums
+    call = KeyBankCall(*call)
+    student, (B, K) = call.student, (call.student.shape[0], call.keys.shape[0])
+    dtype = _checks.accumulation_dtype(student.dtype)
+    banks = 1 if call.teacher_keys is None else 2
+    return (
+        student.new_empty(B, dtype=dtype),
+        student.new_empty(student.shape if need_student else (0,), dtype=dtype),
+        student.new_empty((len(RowNumbers._fields), B), dtype=dtype),
+        student.new_empty((banks if call.normalize else 0, K), dtype=dtype),
+    )
 
 
 def _bwd_fake(dout: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    *call, _, _, _, _, need_student, need_teacher, need_keys, need_teacher_keys, _ = args
-    call = KeyBankCall(*call)
-    needs = (need_student, need_teacher, need_keys, need_teacher_keys)
-    like = (call.student, call.teacher, call.keys, call.teacher_keys)
-    return tuple(
-        call.student.new_empty(x.shape if needed else (0,))
-        for x, needed in zip(like, needs, strict=True)
+    *call, _, _, _, _, _, _, _, _, _, of_student, of_teacher, _ = args
+    call, needs = KeyBankCall(*call), args[-8:-3]
+    like = (call.student, call.teacher, call.keys, call.teacher_keys, call.own_keys)
+    return (
+        *(
+            call.student.new_empty(x.shape if needed else (0,))
+            for x, needed in zip(like, needs, strict=True)
+        ),
+        *(dout.new_empty(dout.shape if needed else (0,)) for needed in (of_student, of_teacher)),
     )
 
 
@@ -69,64 +81,35 @@ _IN_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", bool: "bool"}
 _CALL = ", ".join(
     f"{_IN_SCHEMA[hint]} {name}" for name, hint in get_type_hints(KeyBankCall).items()
 )
+# In the order of the results of the backward.
+_DIFFERENTIABLE = (
+    "student", "teacher", "keys", "teacher_keys", "own_keys", "student_factor", "teacher_factor",
+)  # fmt: skip
 _fwd = define_operator(
     "relational_kl",
     "fwd",
-    f"({_CALL}, Tensor? own_student, Tensor? own_teacher, bool need_student, str backend) -> "
-    "(Tensor loss, Tensor dloss, Tensor lse_student, Tensor lse_teacher)",
+    f"({_CALL}, float student_temperature, float teacher_temperature, bool need_student, "
+    "str backend) -> (Tensor loss, Tensor dloss, Tensor numbers, Tensor key_scales)",
     _fwd_fake,
 )
 _bwd = define_operator(
     "relational_kl",
     "bwd",
-    f"(Tensor dout, {_CALL}, Tensor loss, Tensor dloss, Tensor lse_student, Tensor lse_teacher, "
-    "bool need_student, bool need_teacher, bool need_keys, bool need_teacher_keys, str backend) -> "
-    "(Tensor dstudent, Tensor dteacher, Tensor dkeys, Tensor dteacher_keys)",
+    f"(Tensor dout, {_CALL}, Tensor loss, Tensor dloss, Tensor numbers, Tensor key_scales, "
+    f"{', '.join(f'bool need_{name}' for name in _DIFFERENTIABLE)}, str backend) -> "
+    f"({', '.join(f'Tensor d{name}' for name in _DIFFERENTIABLE)})",
     _bwd_fake,
 )
 
 
-def _through_norms(
-    dunit: Tensor,  # [K, D] by the scaled keys
-    keys: Tensor,  # [K, D]
-    scale: Tensor | None,  # [K]
-    num_keys: Tensor | None,  # []
-) -> Tensor:  # [K, D]
-    """Gradient by the keys themselves. Where the norm is clamped, the scale is a constant."""
-    if scale is not None:
-        unit = keys.to(dunit.dtype) * scale[:, None]
-        along = (unit * dunit).sum(-1, keepdim=True) * (scale * NORM_EPS < CLAMPED)[:, None]
-        dunit = (dunit - unit * along) * scale[:, None]
-        if num_keys is not None:  # norms of what does not count may be anything
-            beyond = torch.arange(len(keys), device=keys.device) >= num_keys
-            dunit = dunit.masked_fill(beyond[:, None], 0.0)
-    return dunit.to(keys.dtype)
-
-
-def _by_own_logits(
-    own_student: Tensor,  # [B]
-    own_teacher: Tensor | None,  # [B]; None: the student's is the positive one
-    loss: Tensor,  # [B]
-    lse_student: Tensor,  # [B]
-    lse_teacher: Tensor,  # [B]
-    subtract_entropy: bool,
-) -> tuple[Tensor, Tensor | None]:  # [B], [B]
-    """Derivatives of the loss by these logits, which enter it like those of any key."""
-    if own_teacher is None:
-        return (own_student - lse_student).expm1(), None
-    log_q, log_p = own_student - lse_student, own_teacher - lse_teacher
-    p, c = log_p.exp(), (log_p - log_q if subtract_entropy else -log_q)
-    return log_q.exp() - p, p * (c - loss)
-
-
 class RelationalKLFunction(KernelFunction):
-    """Attaches the operator pair to autograd, and norms of keys and the reduction to both."""
+    """Attaches the operator pair to autograd, and the reduction to both."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        own_student: Tensor | None,
-        own_teacher: Tensor | None,
+        student_temperature: float,
+        teacher_temperature: float,
         need_student: bool,
         sweep_again: bool,
         reduction: str,
@@ -134,46 +117,41 @@ class RelationalKLFunction(KernelFunction):
         *args: Any,
     ) -> Tensor:
         call = KeyBankCall(*args)
-        loss, *others = _fwd(*call, own_student, own_teacher, need_student, backend)
-        # A backward that only scales dloss reads no keys: a queue may move on before it. Its
+        loss, *others = _fwd(*call, student_temperature, teacher_temperature, need_student, backend)
+        # A backward that sweeps over no keys reads none: a queue may move on before it. Its
         # operator receives the student in the place of the keys.
-        kept = call if sweep_again else KeyBankCall(call.student, None, call.student)
-        *tensors, _ = kept
-        keep_for_backward(ctx, own_student, own_teacher, loss, *others, *tensors)
-        ctx.scale = 1 / max(call.student.shape[0], 1) if reduction == "mean" else 1.0
-        ctx.subtract_entropy, ctx.backend = call.subtract_entropy, backend
-        # a copy, since the backward reads the losses and users change theirs in place
-        return loss.clone() if reduction == "none" else loss.sum() * ctx.scale
+        kept = call if sweep_again else call._replace(
+            keys=call.student, teacher_keys=None, positives=None, exclude=None, num_keys=None,
+            teacher=None if call.own_keys is None else call.teacher,
+        )  # fmt: skip
+        *tensors, _, _ = kept
+        keep_for_backward(ctx, loss, *others, *tensors)
+        ctx.normalize, ctx.subtract_entropy = call.normalize, call.subtract_entropy
+        B = call.student.shape[0]
+        ctx.scale, ctx.backend = 1 / max(B, 1) if reduction == "mean" else 1.0, backend
+        if reduction == "none":
+            # a copy, since the backward reads the losses and users change theirs in place
+            return loss.clone()
+        return loss.mean() if reduction == "mean" and B > 0 else loss.sum()
 
     @staticmethod
     @first_order
     def backward(ctx: Any, kept: tuple[Tensor | None, ...], dout: Tensor) -> tuple[Any, ...]:
-        own_student, own_teacher, loss, dloss, lse_student, lse_teacher, *tensors = kept
-        call = KeyBankCall(*tensors, ctx.subtract_entropy)
+        loss, dloss, numbers, key_scales, *tensors = kept
+        call = KeyBankCall(*tensors, ctx.normalize, ctx.subtract_entropy)
         need = KeyBankCall(*ctx.needs_input_grad[-len(KeyBankCall._fields) :])
-        dout = (dout * ctx.scale).expand(call.student.shape[0])
-        dstudent, dteacher, dkeys, dteacher_keys = _bwd(
-            dout, *call, loss, dloss, lse_student, lse_teacher, need.student, need.teacher,
-            need.keys, need.teacher_keys, ctx.backend,
+        needs = [getattr(need, name) for name in _DIFFERENTIABLE]
+        if ctx.scale != 1.0:
+            dout = dout * ctx.scale
+        grads = _bwd(
+            dout.expand(call.student.shape[0]), *call, loss, dloss, numbers, key_scales, *needs,
+            ctx.backend,
         )  # fmt: skip
-        grads = KeyBankCall(
-            dstudent if need.student else None,
-            dteacher if need.teacher else None,
-            _through_norms(dkeys, call.keys, call.key_scale, call.num_keys) if need.keys else None,
-            _through_norms(dteacher_keys, call.teacher_keys, call.teacher_key_scale, call.num_keys)
-            if need.teacher_keys
-            else None,
-            subtract_entropy=None,
+        *of_rows, of_student, of_teacher = (
+            grad if needed else None for grad, needed in zip(grads, needs, strict=True)
         )
-        by_own_student = by_own_teacher = None
-        if own_student is not None:
-            by_logits = _by_own_logits(
-                own_student, own_teacher, loss, lse_student, lse_teacher, call.subtract_entropy
-            )
-            by_own_student, by_own_teacher = (
-                None if derivative is None else dout * derivative for derivative in by_logits
-            )
-        return by_own_student, by_own_teacher, None, None, None, None, *grads
+        by_factors = (None if x is None else x.sum() for x in (of_student, of_teacher))
+        return *(None,) * 6, *of_rows, None, None, None, *by_factors, None, None
 
 
 def _check(
@@ -225,16 +203,20 @@ def _check(
 
 def apply(
     call: KeyBankCall,
-    own_student: Tensor | None,  # [B]
-    own_teacher: Tensor | None,  # [B]
+    student_temperature: float,
+    teacher_temperature: float,
     reduction: str,
     backend: str,
 ) -> Tensor:
     """The loss, from the arguments of the forward operator."""
-    others = call.teacher, call.keys, call.teacher_keys
-    sweep_again = any(map(_checks.wants_gradient, others))
+    call = _key_bank.apart(call)
+    others = call.teacher, call.keys, call.teacher_keys, call.teacher_factor
+    need_student, sweep_again = (
+        any(map(_checks.wants_gradient, sources))
+        for sources in ((call.student, call.student_factor), others)
+    )
     return RelationalKLFunction.apply(
-        own_student, own_teacher, _checks.wants_gradient(call.student), sweep_again, reduction,
+        student_temperature, teacher_temperature, need_student, sweep_again, reduction,
         requested_backend(backend), *call,
     )  # fmt: skip
 
@@ -247,29 +229,29 @@ def _operator_args(
     own_keys: Tensor | None,
     **options: Any,
 ) -> tuple[Any, ...]:
-    dtype, by, _ = _check(student, teacher, keys, teacher_keys, own_keys=own_keys, **options)
-    num_keys, normalize = options["num_keys"], options["normalize"]
-    acc = _checks.accumulation_dtype(dtype)
-    bank, teacher_bank = (
-        _key_bank.form_of_counted(x, num_keys, dtype) for x in (keys, teacher_keys)
+    dtype, by_student, by_teacher = _check(
+        student, teacher, keys, teacher_keys, own_keys=own_keys, **options
     )
+    num_keys = options["num_keys"]
     call = KeyBankCall(
-        form(student, dtype=acc),
-        form(teacher, dtype=acc),
-        bank,
-        teacher_bank,
-        _key_bank.form_of_scale(bank, normalize),
-        _key_bank.form_of_scale(teacher_bank, normalize),
+        form(student, dtype=dtype),
+        form(teacher, dtype=dtype),
+        _key_bank.form_of_counted(keys, num_keys, dtype),
+        _key_bank.form_of_counted(teacher_keys, num_keys, dtype),
+        None if own_keys is None else form(own_keys, dtype=dtype),
         exclude=_key_bank.form_of_index(options["exclude"]),
         num_keys=_key_bank.form_of_index(num_keys if isinstance(num_keys, Tensor) else None),
+        student_factor=_key_bank.form_of_factor(by_student, dtype),
+        teacher_factor=_key_bank.form_of_factor(by_teacher, dtype),
+        normalize=options["normalize"],
         subtract_entropy=options["divergence"] == "kl",
     )
-    own_logit = None if own_keys is None else form(student, dtype=acc, shape=student.shape[:1])
-    return *call, own_logit, own_logit, _key_bank.divided_wants_gradient(student, by)
+    temperatures = map(_key_bank.number, (by_student, by_teacher))
+    return *call, *temperatures, _key_bank.scaled_wants_gradient(student, by_student)
 
 
 def gradient_choice(rows: Tensor, by: float | Tensor) -> dict[str, str]:
-    if _key_bank.divided_wants_gradient(rows, by):
+    if _key_bank.scaled_wants_gradient(rows, by):
         return {"gradient": "of the rows in the forward sweep (they require one)"}
     return {"gradient": "none in the forward sweep (the rows require none)"}
 
@@ -359,25 +341,23 @@ def relational_kl(
     _key_bank.counting(num_keys, keys)
     if exclude is not None:
         exclude = _key_bank.excluded(exclude, sample_mask, keys)
-    x = _key_bank.divided(student.to(dtype), by_student, normalize)
-    y = _key_bank.divided(teacher.to(dtype), by_teacher, normalize)
-    keys, teacher_keys = (_key_bank.counted(bank, num_keys, dtype) for bank in (keys, teacher_keys))
-    own_student = own_teacher = None
     if own_keys is not None:
-        own_keys = _key_bank.divided(own_keys.to(dtype), 1.0, normalize)
-        own_student, own_teacher = ((rows * own_keys).sum(-1) for rows in (x, y))
+        own_keys = own_keys.to(dtype)
     call = KeyBankCall(
-        x,
-        y,
-        keys,
-        teacher_keys,
-        _key_bank.scale_of(keys, normalize),
-        _key_bank.scale_of(teacher_keys, normalize),
+        student.to(dtype),
+        teacher.to(dtype),
+        _key_bank.counted(keys, num_keys, dtype),
+        _key_bank.counted(teacher_keys, num_keys, dtype),
+        own_keys,
         exclude=exclude,
         num_keys=num_keys.long() if isinstance(num_keys, Tensor) else None,
+        student_factor=_key_bank.factor(by_student, dtype),
+        teacher_factor=_key_bank.factor(by_teacher, dtype),
+        normalize=normalize,
         subtract_entropy=divergence == "kl",
     )
+    temperatures = map(_key_bank.number, (by_student, by_teacher))
     if sample_mask is None:
-        return apply(call, own_student, own_teacher, reduction, backend)
-    losses = apply(call, own_student, own_teacher, "none", backend)
+        return apply(call, *temperatures, reduction, backend)
+    losses = apply(call, *temperatures, "none", backend)
     return _rows.reduced(losses, sample_mask, reduction)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""triplet: the positive and the negative that each anchor is compared with, and their distances.
+"""triplet: the positive and the negative that each anchor is compared with, and what it costs.
 
 Traffic of one forward and backward: the embeddings once per tile column, and O(B D) for the chosen
 triplets; nothing of size B x M is written. Derivation: docs/ops/triplet.md.
@@ -14,21 +14,29 @@ from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels._dispatch import Backend, explained_by, requested_backend
-from kdkernels._function import KernelFunction, keep_for_backward
+from kdkernels._function import KernelFunction, constant_results, keep_for_backward
 from kdkernels._library import define_operator, first_order
 from kdkernels._mined_triplets import MinedTriplets
 from kdkernels.ops._labelled import both_sides, forms_of_both_sides, labelled_rows
 
 STRATEGIES = ("hardest", "semihard", "easiest")
 
-# Results of the forward, the same for every backend; distances are fp64 for fp64 inputs, else fp32.
+# Results of the forward, the same for every backend; numbers are fp64 for fp64 inputs, else fp32.
+#   total     []        sum of the losses
+#   nonzero   [] int64  losses above 0
+#   valid     [] int64  anchors that have a positive and a negative
+#   losses    [B]       max(d_ap - d_an + margin, 0), or log(1 + e^(d_ap - d_an + margin)) if soft;
+#                       0 where the anchor lacks a positive or a negative
 #   positive  [B] int64  row of the references; -1 where the anchor lacks a positive or a negative
 #   negative  [B] int64  likewise, -1 at the same anchors
 #   d_ap      [B]        distance to the positive from the difference of the two rows; 0 where -1
 #   d_an      [B]        likewise
 # `exclude` [B] int64 names one reference per anchor that is not chosen, or none by -1; None: none.
 # positives="paired" makes row i of the references the positive of anchor i, whatever its label.
-# Ties go to the lowest row. With `in_batch` the references are the embeddings.
+# Ties go to the lowest row. With `in_batch` the references are the embeddings. With `normalize`
+# rows are divided by their norms as `kdkernels._similarity.unit` does, in the accumulation dtype,
+# and the backward returns the gradient of the rows as they are given. Its dloss is the derivative
+# by `total`, [], or by `losses`, [B].
 # A row whose squared norm is not below a quarter of the largest number has distances NaN. NaN is
 # chosen before every other distance, is beyond every bound, and everything is beyond it.
 
@@ -37,13 +45,16 @@ def _fwd_fake(
     embeddings: Tensor, labels: Tensor, references: Tensor, reference_labels: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     B, acc = embeddings.shape[0], _checks.accumulation_dtype(embeddings.dtype)
-    dtypes = (torch.int64, torch.int64, acc, acc)
-    return tuple(embeddings.new_empty(B, dtype=dtype) for dtype in dtypes)
+    sums, rows = (acc, torch.int64, torch.int64), (acc, torch.int64, torch.int64, acc, acc)
+    return (
+        *(embeddings.new_empty((), dtype=dtype) for dtype in sums),
+        *(embeddings.new_empty(B, dtype=dtype) for dtype in rows),
+    )
 
 
 def _bwd_fake(
-    dd_ap: Tensor, dd_an: Tensor, embeddings: Tensor, references: Tensor, positive: Tensor,
-    negative: Tensor, d_ap: Tensor, d_an: Tensor, in_batch: bool, need_embeddings: bool,
+    dloss: Tensor, embeddings: Tensor, references: Tensor, positive: Tensor, negative: Tensor,
+    d_ap: Tensor, d_an: Tensor, in_batch: bool, normalize: bool, need_embeddings: bool,
     need_references: bool, *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return (
@@ -56,22 +67,25 @@ _fwd = define_operator(
     "triplet",
     "fwd",
     "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch, "
-    "Tensor? exclude, str positives, str negatives, str distance, str backend) "
-    "-> (Tensor positive, Tensor negative, Tensor d_ap, Tensor d_an)",
+    "Tensor? exclude, bool normalize, str positives, str negatives, float margin, bool soft, "
+    "str distance, str backend) -> (Tensor total, Tensor nonzero, Tensor valid, Tensor losses, "
+    "Tensor positive, Tensor negative, Tensor d_ap, Tensor d_an)",
     _fwd_fake,
 )
 _bwd = define_operator(
     "triplet",
     "bwd",
-    "(Tensor dd_ap, Tensor dd_an, Tensor embeddings, Tensor references, Tensor positive, "
-    "Tensor negative, Tensor d_ap, Tensor d_an, bool in_batch, bool need_embeddings, "
-    "bool need_references, str distance, str backend) -> (Tensor dembeddings, Tensor dreferences)",
+    "(Tensor dloss, Tensor embeddings, Tensor references, Tensor positive, Tensor negative, "
+    "Tensor d_ap, Tensor d_an, bool in_batch, bool normalize, bool need_embeddings, "
+    "bool need_references, float margin, bool soft, str distance, str backend) "
+    "-> (Tensor dembeddings, Tensor dreferences)",
     _bwd_fake,
 )
 
 
 class TripletFunction(KernelFunction):
-    """Attaches the operator pair to autograd."""
+    """Attaches the operator pair to autograd: (sum of the losses, number of losses above 0, number
+    of triplets), or with `each` all losses in place of their sum."""
 
     @staticmethod
     def forward(
@@ -81,37 +95,41 @@ class TripletFunction(KernelFunction):
         references: Tensor | None,
         reference_labels: Tensor | None,
         exclude: Tensor | None,
+        normalize: bool,
         positives: str,
         negatives: str,
+        margin: float,
+        soft: bool,
         distance: str,
+        each: bool,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = both_sides(embeddings, labels, references, reference_labels, exclude)
-        results = _fwd(*rows, positives, negatives, distance, backend)
+        total, nonzero, valid, losses, *residuals = _fwd(
+            *rows, normalize, positives, negatives, margin, soft, distance, backend
+        )
         inputs = (embeddings,) if references is None else (embeddings, references)
-        keep_for_backward(ctx, *inputs, *results)
-        ctx.options = (distance, backend)
-        ctx.mark_non_differentiable(results[0], results[1])
-        return results
+        keep_for_backward(ctx, *inputs, *residuals)
+        ctx.normalize, ctx.options = normalize, (margin, soft, distance, backend)
+        constant_results(ctx, nonzero, valid)
+        return losses if each else total, nonzero, valid
 
     @staticmethod
     @first_order
-    def backward(
-        ctx: Any, kept: tuple[Tensor, ...], _p: Any, _n: Any, dd_ap: Tensor, dd_an: Tensor
-    ) -> tuple[Any, ...]:
+    def backward(ctx: Any, kept: tuple[Tensor, ...], dloss: Tensor, *_: Any) -> tuple[Any, ...]:
         embeddings, *rest = kept
         in_batch = len(rest) == 4
-        references, *results = (embeddings, *rest) if in_batch else rest
+        references, *residuals = (embeddings, *rest) if in_batch else rest
         need_embeddings, need_references = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
         dx, dr = _bwd(
-            dd_ap, dd_an, embeddings, references, *results, in_batch, need_embeddings,
+            dloss, embeddings, references, *residuals, in_batch, ctx.normalize, need_embeddings,
             need_references, *ctx.options,
         )  # fmt: skip
         return (
             dx if need_embeddings else None,
             None,
             dr if need_references else None,
-            *(None,) * 6,
+            *(None,) * 10,
         )
 
 
@@ -142,7 +160,7 @@ def _operator_args(
         sample_mask, ignore_index,
     )  # fmt: skip
     _check_strategies(positives, negatives)
-    return *rows, positives, negatives, distance
+    return *rows, positives, negatives, 0.0, False, distance
 
 
 def _choices(positives: str, negatives: str, **_: Any) -> dict[str, str]:
@@ -221,8 +239,9 @@ def mine_triplets(
         )  # fmt: skip
         _check_strategies(positives, negatives)
         positive, negative, d_ap, d_an = _fwd(
-            *both_sides(*rows.tensors), positives, negatives, distance, requested_backend(backend)
-        )
+            *both_sides(*rows.tensors), rows.normalize, positives, negatives, 0.0, False, distance,
+            requested_backend(backend),
+        )[4:]  # fmt: skip
 
     def given(at: Tensor, index: Tensor | None) -> Tensor:
         return at if index is None else index[at]

@@ -19,15 +19,16 @@ from kdkernels.ops._labelled import summed_fake
 #                        u = d(anchor, positive) - d(anchor, negative) + margin
 #   nonzero      [] int64  triplets with a loss above 0
 #   valid        [] int64  triplets
-#   dembeddings  [B, D]  derivative of `total`; [0] unless needed
+#   dembeddings  [B, D]  derivative of `total` by the rows as given; [0] unless needed
 #   dreferences  [M, D]  likewise; [0] with `in_batch`, where the references are the embeddings
-# Distances are NaN as in ops/triplet.py; a triplet with one of them makes `total` NaN.
+# `normalize` is that of ops/triplet.py. Distances are NaN as there; a triplet with one of them
+# makes `total` NaN.
 triplet_all_fwd = define_operator(
     "triplet_all",
     "fwd",
     "(Tensor embeddings, Tensor labels, Tensor references, Tensor reference_labels, bool in_batch, "
-    "Tensor? exclude, str negatives, float margin, bool soft, str distance, bool need_embeddings, "
-    "bool need_references, str backend) -> "
+    "Tensor? exclude, bool normalize, str negatives, float margin, bool soft, str distance, "
+    "bool need_embeddings, bool need_references, str backend) -> "
     "(Tensor total, Tensor nonzero, Tensor valid, Tensor dembeddings, Tensor dreferences)",
     summed_fake(counts=2),
 )

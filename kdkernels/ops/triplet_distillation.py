@@ -57,7 +57,7 @@ def _operator_args(
     y = form(labels, dtype=torch.int64)
     mined = "hardest" if negatives == "random" else negatives
     sides = form(teacher, dtype=dtype), y, form(student, dtype=dtype), y
-    return *sides, False, None, "paired", mined, "euclidean"
+    return *sides, False, None, False, "paired", mined, options["margin"], False, "euclidean"
 
 
 def _choices(negatives: str, **_: Any) -> dict[str, str]:
@@ -132,15 +132,15 @@ def triplet_distillation(
         acc = _checks.accumulation_dtype(rows.dtype)
         anchors, rows = anchors.to(acc), rows.to(acc)
         negative, kept = _draw(y, generator)
-        d_ap = F.pairwise_distance(anchors, rows)
-        d_an = F.pairwise_distance(anchors, rows[negative])
-    else:
-        _, index, d_ap, d_an = TripletFunction.apply(
-            anchors, y, rows, None, None, "paired", negatives, "euclidean", chosen_backend
-        )
-        kept = index >= 0
-    losses = torch.where(kept, (d_ap - d_an + margin).relu(), 0.0)
-    return losses.sum() / kept.sum().clamp_min(1)
+        chosen = torch.stack((torch.arange(len(rows), device=rows.device), negative))
+        d_ap, d_an = F.pairwise_distance(anchors, rows[chosen])
+        losses = torch.where(kept, (d_ap - d_an + margin).relu(), 0.0)
+        return losses.sum() / kept.sum().clamp_min(1)
+    total, _, valid = TripletFunction.apply(
+        anchors, y, rows, None, None, False, "paired", negatives, margin, False, "euclidean",
+        False, chosen_backend,
+    )  # fmt: skip
+    return total / valid.clamp_min(1)
 
 
 def _draw(labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
@@ -151,13 +151,14 @@ def _draw(labels: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Te
     B = len(labels)
     ordered, order = labels.sort(stable=True)
     first = torch.searchsorted(ordered, labels)
-    last = torch.searchsorted(ordered, labels, right=True)
-    others = B - (last - first)
+    same = torch.searchsorted(ordered, labels, right=True) - first
+    others = B - same
     device = labels.device if generator is None else generator.device
     # generator=None beside a size that a compiler does not know is more than torch takes
     source = {} if generator is None else {"generator": generator}
     # fp64, or rows beyond 2^24 could not all be drawn
     u = torch.rand(B, device=device, dtype=torch.float64, **source).to(labels.device)
-    draw = torch.minimum((u * others).to(torch.int64), (others - 1).clamp_min(0))
-    position = torch.where(draw >= first, draw + (last - first), draw)
+    # u is at most 1 - 2^-53, whose product with a whole number is rounded to less than that number
+    draw = (u * others).to(torch.int64)
+    position = torch.where(draw >= first, draw + same, draw)
     return order[position.clamp_max(max(B - 1, 0))] if B else order, others > 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from kdkernels import _checks
@@ -66,7 +65,7 @@ def _operator_args(
         sample_mask, ignore_index,
     )  # fmt: skip
     if mining in ONE:
-        return *rows, *ONE[mining], distance
+        return *rows, *ONE[mining], margin, soft, distance
     need = need_of_both_sides(embeddings, references)
     return *rows, SEVERAL[mining], margin, soft, distance, *need
 
@@ -151,23 +150,17 @@ def triplet_loss(
     x, y, r, r_y, exclude = rows.tensors
     if mining in SEVERAL:
         total, nonzero, valid = GradientInForward.apply(
-            _forward_of_several, 2, 1.0, x, r, y, r_y, exclude, SEVERAL[mining], margin, soft,
-            distance, *need_of_both_sides(x, r), chosen_backend,
+            _forward_of_several, 2, 1.0, x, r, y, r_y, exclude, rows.normalize, SEVERAL[mining],
+            margin, soft, distance, *need_of_both_sides(x, r), chosen_backend,
         )  # fmt: skip
-        if reduction == "sum":
-            return total
-        return total / (nonzero if reduction == "mean_nonzero" else valid).clamp_min(1)
-    positive, _, d_ap, d_an = TripletFunction.apply(
-        x, y, r, r_y, exclude, *ONE[mining], distance, chosen_backend
-    )
-    u = d_ap - d_an + margin
-    # softplus of torch turns linear at a threshold
-    losses = torch.logaddexp(u, u.new_zeros(())) if soft else u.relu()
-    kept = positive >= 0
-    losses = torch.where(kept, losses, 0.0)
-    if reduction == "none":
-        return _rows.put_back(losses, rows.index, embeddings.shape[0])
+    else:
+        each = reduction == "none"
+        total, nonzero, valid = TripletFunction.apply(
+            x, y, r, r_y, exclude, rows.normalize, *ONE[mining], margin, soft, distance, each,
+            chosen_backend,
+        )  # fmt: skip
+        if each:
+            return _rows.put_back(total, rows.index, embeddings.shape[0])
     if reduction == "sum":
-        return losses.sum()
-    count = (losses > 0 if reduction == "mean_nonzero" else kept).sum().clamp_min(1)
-    return losses.sum() / count
+        return total
+    return total / (nonzero if reduction == "mean_nonzero" else valid).clamp_min(1)

@@ -15,6 +15,7 @@ from torch import Tensor
 from kdkernels.reference._definition import definition
 from kdkernels.reference._distances import distances, gradients_of_pairs, left_out, wide
 from kdkernels.reference._labelled import sides
+from kdkernels.reference._rows import normalize_backward, unit
 
 
 @definition
@@ -87,12 +88,13 @@ def contrastive_fwd(
     reference_labels: Tensor,
     in_batch: bool,
     exclude: Tensor | None,
+    normalize: bool,
     margin: float,
     distance: str,
     need_embeddings: bool,
     need_references: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, r = wide(embeddings), wide(references)
+    x, r = (unit(wide(t)) if normalize else wide(t) for t in (embeddings, references))
     total, nonzero = contrastive(
         x, labels, r, reference_labels, in_batch=in_batch, exclude=exclude, margin=margin,
         distance=distance,
@@ -106,6 +108,9 @@ def contrastive_fwd(
             torch.where(_pairs(d, in_batch, exclude), weight, 0.0), d, x, r, distance
         )
         dx = dx + dr if in_batch else dx
+        if normalize:
+            dx = normalize_backward(embeddings, dx).to(x.dtype)
+            dr = normalize_backward(references, dr).to(x.dtype)
     return (
         total,
         nonzero,

@@ -60,13 +60,16 @@ def by_distances(
             k = 1 / (1 + (squared_distances(x) + DISTANCE_EPS).sqrt())
         return k / k.sum(1, keepdim=True)
 
-    p, q = probabilities(student), probabilities(teacher)
+    terms = terms_of(probabilities(student), probabilities(teacher), divergence)
+    return terms.sum() / max(len(student) ** 2, 1)
+
+
+def terms_of(p: Tensor, q: Tensor, divergence: str) -> Tensor:
+    """What the divergence adds up."""
     eps = LOG_EPS[divergence]
     if divergence == "kl":
-        terms = q * ((q + eps) / (p + eps)).log()
-    else:
-        terms = (q - p) * (q.log() - p.log())
-    return terms.sum() / max(len(student) ** 2, 1)
+        return q * ((q + eps) / (p + eps)).log()
+    return (q - p) * (q.log() - p.log())
 
 
 def pkt_fwd(

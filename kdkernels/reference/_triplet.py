@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels._mined_triplets import MinedTriplets
 from kdkernels.reference._definition import definition
 from kdkernels.reference._distances import distances, left_out, wide
 from kdkernels.reference._labelled import sides
+from kdkernels.reference._rows import normalize_backward, unit
 
 
 @definition
@@ -135,19 +137,32 @@ def triplet_fwd(
     reference_labels: Tensor,
     in_batch: bool,
     exclude: Tensor | None,
+    normalize: bool,
     positives: str,
     negatives: str,
+    margin: float,
+    soft: bool,
     distance: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return triplet(
-        embeddings, labels, references, reference_labels, in_batch=in_batch, exclude=exclude,
+) -> tuple[Tensor, ...]:
+    x, r = (unit(wide(t)) if normalize else t for t in (embeddings, references))
+    positive, negative, d_ap, d_an = triplet(
+        x, labels, r, reference_labels, in_batch=in_batch, exclude=exclude,
         positives=positives, negatives=negatives, distance=distance,
+    )  # fmt: skip
+    kept = positive >= 0
+    losses = torch.where(kept, hinge(d_ap - d_an + margin, soft), 0.0)
+    return (
+        losses.sum(), (losses > 0).sum(), kept.sum(), losses, positive, negative, d_ap, d_an,
     )  # fmt: skip
 
 
+def hinge(u: Tensor, soft: bool) -> Tensor:
+    """max(u, 0), or log(1 + e^u)."""
+    return F.softplus(u, threshold=1e3) if soft else u.clamp_min(0)  # torch's is linear above it
+
+
 def triplet_bwd(
-    dd_ap: Tensor,  # [B]
-    dd_an: Tensor,  # [B]
+    dloss: Tensor,  # [] or [B]
     embeddings: Tensor,
     references: Tensor,
     positive: Tensor,
@@ -155,14 +170,19 @@ def triplet_bwd(
     d_ap: Tensor,
     d_an: Tensor,
     in_batch: bool,
+    normalize: bool,
     need_embeddings: bool,
     need_references: bool,
+    margin: float,
+    soft: bool,
     distance: str,
 ) -> tuple[Tensor, Tensor]:
-    x, r = (wide(t) for t in (embeddings, references))
+    x, r = (unit(wide(t)) if normalize else wide(t) for t in (embeddings, references))
     dx, dr = (t.new_zeros(t.shape) for t in (x, r))
     valid = (positive >= 0).nonzero().squeeze(1)
-    for index, d, dd in ((positive, d_ap, dd_ap), (negative, d_an, dd_an)):
+    u = d_ap - d_an + margin
+    du = dloss * u.sigmoid() if soft else torch.where(u <= 0, 0.0, dloss)
+    for index, d, dd in ((positive, d_ap, du), (negative, d_an, -du)):
         at, weight = index[valid], dd[valid].to(x.dtype)
         if distance == "euclidean":  # 0 at coincident points
             weight = torch.where(d[valid] == 0, 0.0, weight / d[valid])
@@ -171,8 +191,14 @@ def triplet_bwd(
         step = weight[:, None] * (x[valid] - r[at])
         dx[valid] += step
         (dx if in_batch else dr).index_add_(0, at, step, alpha=-1)
-    nothing = embeddings.new_empty(0)
+
+    def gradient(rows: Tensor, drows: Tensor, needed: bool) -> Tensor:
+        if not needed:
+            return rows.new_empty(0)
+        drows = normalize_backward(rows, drows) if normalize else drows
+        return drows.to(rows.dtype).contiguous()
+
     return (
-        dx.to(embeddings.dtype) if need_embeddings else nothing,
-        dr.to(references.dtype) if need_references and not in_batch else nothing.clone(),
+        gradient(embeddings, dx, need_embeddings),
+        gradient(references, dr, need_references and not in_batch),
     )

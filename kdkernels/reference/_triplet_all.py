@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels.reference._distances import distances, gradients_of_pairs, left_out, wide
+from kdkernels.reference._rows import normalize_backward, unit
+from kdkernels.reference._triplet import hinge
 
 
 def triplet_all(
@@ -41,14 +42,10 @@ def triplet_all(
     nonzero, valid = (torch.zeros((), dtype=torch.int64, device=d.device) for _ in range(2))
     rows = labels, reference_labels, in_batch, exclude
     for _, u, _, _ in _triplets(d, *rows, negatives, margin):
-        losses = _softplus(u) if soft else u.clamp_min(0)
+        losses = hinge(u, soft)
         total = total + losses.sum()
         nonzero, valid = nonzero + (losses > 0).sum(), valid + losses.numel()
     return total, nonzero, valid
-
-
-def _softplus(u: Tensor) -> Tensor:
-    return F.softplus(u, threshold=1e3)  # torch's is linear above its threshold
 
 
 def _triplets(
@@ -89,6 +86,7 @@ def triplet_all_fwd(
     reference_labels: Tensor,
     in_batch: bool,
     exclude: Tensor | None,
+    normalize: bool,
     negatives: str,
     margin: float,
     soft: bool,
@@ -96,7 +94,7 @@ def triplet_all_fwd(
     need_embeddings: bool,
     need_references: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x, r = wide(embeddings), wide(references)
+    x, r = (unit(wide(t)) if normalize else wide(t) for t in (embeddings, references))
     total, nonzero, valid = triplet_all(
         x, labels, r, reference_labels, in_batch=in_batch, exclude=exclude, negatives=negatives,
         margin=margin, soft=soft, distance=distance,
@@ -112,6 +110,9 @@ def triplet_all_fwd(
             weight[a].index_add_(0, n.flatten(), slope.flatten(), alpha=-1)
         dx, dr = gradients_of_pairs(weight, d, x, r, distance)
         dx = dx + dr if in_batch else dx
+        if normalize:
+            dx = normalize_backward(embeddings, dx).to(x.dtype)
+            dr = normalize_backward(references, dr).to(x.dtype)
     return (
         total,
         nonzero,

@@ -6,13 +6,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kdkernels import _checks
 from kdkernels.reference._definition import definition
 from kdkernels.reference._labelled import sides
-from kdkernels.reference._triplet import triplet
+from kdkernels.reference._triplet import hinge, triplet
 from kdkernels.reference._triplet_all import triplet_all
 
 
@@ -60,7 +59,7 @@ def triplet_loss(
     )  # fmt: skip
     u = d_ap - d_an + margin
     kept = positive >= 0
-    losses = torch.where(kept, F.softplus(u, threshold=1e3) if soft else u.clamp_min(0), 0.0)
+    losses = torch.where(kept, hinge(u, soft), 0.0)
     if reduction == "none":
         return losses.new_zeros(len(labels)).index_copy(0, found.anchors, losses)
     if reduction == "sum":

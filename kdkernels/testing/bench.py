@@ -13,6 +13,7 @@ of the work. Only the first argument asks for a gradient: a teacher is frozen.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import shutil
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from kdkernels import _dispatch
-from kdkernels.testing import numerics, peers
+from kdkernels.testing import clock, numerics, peers
+from kdkernels.testing.clock import Call
 from kdkernels.testing.opinfo import BenchShape, OpInfo, Sample
 
 MODES = ("fwd_bwd", "fwd", "bwd")
@@ -36,11 +38,7 @@ PART_ROWS = 4096
 SETS = 3  # of inputs in rotation; on a GPU as many as exceed three times its L2 cache
 BLOCK_SECONDS = 2e-3  # a clock reading every few milliseconds, whatever a call takes
 GIB = 1024.0**3
-# A definition in fp64 is the oracle where it needs no more than this; beyond, a backend in fp64.
-ORACLE_BYTES = 2 * GIB
 GATE_SAMPLES = ("aligned", "ragged_all", "wide")
-
-Call = Callable[[int], Any]  # runs once on the input set of that number
 
 
 @dataclass(frozen=True)
@@ -58,39 +56,66 @@ def measure(
     *,
     seconds: float,
     device: torch.device,
+    calls_of: dict[str, int] | None = None,
     min_rounds: int = 5,
     max_rounds: int = 1000,
     warm_up_seconds: float = 0.2,
     on_round: Callable[[float], None] | None = None,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Timing]:
     """Time the variants round-robin: every round runs a block of calls of each, in turn.
 
     Args:
         variants: Each called with the number of the call, from 0, which picks its input set.
         seconds: What all rounds may take together; at least `min_rounds` are made.
-        device: Where they run; on a GPU the clock is a pair of events around a block.
+        device: Where they run; its clock is `clock.of(device)`.
+        calls_of: How many calls one of a variant's stands for, as a replay of a graph does; 1 for
+            a variant that is not there.
         min_rounds, max_rounds: How many rounds at least and at most.
         warm_up_seconds: For each variant, and one call at least.
         on_round: Told the finished share after each round.
+        on_failure: Told of a variant that raised, which is left out from there on; by default its
+            exception is raised.
     """
-    clock = _gpu_seconds if device.type == "cuda" else _cpu_seconds
-    calls = {}
-    for name, call in variants.items():
+    read = clock.of(device).seconds
+    blocks: dict[str, int] = {}
+    taken: dict[str, list[float]] = {}
+    per = {name: (calls_of or {}).get(name, 1) for name in variants}
+
+    def attempt(name: str, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except Exception as error:
+            if on_failure is None:
+                raise
+            taken.pop(name, None)
+            on_failure(name, error)
+
+    def warm_up(name: str) -> None:
+        call = variants[name]
         call(0)
         spent, count, seen = 0.0, 0, 0.0
         while count == 0 or spent < warm_up_seconds:
-            seen = clock(call, count, 1)
+            seen = read(call, count, 1)
             spent, count = spent + max(seen, 1e-7), count + 1
-        calls[name] = max(1, min(10_000, round(BLOCK_SECONDS / max(seen, 1e-7))))
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    names = list(variants)
+        blocks[name] = max(1, min(10_000, round(BLOCK_SECONDS / max(seen, 1e-7))))
+        taken[name] = []
+
+    def time_block(name: str) -> None:
+        count = blocks[name]
+        block_seconds = read(variants[name], rounds * count, count)
+        taken[name].append(block_seconds / count / per[name] * 1e6)
+
+    for name in variants:
+        attempt(name, functools.partial(warm_up, name))
     begin, rounds = time.perf_counter(), 0
-    while rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - begin < seconds):
+    while taken and (
+        rounds < min_rounds or (rounds < max_rounds and time.perf_counter() - begin < seconds)
+    ):
+        names = list(taken)
         first = rounds % len(names)
         for name in names[first:] + names[:first]:
-            taken[name].append(
-                clock(variants[name], rounds * calls[name], calls[name]) / calls[name] * 1e6
-            )
+            attempt(name, functools.partial(time_block, name))
         rounds += 1
         if on_round is not None:
             on_round(
@@ -111,28 +136,10 @@ def _timing(times: list[float]) -> Timing:
     return Timing(p20, p50, p80, len(times))
 
 
-def _cpu_seconds(call: Call, first: int, count: int) -> float:
-    begin = time.perf_counter()
-    for i in range(first, first + count):
-        call(i)
-    return time.perf_counter() - begin
-
-
-def _gpu_seconds(call: Call, first: int, count: int) -> float:
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for i in range(first, first + count):
-        call(i)
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop) * 1e-3
-
-
 def variant_function(info: OpInfo, sample: Sample, variant: str) -> Callable[..., Tensor]:
     """The function that a variant names, of the tensors of `variant_sample`."""
     if variant == "eager":
-        return _definition(info, sample) if info.eager is None else info.eager.function(sample)
+        return definition(info, sample) if info.eager is None else info.eager.function(sample)
     if variant == "compile":
         return torch.compile(variant_function(info, sample, "eager"), dynamic=False)
     if variant in ("mm", "mm_part"):
@@ -142,7 +149,8 @@ def variant_function(info: OpInfo, sample: Sample, variant: str) -> Callable[...
     return lambda *args: info.function(*args, **sample.kwargs, backend=variant)
 
 
-def _definition(info: OpInfo, sample: Sample) -> Callable[..., Tensor]:
+def definition(info: OpInfo, sample: Sample) -> Callable[..., Tensor]:
+    """The definition of an op, of the sample's tensors."""
     return lambda *args: info.define(sample, args)
 
 
@@ -206,6 +214,7 @@ def input_sets(sample: Sample, device: torch.device) -> list[tuple[Any, ...]]:
 def memory_limit(device: torch.device) -> float:
     """Bytes that a variant may be estimated to need: half of what is free."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of ended work is free, too
         return 0.5 * torch.cuda.mem_get_info(device)[0]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
@@ -229,9 +238,10 @@ def why_skip(
     dtype: torch.dtype,
     limit: float,
     mode: str = "fwd_bwd",
+    device: torch.device | None = None,
 ) -> str | None:
     """Why a variant is not run on a shape in a mode; None if it is."""
-    device = sample.args[0].device
+    device = device or sample.args[0].device
     if variant in _dispatch.BACKENDS:
         reason = rejection(info, sample, variant)
         if reason is not None:
@@ -253,71 +263,33 @@ def _has_compiler() -> bool:
 
 
 def gate(info: OpInfo, backend: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """What is wrong with a backend before it is timed: the samples that miss their budget."""
+    """What is wrong with a backend before it is timed: the samples that miss their budget or raise
+    anything."""
     failed = []
     for sample in info.samples(device, dtype):
-        if sample.name.partition("-")[0] in GATE_SAMPLES and not rejection(info, sample, backend):
-            errors = numerics.check_sample(info, sample, dtype, backend)
-            failed += [
-                f"{info.name} on {backend}, {sample.name}: {e.detail}" for e in errors if not e.ok
-            ]
-    return failed
+        if sample.name.partition("-")[0] not in GATE_SAMPLES:
+            continue
+        try:
+            if rejection(info, sample, backend) is None:
+                errors = numerics.check_sample(info, sample, dtype, backend)
+                failed += [f"{sample.name}: {e.detail}" for e in errors if not e.ok]
+        except Exception as error:  # of a compiler, of a kernel: a finding, and the next is asked
+            failed.append(f"{sample.name}: {reason(error)}")
+    return [f"{info.name} on {backend}, {text}" for text in failed]
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """The fp64 value and gradient that errors are measured against."""
-
-    name: str
-    value: Tensor
-    gradient: Tensor
-
-
-def oracle(info: OpInfo, shape: BenchShape, sample: Sample) -> Oracle:
-    """The definition in fp64, or where that needs too much memory the reference backend, or where
-    that does too the C++ backend, in fp64."""
-
-    def fits(variant: str, limit: float) -> bool:
-        return info.memory is None or info.memory(shape, torch.float64, variant) <= limit
-
-    if fits("eager", ORACLE_BYTES):
-        function, name = _definition(info, sample), "definition in fp64"
-    else:
-        held = fits("reference", memory_limit(sample.args[0].device))
-        variant = "reference" if held else "cpu"
-        function, name = variant_function(info, sample, variant), f"{variant} backend in fp64"
-    return Oracle(name, *_value_and_gradient(function, numerics.cast(sample.args, torch.float64)))
-
-
-def _value_and_gradient(
-    function: Callable[..., Tensor], args: tuple[Any, ...]
-) -> tuple[Tensor, Tensor]:
-    first = args[0].detach().requires_grad_()
-    value = function(first, *args[1:])
-    return value.detach(), torch.autograd.grad(value.sum(), first)[0]
-
-
-def relative_errors(
-    function: Callable[..., Tensor], sample: Sample, truth: Oracle, name: str
-) -> dict[str, float]:
-    """Largest error of the value and of the first gradient, each over the largest true
-    magnitude. The sample is the function's own, of `variant_sample`."""
-    value, gradient = _value_and_gradient(function, sample.args)
-    pairs = (("loss", value, truth.value), (f"d{name}", gradient, truth.gradient))
-    return {
-        what: ((out.double() - hi).abs().max() / hi.abs().max().clamp_min(1e-300)).item()
-        for what, out, hi in pairs
-    }
+def reason(error: Exception) -> str:
+    """An exception in a record."""
+    return f"{type(error).__name__}: {error}"
 
 
 def synchronised(call: Call, device: torch.device) -> Call:
     """The same call, finished when it returns: for a clock that knows nothing of streams."""
-    if device.type != "cuda":
-        return call
+    synchronise = clock.of(device).synchronise
 
     def wait(i: int) -> Any:
         result = call(i)
-        torch.cuda.synchronize(device)
+        synchronise()
         return result
 
     return wait

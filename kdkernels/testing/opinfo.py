@@ -73,6 +73,17 @@ class Eager:
 
 
 @dataclass(frozen=True)
+class ByRows:
+    """How a loss, as a benchmark times it, comes from some of its rows at a time: it is the sum of
+    the rows' losses over a divisor."""
+
+    # of a sample and the indices [R] of rows: [R], differentiable in the first argument
+    losses: Callable[[Sample, Tensor], Tensor]
+    divisor: Callable[[Tensor], Tensor | float]  # of the losses of all rows
+    independent: bool = False  # a row's gradient comes from its own loss alone
+
+
+@dataclass(frozen=True)
 class BenchShape:
     """A named workload."""
 
@@ -123,6 +134,7 @@ class OpInfo:
     baselines: tuple[str, ...] = ("eager", "compile", "mm")
     eager: Eager | None = None  # what "eager" and "compile" time; None: the definition
     product: Product = GRAM  # what "mm" times
+    by_rows: ByRows | None = None  # in fp64, what a benchmark's errors are measured against
     # Options that choose an algorithm, not a meaning: the definition does not take them.
     algorithm_options: tuple[str, ...] = ("algorithm",)
     # Distributions that do the same work or a part, timed where installed, and other ways to do

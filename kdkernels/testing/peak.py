@@ -34,7 +34,7 @@ def extra_mib(
     """MiB that one call of a variant needs above its inputs; results and gradients count as
     extra."""
     if device.type == "cuda":
-        return _on_gpu(info_name, shape, dtype, mode, variant, device)
+        return on_gpu(_call(info_name, shape, dtype, mode, variant, device), device)
     request = {
         "op": info_name,
         "shape": asdict(shape),
@@ -57,15 +57,8 @@ def _call(
     return bench.timed(bench.variant_function(info, sample, variant), [sample.args], mode, variant)
 
 
-def _on_gpu(
-    info_name: str,
-    shape: BenchShape,
-    dtype: torch.dtype,
-    mode: str,
-    variant: str,
-    device: torch.device,
-) -> float:
-    call = _call(info_name, shape, dtype, mode, variant, device)
+def on_gpu(call: bench.Call, device: torch.device) -> float:
+    """MiB that a call needs above what its process holds."""
     call(0)  # compiles, and fills the caches that stay
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)

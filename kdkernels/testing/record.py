@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One benchmark record: an op on a named shape, all variants in one run, with error, memory and
-where it was measured."""
+"""Benchmark records: an op on a named shape, all variants in one run, with error, memory and where
+it was measured.
+
+Whatever fails is part of a record, with its reason, and what else was asked for is measured.
+"""
 
 from __future__ import annotations
 
+import copy
 import datetime
-import math
 import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -21,11 +23,12 @@ import torch
 
 from kdkernels import _dispatch, _native
 from kdkernels._version import __version__
-from kdkernels.testing import bench, peak, peers
+from kdkernels.testing import bench, clock
+from kdkernels.testing.limit import Limit
 from kdkernels.testing.opinfo import BenchShape, OpInfo
+from kdkernels.testing.work import Progress, Work
 
-SCHEMA = 1
-Progress = Callable[[str, float], None]  # what is being done, and the finished share of it
+SCHEMA = 2
 
 
 @cache
@@ -105,90 +108,87 @@ def default_variants(info: OpInfo, device: torch.device) -> tuple[str, ...]:
 
 
 def run(
+    info: OpInfo, shape: BenchShape, dtype: torch.dtype, mode: str, **options: Any
+) -> dict[str, Any]:
+    """The record of eager calls; arguments as of `records`."""
+    (entry,) = records(info, shape, dtype, mode, **options)
+    return entry
+
+
+def records(
     info: OpInfo,
     shape: BenchShape,
     dtype: torch.dtype,
     mode: str,
     *,
     device: torch.device,
+    timings: Sequence[str] = ("call",),
     variants: Sequence[str] | None = None,
+    refused: dict[str, str] | None = None,
     seconds: float = 5.0,
     rounds: int | None = None,
     memory: bool = True,
     memory_limit: float | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Measure one shape: time of all variants in turns, error against fp64, peak memory, and the
-    ratios between them.
+    limit: Limit | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Measure one shape: error against fp64, peak memory, time of all variants in turns, and the
+    ratios between them. One record for each way of timing, as it ends.
 
     Args:
         info, shape, dtype, mode: What is measured; `mode` is one of `bench.MODES`.
         device: Where.
+        timings: Of `clock.TIMINGS`; with "kernels" alone, neither error nor memory is measured.
         variants: Backends, baselines and peers; by default those of `default_variants`.
+        refused: Variants that are not measured, and what is wrong with them.
         seconds: For all rounds together; at least five are made.
         rounds: Exactly so many instead.
         memory: Whether to measure peak memory, on the CPU in one process per variant.
         memory_limit: Bytes above which a variant is skipped; by default half of what is free.
         progress: Told what is being done.
+        limit: After it nothing new begins, and what was not reached is said.
+
+    Raises:
+        DeviceLostError: after a variant nothing can run on the device.
     """
-    say = progress or (lambda what, share: None)
-    sample = info.bench_sample(shape, device, dtype)
-    limit = bench.memory_limit(device) if memory_limit is None else memory_limit
-    results: dict[str, dict[str, Any]] = {}
-    asked = list(variants or default_variants(info, device))
-    for name in asked:
-        reason = bench.why_skip(info, shape, sample, name, dtype, limit, mode)
-        results[name] = {} if reason is None else {"skipped": reason}
-        if reason is None and name in info.peers:
-            results[name] = {
-                "version": peers.version(name),
-                "computes": peers.get(info, name).computes,
-            }
-    able = [name for name in asked if "skipped" not in results[name]]
-    if "mm" in asked and "mm" not in able:
-        able.append("mm_part")
-        results["mm_part"] = {}
-    torch._dynamo.reset()
-    functions = {name: bench.variant_function(info, sample, name) for name in able}
-    prepared = {name: bench.variant_sample(info, sample, name) for name in able}
+    work = Work(info, shape, dtype, mode, device, progress or (lambda what, share: None))
+    limit = limit or Limit()
+    ready = False
+    for timing in (name for name in clock.TIMINGS if name in timings):
+        late = limit.over()
+        if late is not None:
+            yield _entry(work, timing, not_reached=late)
+            continue
+        try:
+            if not ready:
+                asked = variants or default_variants(info, device)
+                work.prepare(asked, refused or {}, memory_limit)
+                if tuple(timings) != ("kernels",):
+                    work.measure_errors()
+                    if memory:
+                        work.measure_memory()
+                ready = True
+        except clock.DeviceLostError:
+            raise
+        except Exception as error:  # of the shape itself, as its tensors on a full device
+            yield _entry(work, timing, failed=bench.reason(error))
+            continue
+        with work.kept():
+            try:
+                work.time(timing, seconds, rounds)
+            except clock.DeviceLostError:
+                raise
+            except Exception as error:
+                yield _entry(work, timing, failed=bench.reason(error))
+            else:
+                yield _entry(work, timing)
 
-    say("error", 0.0)
-    truth = bench.oracle(info, shape, sample)
-    timed = [name for name in able if not name.startswith("mm")]
-    judged = [n for n in timed if n not in info.peers or peers.get(info, n).whole]
-    for i, name in enumerate(judged):
-        errors = bench.relative_errors(functions[name], prepared[name], truth, info.diff_args[0])
-        # JSON has no NaN; a baseline in half precision may overflow
-        results[name]["error"] = {
-            what: e if math.isfinite(e) else str(e) for what, e in errors.items()
-        }
-        say("error", (i + 1) / len(judged))
-    oracle_name = truth.name
-    del truth
 
-    calls = {}
-    for name in able:
-        calls[name] = bench.timed(
-            functions[name], bench.input_sets(prepared[name], device), mode, name
-        )
-    say("time", 0.0)
-    exactly = {} if rounds is None else {"min_rounds": rounds, "max_rounds": rounds}
-    timings = bench.measure(
-        calls, seconds=seconds, device=device, on_round=lambda share: say("time", share), **exactly
-    )
-    products = {
-        name: info.product.flops(*prepared[name].args) for name in able if name.startswith("mm")
-    }
-    for name, timing in timings.items():
-        results[name]["time_us"] = {
-            key: round(value, 2) for key, value in asdict(timing).items() if key != "rounds"
-        }
-        results[name]["rounds"] = timing.rounds
-    del calls, prepared
-    if memory:
-        _add_memory(info, shape, dtype, mode, device, timed, results, say)
-    _add_ratios(info, shape, dtype, mode, products, results)
-    cost = info.cost(shape, dtype)
+def _entry(work: Work, timing: str, **ended: str) -> dict[str, Any]:
+    """What is known; `ended` says why that is not all, under "failed" or "not_reached"."""
+    info, shape, device = work.info, work.shape, work.device
+    cost = info.cost(shape, work.dtype)
+    facts = environment(device.type)
     return {
         "schema": SCHEMA,
         "op": info.name,
@@ -198,69 +198,17 @@ def run(
             "workload": shape.workload,
             "options": shape.kwargs,
         },
-        "dtype": str(dtype).removeprefix("torch."),
-        "mode": mode,
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "mode": work.mode,
+        "timing": timing,
         "device": device.type,
-        "oracle": oracle_name,
+        "device_name": facts.get("gpu", facts["cpu"]),
+        "oracle": work.oracle,
         "flops": cost.flops,
         "bytes": cost.bytes,
-        "variants": results,
-        "environment": environment(device.type),
+        **ended,
+        "variants": copy.deepcopy(work.results),
+        "environment": facts,
         **version(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
-
-
-def _add_memory(
-    info: OpInfo,
-    shape: BenchShape,
-    dtype: torch.dtype,
-    mode: str,
-    device: torch.device,
-    names: Sequence[str],
-    results: dict[str, dict[str, Any]],
-    say: Progress,
-) -> None:
-    reason = peak.why_not(device)
-    for i, name in enumerate(names):
-        say("memory", i / len(names))
-        if reason is None:
-            results[name]["peak_extra_mib"] = round(
-                peak.extra_mib(info.name, shape, dtype, mode, name, device), 1
-            )
-        else:
-            results[name]["peak_extra_mib_skipped"] = reason
-    say("memory", 1.0)
-
-
-def _add_ratios(
-    info: OpInfo,
-    shape: BenchShape,
-    dtype: torch.dtype,
-    mode: str,
-    products: dict[str, float],
-    results: dict[str, dict[str, Any]],
-) -> None:
-    """Speed-up over eager and over each peer, time in units of the product, and the share of the
-    limit that is reached. `products` are the operations of each product timed."""
-    median = {
-        name: result["time_us"]["p50"] for name, result in results.items() if "time_us" in result
-    }
-    rate = None  # flops per microsecond
-    for name, flops in products.items():
-        rate = flops / median[name]
-        results[name]["gflops_per_second"] = round(rate * 1e-3, 1)
-    for name, time_us in median.items():
-        if name.startswith("mm"):
-            continue
-        if "eager" in median:
-            results[name]["speedup_over_eager"] = round(median["eager"] / time_us, 3)
-        over = {peer: median[peer] / time_us for peer in info.peers if peer in median}
-        if over and name not in info.peers:
-            results[name]["speedup_over"] = {peer: round(x, 3) for peer, x in over.items()}
-        if "mm" in median:
-            results[name]["times_mm"] = round(time_us / median["mm"], 3)
-        if rate is not None and mode == "fwd_bwd":
-            results[name]["percent_of_limit"] = round(
-                100 * info.cost(shape, dtype).flops / rate / time_us, 1
-            )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from functools import cache
+from types import ModuleType
 
 from torch import Tensor
 
@@ -27,15 +29,20 @@ def unavailable() -> str | None:
     return None
 
 
+@cache
+def _launch() -> ModuleType:
+    return importlib.import_module("kdkernels.triton.common.launch")
+
+
 def rejects(tensors: list[Tensor]) -> str | None:
     """Why these tensors cannot be handled; None if they can."""
-    interpreted = importlib.import_module("kdkernels.triton.common.launch").INTERPRETED.value
+    launch = _launch()
     for kind in sorted({tensor.device.type for tensor in tensors}):
-        if kind == "cpu" and not interpreted:
+        if kind == "cpu" and not launch.INTERPRETED.value:
             return (
                 "tensors on the CPU need Triton's interpreter: "
                 "set TRITON_INTERPRET=1 before triton is imported"
             )
         if kind not in ("cpu", "cuda"):
             return f"Triton kernels run on CUDA and ROCm devices, not on {kind}"
-    return None
+    return launch.refuse_arch(launch.arch_of(tensors[0]))

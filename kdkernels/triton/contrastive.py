@@ -2,7 +2,7 @@
 """contrastive on Triton: the operator.
 
 Anchors are taken in chunks whose weights are held; they are made with the distances. What this
-shares with triplet_all is in the modules `_labelled_*` beside this one. Features are fp16, bf16 or
+shares with triplet_all is in `common/pairs.py`. Features are fp16, bf16 or
 fp32; everything accumulates in fp32. Nothing waits for the device.
 """
 
@@ -11,22 +11,24 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.distances import distance_tile, gradient_weight
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import on_device, supports
-from kdkernels.triton.common.pairs import Call, in_order
+from kdkernels.triton.common.pairs import Call, added, joined
 from kdkernels.triton.common.pairs_kernels import store_close
 
 __all__ = ["contrastive_fwd", "supports"]
 
 
-@triton.jit
+@kernel
 def _contrastive_pairs_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
+    given_x_ptr,  # [B, D]
+    given_r_ptr,  # [M, D]
     x_norm_ptr,  # [B] fp32, squared
     r_norm_ptr,  # [M] fp32, squared
     x_label_ptr,  # [B] int64
@@ -57,8 +59,8 @@ def _contrastive_pairs_kernel(
     at_m = tl.minimum(first + local, B - 1)
     at_n = tl.minimum(offs_n, M - 1)
     d, close = distance_tile(
-        x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, at_m, at_n, D, IN_BATCH, DISTANCE, PRECISION, BLOCK_M,
-        BLOCK_N, BLOCK_K,
+        x_ptr, r_ptr, given_x_ptr, given_r_ptr, x_norm_ptr, r_norm_ptr, at_m, at_n, D, IN_BATCH,
+        DISTANCE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     same = tl.load(x_label_ptr + at_m)[:, None] == tl.load(r_label_ptr + at_n)[None, :]
     short = margin - d
@@ -91,6 +93,7 @@ def contrastive_fwd(
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
     exclude: Tensor | None,  # [B] int64
+    normalize: bool,
     margin: float,
     distance: str,
     need_embeddings: bool,
@@ -98,19 +101,24 @@ def contrastive_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, M = len(embeddings), len(references)
     need_references = need_references and not in_batch
-    dx = embeddings.new_zeros(embeddings.shape if need_embeddings else (0,), dtype=torch.float32)
-    dr = references.new_zeros(references.shape if need_references else (0,), dtype=torch.float32)
+    nothing = embeddings.new_empty(0, dtype=torch.float32)
     if B == 0 or M == 0:
-        return dx.new_zeros(()), labels.new_zeros(()), dx, dr
+        dx = torch.zeros_like(embeddings, dtype=torch.float32) if need_embeddings else nothing
+        dr = torch.zeros_like(references, dtype=torch.float32) if need_references else nothing
+        return dx.new_zeros(()), labels.new_zeros(()), dx, dr.clone()
     weights = need_embeddings or need_references
     with on_device(embeddings):
-        call = Call(embeddings, labels, references, reference_labels, in_batch, exclude, distance)
+        call = Call(
+            embeddings, labels, references, reference_labels, in_batch, exclude, normalize, distance
+        )
         chunks = list(call.chunks()) if weights else [(0, B)]
         w = call.new(chunks[0][1] if weights else 0, M)
         counts = [math.prod(call.tiles(rows)) for _, rows in chunks]
         losses = call.new(sum(counts), dtype=torch.float64)
         nonzero = call.new(sum(counts), dtype=torch.int64)
         parts = zip(chunks, losses.split(counts), nonzero.split(counts), strict=True)
+        anchors: list[Tensor] = []
+        others: Tensor | None = None
         for (first, rows), loss, count in parts:
             close = call.new(*(call.tiles(rows) if weights else (0, 0)), dtype=torch.int32)
             _contrastive_pairs_kernel[(len(loss),)](
@@ -121,12 +129,12 @@ def contrastive_fwd(
             )  # fmt: skip
             # in batch from both halves of the weights, which are symmetric
             if need_embeddings:
-                dx[first : first + rows] = call.gradient_of(w[:rows], first, close)
+                anchors.append(call.gradient_of(w[:rows], first, close))
             if need_references:
-                dr += call.gradient_of(w[:rows], first, close, references=True)
-        return (
-            losses.sum().float(),
-            nonzero.sum(),
-            in_order(dx, call.order) if need_embeddings else dx,
-            in_order(dr, call.reference_order) if need_references else dr,
-        )
+                others = added(others, call.gradient_of(w[:rows], first, close, references=True))
+        dx, dr = nothing, torch.empty_like(nothing)
+        if need_embeddings:
+            dx = call.given_gradient(joined(anchors))
+        if need_references:
+            dr = call.given_gradient(others, references=True)
+        return *call.sums(losses, nonzero), dx, dr

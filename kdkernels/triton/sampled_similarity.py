@@ -9,12 +9,14 @@ the device.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import (
     Arch,
     arch_of,
@@ -41,6 +43,7 @@ class Config:
         return split_length(K, splits, self.keys)
 
 
+@cache
 def pick_config(D: int, arch: Arch) -> Config:
     if arch.vendor == "interpreter":  # small enough that samples have several blocks
         return Config(64, 32, 4, arch)
@@ -57,7 +60,7 @@ def _indices(idx_ptr, i, offs_k, K, N, stride_ib, stride_ik):
     return index, (index >= 0) & (index < N), there
 
 
-@triton.jit
+@kernel
 def _sampled_similarity_fwd_kernel(
     x_ptr,  # [B, D]
     bank_ptr,  # [N, D]
@@ -98,7 +101,7 @@ def _sampled_similarity_fwd_kernel(
     tl.store(out_ptr + i.to(tl.int64) * K + offs_k, score, mask=there)
 
 
-@triton.jit
+@kernel
 def _sampled_similarity_bwd_kernel(
     dscore_ptr,  # [B, K] fp32
     bank_ptr,  # [N, D]

@@ -160,6 +160,10 @@ void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
   const std::lock_guard lock(one_grid);
   if (threads == 0 || threads % 32 != 0 || threads > kMaxThreads)
     throw std::runtime_error("a block must have whole warps and at most 1024 threads");
+  if (shared_bytes > most_shared_bytes())
+    throw std::runtime_error("a block asks for " + std::to_string(shared_bytes) +
+                             " bytes of shared memory, and may have " +
+                             std::to_string(most_shared_bytes()));
   const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
   const auto thread_order = order_of(threads), block_order = order_of(blocks);
   body = &thread;
@@ -173,6 +177,11 @@ void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<v
     shared.reset(std::memset(memory, 0xff, shared_bytes));
     run_block(threads, thread_order);
   }
+}
+
+size_t most_shared_bytes() {
+  const char* asked = std::getenv("KDKERNELS_CUDA_HOST_SHARED_KIB");
+  return std::stoul(asked ? asked : "163") << 10;
 }
 
 unsigned char* shared_memory() { return static_cast<unsigned char*>(shared.get()); }
@@ -209,3 +218,8 @@ void wait_copies(int groups_left) {
 }  // namespace kdk::host
 
 void __syncthreads() { kdk::host::meet(kdk::host::arrived, 0, blockDim.x); }
+
+// Returns how many there were since the last call.
+extern "C" __attribute__((visibility("default"))) int64_t kdk_take_differences() {
+  return std::exchange(kdk::host::differences, 0);
+}

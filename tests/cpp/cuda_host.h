@@ -37,6 +37,9 @@ namespace kdk::host {
 // Runs a grid; throws std::runtime_error if its threads cannot go on.
 void run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& thread);
 
+// What a block may have: KDKERNELS_CUDA_HOST_SHARED_KIB, by default as many as on sm_80.
+size_t most_shared_bytes();
+
 // The block's dynamic shared memory: exactly as many bytes as asked for, filled with NaN.
 unsigned char* shared_memory();
 
@@ -44,6 +47,9 @@ unsigned char* shared_memory();
 void copy_later(void* to, const void* from, int bytes);
 void close_copies();
 void wait_copies(int groups_left);
+
+// Pairs of rows whose distances kernels took from differences, which products would have lost.
+inline int64_t differences = 0;
 
 inline int lane() { return static_cast<int>(threadIdx.x) % 32; }
 

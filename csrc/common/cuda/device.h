@@ -30,4 +30,11 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #endif
 }
 
+// Counts pairs of rows whose distances come from differences, on the host only, for tests.
+__device__ __forceinline__ void count_differences([[maybe_unused]] int64_t pairs) {
+#if defined(KDK_CUDA_HOST)
+  kdk::host::differences += pairs;
+#endif
+}
+
 }  // namespace kdk::cuda

@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "../stable.h"
+#include "centre.h"
 #include "product.h"
 #include "properties.h"
 #include "scaled_rows.h"
@@ -119,6 +120,16 @@ inline Source source_of(const Tensor& x, const std::optional<Tensor>& sample_mas
     source.keep_stride = sample_mask->stride(0);
   }
   return source;
+}
+
+// Returns a point [G, D] that the rows of x, [M, D] or [G, M, D], lie around, where products take
+// them less that point. Rows of 16 bits are taken as they are, since their products are exact.
+inline std::optional<Tensor> point_of(const Device& device, const Tensor& x) {
+  if (x.scalar_type() != ScalarType::Float || x.numel() == 0) return std::nullopt;
+  const int64_t G = x.dim() > 2 ? x.size(0) : 1;
+  const Tensor point = device.empty({G, x.size(x.dim() - 1)}, ScalarType::Float);
+  launch_centre({source_of(x), data_of<float>(point), G}, math_of(x, true), device.stream());
+  return point;
 }
 
 // Multiplies row i of x [B, D] by factor i of `factors` [B], both fp32. The result has the dtype

@@ -15,6 +15,7 @@ namespace kdk::cuda {
 // into chunks too.
 inline int processors() { return 4; }
 inline int64_t l2_bytes() { return 1 << 18; }
+inline size_t shared_bytes() { return kdk::host::most_shared_bytes(); }
 
 #else
 
@@ -33,6 +34,7 @@ inline int attribute(cudaDeviceAttr which) {
 // Properties of the current device.
 inline int processors() { return attribute(cudaDevAttrMultiProcessorCount); }
 inline int64_t l2_bytes() { return attribute(cudaDevAttrL2CacheSize); }
+inline size_t shared_bytes() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 #endif
 

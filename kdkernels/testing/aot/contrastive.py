@@ -24,4 +24,6 @@ def call(
     x, y = labelled_rows(B, D, dtype)
     r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
     exclude = y if excludes else None
-    contrastive_fwd(x, y, r, r_y, M is None, exclude, 1.0, distance, True, True)
+    # rows as they are in 16 bits, which tensor cores multiply; unit rows are fp32
+    normalize = dtype == torch.float32
+    contrastive_fwd(x, y, r, r_y, M is None, exclude, normalize, 1.0, distance, True, True)

@@ -12,7 +12,7 @@ of them. A module beside this one, named after an op, lists the calls of the op:
 
 from __future__ import annotations
 
-import inspect
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -22,34 +22,33 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton.backends.compiler import BaseBackend
+from triton.runtime.jit import native_specialize_impl
 
+from kdkernels.testing.fp32 import fp32_products
 from kdkernels.triton.common.launch import Arch, assume_arch
+from kdkernels.triton.common.prepared import every_launch_through_triton
 
-# What kernels are compiled for, with the processors and the cache of a typical product.
+# What kernels are compiled for, with the processors and the cache of a typical product, and what
+# a program may have there.
 TARGETS = {
-    "sm_80": Arch("sm_80", 108, 40 << 20),
-    "sm_90": Arch("sm_90", 132, 50 << 20),
-    "sm_100": Arch("sm_100", 148, 126 << 20),
-    "gfx942": Arch("gfx942", 304, 256 << 20),
+    "sm_80": Arch("sm_80", 108, 40 << 20, 163 << 10),
+    "sm_86": Arch("sm_86", 82, 6 << 20, 99 << 10),
+    "sm_89": Arch("sm_89", 128, 72 << 20, 99 << 10),
+    "sm_90": Arch("sm_90", 132, 50 << 20, 227 << 10),
+    "sm_100": Arch("sm_100", 148, 126 << 20, 227 << 10),
+    "sm_120": Arch("sm_120", 170, 96 << 20, 99 << 10),
+    "gfx942": Arch("gfx942", 304, 256 << 20, 64 << 10),
 }
 
-# What a call is made with: the dtype of its features, and torch's setting for fp32 matmuls.
+# What a call is made with: the dtype of its features, and torch's setting for fp32 products.
 _PRECISIONS = {
-    "fp16": (torch.float16, "highest"),
-    "bf16": (torch.bfloat16, "highest"),
-    "fp32": (torch.float32, "highest"),
-    "tf32": (torch.float32, "high"),
+    "fp16": (torch.float16, "ieee"),
+    "bf16": (torch.bfloat16, "ieee"),
+    "fp32": (torch.float32, "ieee"),
+    "tf32": (torch.float32, "tf32"),
 }
 _EXTRA_TARGET = "sm_90"
-_POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.uint8: "*u8",
-}
 _OPTIONS = ("num_warps", "num_stages")
 
 Calls = Mapping[str, Mapping[str, tuple[Any, ...]]]  # precision -> label -> arguments of a call
@@ -73,67 +72,76 @@ class AotVariant:
     tensor_core: bool  # whether its products belong on tensor cores
 
 
-def variants_of(arch: Arch, op: ModuleType) -> Iterator[AotVariant]:
-    """Each specialisation that the calls of an op compile, once."""
+def variants_of(arch: Arch, op: ModuleType, every: bool = False) -> Iterator[AotVariant]:
+    """Each specialisation that the calls of an op compile, once; `every` call for all targets."""
     groups: tuple[Calls, ...] = (op.EVERYWHERE, op.EXTRA)
     calls = [
         (precision, label, arguments)
-        for group in (groups if arch.name == _EXTRA_TARGET else groups[:1])
+        for group in (groups if every or arch.name == _EXTRA_TARGET else groups[:1])
         for precision, labelled in group.items()
         for label, arguments in labelled.items()
     ]
     names: dict[AotVariant, str] = {}
+    named: dict[str, AotVariant] = {}
     for precision, label, arguments in calls:
-        launched = _launched(arch, precision, op.call, arguments)
-        for variant in launched:
+        together = launched(arch, precision, op.call, arguments)
+        for variant in together:
             if variant in names:
                 continue
-            name = "-".join((variant.name, label, *_facets(variant, launched), precision))
-            if name in names.values():
+            parts = (variant.name, label, *_facets(variant, together))
+            name = "-".join((*parts, precision))
+            if name in named:
+                name = "-".join((*parts, _apart(variant, named[name]), precision))
+            if name in named:
                 raise ValueError(f"two variants would be called {name}")
-            names[variant] = name
+            names[variant], named[name] = name, variant
             yield replace(variant, name=name)
 
 
-def _launched(
+def launched(
     arch: Arch, precision: str, call: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> list[AotVariant]:
     """What one call launches, configured for `arch` and not run, under the names of the kernels."""
-    dtype, fp32_matmul = _PRECISIONS[precision]
-    variants = []
+    dtype, products = _PRECISIONS[precision]
+    with fp32_products(products), recorded(arch, dtype) as variants:
+        call(dtype, *arguments)
+    return variants
+
+
+@contextlib.contextmanager
+def recorded(arch: Arch, dtype: torch.dtype) -> Iterator[list[AotVariant]]:
+    """The launches meanwhile, configured for `arch` and not run, of calls on features of a
+    dtype."""
+    variants: list[AotVariant] = []
 
     def record(kernel: Any, *, grid: Any, warmup: bool, **given: Any) -> None:
         variants.append(_specialise(kernel, given, dtype, arch))
 
-    outer = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(fp32_matmul)
-    try:
-        with assume_arch(arch), mock.patch.object(type(_compilable), "run", record):
-            call(dtype, *arguments)
-    finally:
-        torch.set_float32_matmul_precision(outer)
-    return variants
+    with (
+        assume_arch(arch),
+        every_launch_through_triton(),
+        mock.patch.object(type(_compilable), "run", record),
+    ):
+        yield variants
 
 
 def _specialise(
     kernel: Any, arguments: dict[str, Any], dtype: torch.dtype, arch: Arch
 ) -> AotVariant:
-    """A launch as the JIT specialises it: 1 is a constant, multiples of 16 are noted."""
+    """A launch as the JIT specialises it: except where it is told not to look at an argument, 1 is
+    a constant and multiples of 16 are noted."""
     signature, constexprs, divisible = {}, {}, set()
-    for param, declared in inspect.signature(kernel.fn).parameters.items():
-        value = arguments[param]
-        if "constexpr" in str(declared.annotation) or (isinstance(value, int) and value == 1):
-            signature[param] = "constexpr"
-            constexprs[param] = value
-        elif isinstance(value, Tensor):
-            signature[param] = _POINTERS[value.dtype]
-            divisible.add(param)
-        elif isinstance(value, int):
-            signature[param] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
-                divisible.add(param)
-        else:
-            signature[param] = "fp32"
+    for param in kernel.params:
+        value = arguments[param.name]
+        kind, noted = "constexpr", None
+        if not param.is_constexpr:
+            looks = not param.do_not_specialize
+            kind, noted = native_specialize_impl(BaseBackend, value, param.is_const, looks, True)
+        signature[param.name] = kind
+        if kind == "constexpr":
+            constexprs[param.name] = value
+        elif noted == "D":
+            divisible.add(param.name)
     precision = arguments.get("PRECISION")  # of its products; a kernel without has none
     fp32_product = dtype == torch.float32 and precision == "ieee" and arch.vendor == "cuda"
     return AotVariant(
@@ -148,13 +156,34 @@ def _specialise(
 
 
 def _facets(variant: AotVariant, launched: list[AotVariant]) -> list[str]:
-    """What tells it from other launches of its kernel in one call: flags, multiples of 16."""
+    """What tells it from other launches of its kernel in one call: flags, integers that are 1,
+    multiples of 16."""
 
     def facets(one: AotVariant) -> set[str]:
-        return {param.lower() for param, value in one.constexprs if value} | one.divisible
+        constants = {
+            param.lower() if param.isupper() else f"{param}_1"
+            for param, value in one.constexprs
+            if value
+        }
+        return constants | one.divisible
 
     others = [facets(other) for other in launched if other.kernel is variant.kernel]
     return sorted(facets(variant) - set.intersection(*others))
+
+
+def _apart(variant: AotVariant, other: AotVariant) -> str:
+    """The first thing that tells a variant from another of its kernel, whose name it has."""
+    constants, theirs = dict(variant.constexprs), dict(other.constexprs)
+    for param, value in constants.items():
+        if theirs.get(param) != value:
+            return f"{param.lower()}_{value}"
+    for (param, kind), (_, its) in zip(variant.signature, other.signature, strict=True):
+        if kind != its:
+            return f"{param}_{kind.strip('*')}"
+    for (option, value), (_, its) in zip(variant.options, other.options, strict=True):
+        if value != its:
+            return f"{option}_{value}"
+    return min(variant.divisible ^ other.divisible)
 
 
 def labelled_rows(n: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

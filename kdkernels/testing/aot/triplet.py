@@ -36,6 +36,11 @@ def call(
     x, y = labelled_rows(B, D, dtype)
     r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
     exclude = y if excludes else None
-    results = triplet_fwd(x, y, r, r_y, in_batch, exclude, positives, negatives, distance)
-    dd = torch.empty(B, device="meta")
-    triplet_bwd(dd, dd, x, r, *results, in_batch, True, True, distance)
+    soft, normalize = positives == "easiest", D != 37
+    strategies = positives, negatives
+    options = 0.2, soft, distance
+    total, _, _, losses, *residuals = triplet_fwd(
+        x, y, r, r_y, in_batch, exclude, normalize, *strategies, *options
+    )
+    dloss = losses if soft else total
+    triplet_bwd(dloss, x, r, *residuals, in_batch, normalize, True, True, *options)

@@ -35,4 +35,6 @@ def call(
     x, y = labelled_rows(B, D, dtype)
     r, r_y = (x, y) if M is None else labelled_rows(M, D, dtype)
     rows = x, y, r, r_y, M is None, y if excludes else None
-    triplet_all_fwd(*rows, negatives, 0.2, soft, distance, True, True)
+    # rows as they are in 16 bits, which tensor cores multiply; unit rows are fp32
+    normalize = dtype == torch.float32
+    triplet_all_fwd(*rows, normalize, negatives, 0.2, soft, distance, True, True)

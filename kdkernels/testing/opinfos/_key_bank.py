@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdkernels._similarity import NORM_EPS, similarities
 from kdkernels.reference import _relational_kl as reference
-from kdkernels.testing.opinfo import BenchShape, Cost, Sample, randn
+from kdkernels.testing.opinfo import BenchShape, ByRows, Cost, Sample, randn
 
 # (B, D, K); keys beyond one tile of a kernel, and numbers of them that fill none
 SHAPES = {
@@ -131,6 +131,19 @@ def without_options(sample: Sample) -> None:
         raise ValueError(f"sample must have no option, got {sample.kwargs}")
 
 
+def by_rows(definition: Callable[..., Tensor], keys_at: int) -> ByRows:
+    """Of a mean over rows, each of which sees all keys and no other row."""
+
+    def losses(sample: Sample, rows: Tensor) -> Tensor:
+        args = [x if at == keys_at else x[rows] for at, x in enumerate(sample.args)]
+        options = dict(sample.kwargs)
+        if "exclude" in options:
+            options["exclude"] = options["exclude"][rows]
+        return definition(*args, **options, reduction="none")
+
+    return ByRows(losses, divisor=len, independent=True)
+
+
 def two_products(queries: Tensor, keys: Tensor, *_: Tensor) -> Tensor:
     """Similarities, and what stands in for their derivatives, back to the rows."""
     return (queries @ keys.mT) @ keys
@@ -151,7 +164,8 @@ def memory(shape: BenchShape, dtype: torch.dtype, variant: str) -> float:
     B, D, K = (shape.sizes[name] for name in "BDK")
     if variant == "mm":
         return (B * K + 2 * B * D) * dtype.itemsize
-    acc = 8 if dtype == torch.float64 else 4
+    as_users_write_it = variant in ("eager", "compile")
+    acc = dtype.itemsize if as_users_write_it else max(dtype.itemsize, 4)
     tiles = EAGER_TILES * B * K if variant in ("eager", "compile", "reference") else 0
     copies = 3 * K * D if variant in ("eager", "compile", "reference") else 0
     return (tiles + copies + 8 * B * D) * acc

@@ -50,7 +50,25 @@ def samples(device: torch.device, dtype: torch.dtype) -> Iterator[Sample]:
     s, t = s[:23], t[:23]
     yield Sample("confident", (s * 30, t * 30), cancels=True)
     yield Sample("near", (s + 0.01 * t, s), cancels=True)
+    yield from _ruled_out(pair(6, 83))
     yield Sample("equal_rows", (s[:1].expand(21, -1), t[:1].expand(21, -1)), cancels=True)
+
+
+def _ruled_out(sides: tuple[Tensor, Tensor]) -> Iterator[Sample]:
+    """Minus infinity in blocks of classes, as vocabulary masks and heads that grow put it there."""
+
+    def without(name: str, *out: Tensor, cancels: bool = False) -> Sample:
+        masked = zip(sides, (out * 2)[:2], strict=True)
+        args = tuple(x.masked_fill(where, -torch.inf) for x, where in masked)
+        return Sample(name, args, cancels=cancels)
+
+    B, C = sides[0].shape
+    row, column = (torch.arange(n, device=sides[0].device) for n in (B, C))
+    row = row[:, None]
+    yield without("first_ruled_out", (column < C - 13).expand(B, C))
+    yield without("last_ruled_out", (column >= 13).expand(B, C))
+    yield without("blocks_ruled_out", column < row * C // B, column >= (row + 1) * C // B)
+    yield without("all_but_one", column != C - 1 - row, column != 2 * row, cancels=True)
 
 
 def magnitude(sample: Sample) -> tuple[float, tuple[Tensor]]:

@@ -195,5 +195,6 @@ OPINFOS = [
         magnitude=magnitude,
         subtracts=True,
         memory=bank.memory,
+        by_rows=bank.by_rows(definitions.info_nce, keys_at=1),
     ),
 ]

@@ -13,9 +13,11 @@ from torch import Tensor
 from kdkernels import reference as definitions
 from kdkernels.ops.pkt import pkt
 from kdkernels.reference import _pkt as reference
+from kdkernels.reference._rows import norms
 from kdkernels.testing.opinfo import (
     BadInput,
     BenchShape,
+    ByRows,
     Cost,
     Eager,
     OpInfo,
@@ -168,6 +170,21 @@ def _eager(sample: Sample) -> Callable[..., Tensor]:
     return call
 
 
+def _losses_of_rows(sample: Sample, rows: Tensor) -> Tensor:  # [R]
+    """Sums of the divergence's terms; each row has a normaliser of its own."""
+    divergence = sample.kwargs.get("divergence", "kl")
+    if sample.kwargs.get("kernel", "cosine") != "cosine":
+        raise ValueError(f"sample must have the kernel 'cosine', got {sample.kwargs}")
+
+    def probabilities(x: Tensor) -> Tensor:  # [R, B]
+        u = x / (norms(x, keepdim=True) + reference.NORM_EPS[divergence])
+        k = (u[rows] @ u.T + 1) / 2
+        return k / k.sum(1, keepdim=True)
+
+    p, q = (probabilities(x) for x in sample.args)
+    return reference.terms_of(p, q, divergence).sum(1)
+
+
 EAGER_MATRICES = 9  # B x B, that the definition with autograd holds at its peak, and some room
 
 
@@ -196,6 +213,7 @@ OPINFOS = [
         subtracts=True,
         memory=memory,
         eager=Eager(_eager, prepare=lambda sample: sample),
+        by_rows=ByRows(_losses_of_rows, divisor=lambda losses: len(losses) ** 2),
         algorithm_options=(),
     )
 ]

@@ -180,5 +180,6 @@ OPINFOS = [
         magnitude=magnitude,
         subtracts=True,
         memory=bank.memory,
+        by_rows=bank.by_rows(definitions.relational_kl, keys_at=2),
     ),
 ]

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from kdkernels import reference as definitions
 from kdkernels.ops.triplet_loss import triplet_loss
-from kdkernels.testing.opinfo import BadInput, BenchShape, Cost, OpInfo, Sample
+from kdkernels.reference._rows import norms, unit
+from kdkernels.reference._triplet import pick
+from kdkernels.testing.opinfo import BadInput, BenchShape, ByRows, Cost, OpInfo, Sample
 from kdkernels.testing.opinfos import _labelled
 from kdkernels.testing.opinfos._labelled import shape
 
@@ -53,11 +55,32 @@ def cost(shape: BenchShape, dtype: torch.dtype) -> Cost:
     return Cost(flops=1.0 * B * B * D, bytes=2.0 * B * D * dtype.itemsize)
 
 
+MARGIN = 0.2  # the default of the op
+
+
 def eager(d: Tensor, same: Tensor, other: Tensor) -> Tensor:
     d_ap = torch.where(same & other, d, -torch.inf).amax(1)
     d_an = torch.where(~same, d, torch.inf).amin(1)
-    losses = (d_ap - d_an + 0.2).relu()
-    return losses.sum() / (losses > 0).sum().clamp_min(1)
+    losses = (d_ap - d_an + MARGIN).relu()
+    return losses.sum() / above_zero(losses)
+
+
+def above_zero(losses: Tensor) -> Tensor:
+    return (losses > 0).sum().clamp_min(1)
+
+
+def losses_of_rows(sample: Sample, rows: Tensor) -> Tensor:  # [R]
+    """Of anchors. Their triplets are mined by fp64 products, which may only confuse distances that
+    are equal to the square root of fp64's rounding; the distances are those of the definition."""
+    if sample.kwargs:
+        raise ValueError(f"sample must have no option, got {sample.kwargs}")
+    x, labels = sample.args
+    u = unit(x)
+    with torch.no_grad():
+        d2 = 2 - 2 * u[rows] @ u.T
+        positive, negative, _ = pick(d2, labels[rows], labels, False, rows, "hardest", "hardest")
+    d_ap, d_an = (norms(u[rows] - u[of]) for of in (positive, negative))
+    return torch.where(positive >= 0, (d_ap - d_an + MARGIN).relu(), 0.0)
 
 
 SQUARE_PEERS = ("pytorch-metric-learning",)  # which hold all distances
@@ -77,6 +100,7 @@ OPINFOS = [
         cost=cost,
         memory=_labelled.memory(6, SQUARE_PEERS),
         eager=_labelled.eager(eager),
+        by_rows=ByRows(losses_of_rows, divisor=above_zero),
         magnitude=_labelled.magnitude,
         subtracts=True,
         algorithm_options=(),

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kdkernels._gpu import refuse_fp64
+from kdkernels._gpu import refuse_capability, refuse_fp64
 
 # Decided when triton's decorators run, hence once per process.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
@@ -27,27 +27,67 @@ class Arch:
     name: str  # "sm_90", "gfx942", "interpreter"
     processors: int  # streaming multiprocessors or compute units
     l2_bytes: int
+    shared_bytes: int  # of shared memory that a program may take
 
     @property
     def vendor(self) -> str:
         return {"sm_": "cuda", "gfx": "hip"}.get(self.name[:3], self.name)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether this is an NVIDIA GPU for graphics (compute capability 8.6, 8.9 or 12): with 99
+        KiB a program and 1536 threads a processor, for which the compiler keeps registers low."""
+        return self.vendor == "cuda" and self.shared_bytes < 128 << 10
+
+
+# KiB of shared memory that a program of any kernel takes at most, per generation of GPUs that
+# Triton compiles alike for; `tests/test_triton_targets.py` holds kernels to it.
+SHARED_KIB = {"sm_80": 99, "sm_90": 160, "sm_100": 160, "sm_120": 99, "gfx": 64}
+_GENERATIONS = {8: "sm_80", 9: "sm_90", 10: "sm_100", 11: "sm_100"}  # by major capability
+
+
+def shared_kib(arch: Arch) -> int:
+    """What kernels are held to on an architecture."""
+    if arch.vendor == "hip":
+        return SHARED_KIB["gfx"]
+    major = int(arch.name.removeprefix("sm_")) // 10
+    return SHARED_KIB[_GENERATIONS.get(major, "sm_120")]
+
+
+@cache
+def refuse_arch(arch: Arch) -> str | None:
+    """Why kernels do not run on an architecture, though a forward might; None if all do."""
+    if arch.vendor == "interpreter":
+        return None
+    if arch.vendor == "cuda":
+        reason = refuse_capability(*divmod(int(arch.name.removeprefix("sm_")), 10))
+        if reason is not None:
+            return reason
+    kib, has = shared_kib(arch), arch.shared_bytes // 1024
+    if kib <= has:
+        return None
+    return (
+        f"its kernels take up to {kib} KiB of shared memory, and {arch.name} gives a program {has}"
+    )
+
 
 # With two "processors" and a tiny cache, so that small samples are split and chunked.
-INTERPRETER = Arch("interpreter", 2, 1 << 14)
+INTERPRETER = Arch("interpreter", 2, 1 << 14, 1 << 30)
 
 
 @cache
 def _device_arch(index: int) -> Arch:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        name = properties.gcnArchName.partition(":")[0]
+        name, shared = properties.gcnArchName.partition(":")[0], properties.shared_memory_per_block
     else:
         name = f"sm_{properties.major}{properties.minor}"
-    return Arch(name, properties.multi_processor_count, properties.L2_cache_size)
+        shared = properties.shared_memory_per_block_optin
+    return Arch(name, properties.multi_processor_count, properties.L2_cache_size, shared)
 
 
 _assumed: Arch | None = None
+_AS_IT_IS = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -76,8 +116,10 @@ def supports(*args: Any) -> str | None:
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Launches go to the current device; make it that of the tensor."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    """Launches go to the current device; make it that of the tensor, where it is not."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(tensor.device)
 
 
 def given(x: Tensor | None, other: Tensor) -> Tensor:

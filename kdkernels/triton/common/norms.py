@@ -1,35 +1,72 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Norms of rows, and the gradient through rows that were divided by theirs."""
+"""The gradient through rows that were divided by their norms."""
 
 from __future__ import annotations
 
-import torch
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
+from kdkernels.triton.common.prepared import REMEMBERED, Launch
 
 EPS = tl.constexpr(1e-12)  # the clamp of F.normalize, on the norm
 
 
-def squared_norms(x: Tensor) -> Tensor:
-    """Squared norms of the rows [..., D] in fp32, each rounded once."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square().float()
+@lru_cache(REMEMBERED)
+def _normalise_gradient(shape: tuple[int, ...], strides: tuple[int, ...]) -> Launch:
+    (G, B, D), (stride_g, stride_b, stride_d) = shape, strides
+    return Launch(
+        _normalise_gradient_kernel, (G * cdiv(B, ROWS),), B=B, D=D, stride_g=stride_g,
+        stride_b=stride_b, stride_d=stride_d, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
 
 
 def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:
     """The gradient of features from `v`, that of the unit vectors x / |x| divided by |x|."""
-    G, B, D = x.shape
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    _normalise_gradient_kernel[(G * cdiv(B, ROWS),)](
-        x_ptr=x, v_ptr=v, dx_ptr=dx, B=B, D=D, stride_g=x.stride(0), stride_b=x.stride(1),
-        stride_d=x.stride(2), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
-    )  # fmt: skip
+    dx = x.new_empty(x.shape)
+    _normalise_gradient(x.shape, x.stride())(x_ptr=x, v_ptr=v, dx_ptr=dx)
     return dx
 
 
 @triton.jit
+def row_statistics(
+    x_ptr,  # [N, D], contiguous
+    rows,
+    N,
+    D,
+    NORMALIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(what each row is multiplied by, its squared norm then), fp32.
+
+    The factor is 1, or with NORMALIZE the inverse of the norm, NaN where the norm overflows.
+    """
+    acc = tl.zeros((ROWS, COLUMNS), tl.float64)
+    for column in range(0, D, COLUMNS):
+        cols = column + tl.arange(0, COLUMNS)
+        mask = (rows < N)[:, None] & (cols < D)[None, :]
+        offs = rows.to(tl.int64)[:, None] * D + cols[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float64)
+        acc += x * x
+    squared = tl.sum(acc, 1)
+    norm = squared.to(tl.float32)
+    scale = tl.full((ROWS,), 1.0, tl.float32)
+    if NORMALIZE:
+        length = tl.sqrt(squared)
+        inverse = 1.0 / tl.where(length < EPS, EPS, length)
+        inverse = tl.where(norm < float("inf"), inverse, float("nan"))
+        scale = inverse.to(tl.float32)
+        wide = scale.to(tl.float64)
+        norm = (squared * wide * wide).to(tl.float32)
+    return scale, norm
+
+
+@kernel
 def _normalise_gradient_kernel(
     x_ptr,  # [G, B, D] features
     v_ptr,  # [G, B, D] fp32: the gradient of the unit vectors u = x / |x|, divided by |x|

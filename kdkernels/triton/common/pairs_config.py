@@ -5,11 +5,13 @@ function."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from kdkernels.triton.common.dots import Precision, pick_precision
 from kdkernels.triton.common.launch import MOST_SPLITS, Arch, Tile, cdiv, fill_device
+from kdkernels.triton.common.prepared import REMEMBERED
 
 # Numbers of a buffer of distances or of weights, of which a call holds three at most.
 BUFFER = 1 << 24
@@ -32,6 +34,7 @@ class LabelledConfig:
         return fill_device(self.arch, self.gradient.count(rows, columns), most)
 
 
+@lru_cache(REMEMBERED)
 def pick_config(
     B: int, M: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str, sides: int = 1
 ) -> LabelledConfig:
@@ -47,6 +50,8 @@ def pick_config(
     distances, gradient, buffer = _tiles(dtype, arch, precisions)
     if sides == 2:
         distances = _half(distances, gradient)
+        if arch.narrow:
+            distances = replace(distances, num_stages=2)
     fit = max(1, buffer // max(M, 1) // distances.m) * distances.m
     interpreted = arch.vendor == "interpreter"
     return LabelledConfig(
@@ -78,4 +83,5 @@ def _tiles(dtype: torch.dtype, arch: Arch, precisions: Precision) -> tuple[Tile,
         step = 16 if precisions.factors == "ieee" and arch.vendor == "cuda" else 32
         tile = Tile(64, 64, step, 8, stages)
         return tile, tile, BUFFER
-    return Tile(128, 64, 64, 8, stages), Tile(64, 64, 32, 4, stages), BUFFER
+    gradient = Tile(64, 64, 32, 4, 2 if arch.narrow else stages)
+    return Tile(128, 64, 64, 8, stages), gradient, BUFFER

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kdkernels.triton.common.distances import distance_tile
 from kdkernels.triton.common.dots import dot_split
+from kdkernels.triton.common.jit import kernel
 
 
 @triton.jit
@@ -21,10 +22,12 @@ def store_close(close_ptr, close, m_blocks, n_blocks):
     tl.store(close_ptr + tile, close)
 
 
-@triton.jit
+@kernel
 def _pairs_distances_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
+    given_x_ptr,  # [B, D]
+    given_r_ptr,  # [M, D]
     x_norm_ptr,  # [B] fp32, squared
     r_norm_ptr,  # [M] fp32, squared
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
@@ -45,15 +48,16 @@ def _pairs_distances_kernel(
     local = (tl.program_id(0) % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) // m_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     d, close = distance_tile(
-        x_ptr, r_ptr, x_norm_ptr, r_norm_ptr, tl.minimum(first + local, B - 1),
-        tl.minimum(offs_n, M - 1), D, IN_BATCH, DISTANCE, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+        x_ptr, r_ptr, given_x_ptr, given_r_ptr, x_norm_ptr, r_norm_ptr,
+        tl.minimum(first + local, B - 1), tl.minimum(offs_n, M - 1), D, IN_BATCH, DISTANCE,
+        PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     offs = local.to(tl.int64)[:, None] * M + offs_n[None, :]
     tl.store(d_ptr + offs, d, mask=(local < rows)[:, None] & (offs_n < M)[None, :])
     store_close(close_ptr, close, m_blocks, tl.cdiv(M, BLOCK_N))
 
 
-@triton.jit
+@kernel
 def _pairs_gradient_kernel(
     w_ptr,  # [N, K] fp32 weights; [K, N] if TRANSPOSED
     x_ptr,  # [N, D]

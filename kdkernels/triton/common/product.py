@@ -4,13 +4,75 @@ leaves a chunk of weights, or of derivatives, in the L2 cache."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import Arch, Tile, given, split_length
+from kdkernels.triton.common.prepared import REMEMBERED, Launch
+
+
+@lru_cache(REMEMBERED)
+def _multiply(
+    tile: Tile,
+    arch: Arch,
+    precision: str,
+    shape: tuple[int, int, int],  # M, N, K
+    strides: tuple[tuple[int, int], ...],  # of w, x and the second x
+    stride_keep: int | None,
+    has_scale: bool,
+    has_count: bool,
+    two: bool,
+) -> tuple[Launch, int]:
+    """The launch, and the splits of the contraction."""
+    M, N, K = shape
+    w, x, x2 = strides
+    tiles = tile.count(M, N)
+    length, splits = tile.split(K, tiles, arch)
+    launch = Launch(
+        _product_kernel, (tiles, splits), M=M, N=N, K=K, split_k=length,
+        stride_wg=0, stride_wm=w[0], stride_wk=w[1], stride_xg=0, stride_xk=x[0], stride_xn=x[1],
+        stride_x2k=x2[0], stride_x2n=x2[1], stride_keep=stride_keep or 0, stride_os=M * N,
+        stride_og=0, GROUPED=False, HAS_SCALE=has_scale, HAS_KEEP=stride_keep is not None,
+        HAS_COUNT=has_count, TWO=two, ADD=False, PRECISION=precision, **tile.launch(),
+    )  # fmt: skip
+    return launch, splits
+
+
+def multiply_parts(
+    tile: Tile,
+    arch: Arch,
+    precision: str,
+    w: Tensor,  # [M, K]
+    x: Tensor,  # [K, N]
+    out: Tensor,  # [M, N], contiguous, not empty
+    *,
+    keep: Tensor | None = None,  # [K] int32
+    scale: Tensor | None = None,  # [K]
+    count: Tensor | None = None,  # [] int64
+    second: tuple[Tensor, Tensor] | None = None,  # [M, K] of the strides of w, [K, N]
+) -> Tensor | None:  # [splits, M, N] fp32
+    """`multiply` but for the sum over parts of the contraction, which it returns if there are
+    several. If there is one, it is in `out`."""
+    w2, x2 = (w, x) if second is None else second
+    M, K = w.shape
+    launch, splits = _multiply(
+        tile, arch, precision, (M, x.shape[1], K), (w.stride(), x.stride(), x2.stride()),
+        None if keep is None else keep.stride(0), scale is not None, count is not None,
+        second is not None,
+    )  # fmt: skip
+    parts = out.new_empty((splits, *out.shape), dtype=torch.float32) if splits > 1 else None
+    launch(
+        w_ptr=w, x_ptr=x, w2_ptr=w2, x2_ptr=x2, scale_ptr=given(scale, w), keep_ptr=given(keep, w),
+        count_ptr=given(count, w), out_ptr=given(parts, out),
+    )  # fmt: skip
+    return parts
 
 
 def multiply(
@@ -20,35 +82,35 @@ def multiply(
     w: Tensor,  # [M, K]
     x: Tensor,  # [K, N]
     out: Tensor,  # [M, N], contiguous
-    *,
-    keep: Tensor | None = None,  # [K] int32
-    scale: Tensor | None = None,  # [K]
-    count: Tensor | None = None,  # [] int64
-    second: tuple[Tensor, Tensor] | None = None,  # [M, K] of the strides of w, [K, N]
+    **others: Any,
 ) -> None:
     """out = (scale w) x over all of K, or its first `count`, plus the product of `second`. Only the
-    rows of x that `keep` names are read."""
-    (M, K), N = w.shape, x.shape[1]
+    rows of x that `keep` names are read. The others are those of `multiply_parts`."""
     if out.numel() == 0:
         return
-    tiles = tile.count(M, N)
-    length, splits = tile.split(K, tiles, arch)
-    target = out if splits == 1 else out.new_empty((splits, M, N), dtype=torch.float32)
-    w2, x2 = (w, x) if second is None else second
-    _product_kernel[(tiles, splits)](
-        w_ptr=w, x_ptr=x, w2_ptr=w2, x2_ptr=x2, scale_ptr=given(scale, w),
-        keep_ptr=given(keep, w), count_ptr=given(count, w), out_ptr=target,
-        M=M, N=N, K=K, split_k=length,
-        stride_wg=0, stride_wm=w.stride(0), stride_wk=w.stride(1),
-        stride_xg=0, stride_xk=x.stride(0), stride_xn=x.stride(1),
-        stride_x2k=x2.stride(0), stride_x2n=x2.stride(1),
-        stride_keep=0 if keep is None else keep.stride(0), stride_os=M * N, stride_og=0,
-        GROUPED=False, HAS_SCALE=scale is not None, HAS_KEEP=keep is not None,
-        HAS_COUNT=count is not None, TWO=second is not None, ADD=False, PRECISION=precision,
-        **tile.launch(),
+    parts = multiply_parts(tile, arch, precision, w, x, out, **others)
+    if parts is not None:
+        torch.sum(parts, 0, out=out) if out.dtype == torch.float32 else out.copy_(parts.sum(0))
+
+
+@lru_cache(REMEMBERED)
+def _multiply_groups(
+    tile: Tile,
+    precision: str,
+    shape: tuple[int, int, int, int, int],  # splits, G, M, N, K
+    strides: tuple[tuple[int, ...], ...],  # of w, x and out
+    add: bool,
+) -> Launch:
+    splits, G, M, N, K = shape
+    w, x, out = strides
+    w_group, x_group = (w[0], x[0]) if G > 1 else (0, 0)
+    return Launch(
+        _product_kernel, (G * tile.count(M, N), splits), M=M, N=N, K=K,
+        split_k=split_length(K, splits, tile.k), stride_wg=w_group, stride_wm=w[1], stride_wk=w[2],
+        stride_xg=x_group, stride_xk=x[1], stride_xn=x[2], stride_x2k=0, stride_x2n=0,
+        stride_keep=0, stride_os=out[0], stride_og=out[1], GROUPED=True, HAS_SCALE=False,
+        HAS_KEEP=False, HAS_COUNT=False, TWO=False, ADD=add, PRECISION=precision, **tile.launch(),
     )  # fmt: skip
-    if splits > 1:
-        torch.sum(target, 0, out=out) if out.dtype == torch.float32 else out.copy_(target.sum(0))
 
 
 def multiply_groups(
@@ -62,20 +124,14 @@ def multiply_groups(
 ) -> None:
     """out = w x of each group, in partial sums over splits of K. With `add` out += w x, in one
     split."""
-    (G, M, K), N, splits = w.shape, x.shape[2], len(out)
-    _product_kernel[(G * tile.count(M, N), splits)](
-        w_ptr=w, x_ptr=x, w2_ptr=w, x2_ptr=x, scale_ptr=w, keep_ptr=w, count_ptr=w, out_ptr=out,
-        M=M, N=N, K=K, split_k=split_length(K, splits, tile.k),
-        stride_wg=w.stride(0), stride_wm=w.stride(1), stride_wk=w.stride(2),
-        stride_xg=x.stride(0), stride_xk=x.stride(1), stride_xn=x.stride(2),
-        stride_x2k=0, stride_x2n=0, stride_keep=0,
-        stride_os=out.stride(0), stride_og=out.stride(1),
-        GROUPED=True, HAS_SCALE=False, HAS_KEEP=False, HAS_COUNT=False, TWO=False, ADD=add,
-        PRECISION=precision, **tile.launch(),
+    launch = _multiply_groups(
+        tile, precision, (len(out), *w.shape[:2], x.shape[2], w.shape[2]),
+        (w.stride(), x.stride(), out.stride()), add,
     )  # fmt: skip
+    launch(w_ptr=w, x_ptr=x, w2_ptr=w, x2_ptr=x, scale_ptr=w, keep_ptr=w, count_ptr=w, out_ptr=out)
 
 
-@triton.jit
+@kernel
 def _product_kernel(
     w_ptr,  # [M, K]; [G, M, K] with GROUPED
     x_ptr,  # [K, N]; [G, K, N] with GROUPED

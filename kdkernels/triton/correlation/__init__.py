@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """correlation on Triton: the operator and its launches.
 
-Configurations and kernels are in the modules `_correlation_*` beside this one. Logits are fp16,
-bf16 or fp32; everything else is fp32. Nothing waits for the device.
+Logits are fp16, bf16 or fp32; everything else is fp32, and sums over rows and columns are fp64.
+Nothing waits for the device, and torch adds no kernel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
 from kdkernels.triton.correlation import kernels
-from kdkernels.triton.correlation.config import NUM_WARPS, pick_config
+from kdkernels.triton.correlation.config import BLOCK, NUM_WARPS, pick_config
 
 __all__ = ["correlation_fwd", "supports"]
 
@@ -35,7 +35,7 @@ def correlation_fwd(
         return torch.zeros((), **fp32), dz
     config = pick_config(B, C, arch=arch_of(student))
     splits = cdiv(B, config.split_m)
-    rows = torch.empty((7, B), **fp32)
+    rows, loss = torch.empty((7, B), **fp32), torch.empty((), **fp32)
     moments, columns = torch.empty((splits, 5, C), **fp32), torch.empty((5, C), **fp32)
     sides: dict[str, Any] = {
         "s_ptr": student, "t_ptr": teacher, "rows_ptr": rows, "B": B, "C": C,
@@ -56,12 +56,10 @@ def correlation_fwd(
             **sides, moments_ptr=moments, columns_ptr=columns, eps=eps, split_m=config.split_m,
             splits=splits, CENTERED=centered, BLOCK_C=by_column["BLOCK_C"],
         )  # fmt: skip
-        if need_student:
-            # temperature^2 of the loss, 1 / temperature of the softmax
-            kernels._correlation_gradient_kernel[(row_tiles,)](
-                **along, **by_row, columns_ptr=columns, dz_ptr=dz, centre=centre,
-                row_scale=temperature * row_weight / B,
-                column_scale=temperature * column_weight / C,
-            )  # fmt: skip
-        by_rows, by_columns = (1 - rows[4]).mean(), (1 - columns[2]).mean()
-        return temperature**2 * (row_weight * by_rows + column_weight * by_columns), dz
+        # temperature^2 of the loss, 1 / temperature of the softmax
+        kernels._correlation_gradient_kernel[(row_tiles if need_student else 1,)](
+            **along, **by_row, columns_ptr=columns, dz_ptr=dz, loss_ptr=loss, centre=centre,
+            row_scale=temperature * row_weight / B, column_scale=temperature * column_weight / C,
+            DERIVATIVE=need_student, BLOCK=BLOCK,
+        )  # fmt: skip
+    return loss, dz

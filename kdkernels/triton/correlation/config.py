@@ -4,12 +4,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import triton
 
-from kdkernels.triton.common.launch import MOST_SPLITS, Arch, cdiv, fill_device, split_length
+from kdkernels.triton.common.launch import (
+    MOST_SPLITS,
+    Arch,
+    cdiv,
+    fill_device,
+    split_length,
+)
+from kdkernels.triton.common.prepared import REMEMBERED
 
 NUM_WARPS = 4
+BLOCK = 1024  # correlations that are added up at a time
 
 
 @dataclass(frozen=True)
@@ -21,6 +30,7 @@ class CorrelationConfig:
     split_m: int  # rows that one of those goes through
 
 
+@lru_cache(REMEMBERED)
 def pick_config(B: int, C: int, *, arch: Arch) -> CorrelationConfig:
     elements, most, columns = (256, 32, 16) if arch.vendor == "interpreter" else (1024, 512, 64)
     across = min(triton.next_power_of_2(C), most)

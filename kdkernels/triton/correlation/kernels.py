@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels of correlation: softmax and moments of rows, moments of columns in splits of the rows,
-their merge, and the gradient. Probabilities are computed again in each and never stored."""
+their merge, and loss and gradient. Probabilities are computed again in each and never stored."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from kdkernels.triton.common.jit import kernel
 
 # The table of numbers per row, fp32 [7, B]: maxima and sums of both softmaxes, rho, and
 # the factors self_ and other of the gradient.
@@ -22,11 +24,13 @@ def _logits(x_ptr, rows, cols, valid, stride_row, stride_col, temperature):
 
 @triton.jit
 def _add_logits(z, most, total):
-    """Online maximum and sum of exp(z - maximum); a sum of NaN stays one."""
+    """Online maximum and sum of exp(z - maximum); a sum of NaN stays one. Before the first class
+    that is not ruled out, exp would be of inf - inf, and all that counts is NaN."""
     now = tl.maximum(most, tl.max(z, 1))
-    seen = now > -float("inf")  # before, exp would be of inf - inf
+    seen = now > -float("inf")
     kept = tl.where(seen, tl.exp(most - now), 1.0)
-    return now, total * kept + tl.sum(tl.where(seen[:, None], tl.exp(z - now[:, None]), z * 0.0), 1)
+    terms = tl.where(seen[:, None], tl.exp(z - now[:, None]), tl.where(z == z, 0.0, z))
+    return now, total * kept + tl.sum(terms, 1)
 
 
 @triton.jit
@@ -39,7 +43,7 @@ def _correlate(aa, bb, ab, eps):
     return rho, tl.where(norm_a > 0.0, rho * norm_b / (norm_a * den), 0.0), 1.0 / den
 
 
-@triton.jit
+@kernel
 def _correlation_rows_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -105,7 +109,7 @@ def _probabilities(
     return tl.exp(z - most[:, None]) / total[:, None]
 
 
-@triton.jit
+@kernel
 def _correlation_columns_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -178,7 +182,7 @@ def _correlation_columns_kernel(
     tl.store(at + 4 * C, ab, mask=mask_c)
 
 
-@triton.jit
+@kernel
 def _correlation_merge_kernel(
     s_ptr,  # [B, C]
     t_ptr,  # [B, C]
@@ -264,25 +268,22 @@ def _derivatives(
 
 
 @triton.jit
-def _correlation_gradient_kernel(
-    s_ptr,  # [B, C]
-    t_ptr,  # [B, C]
-    rows_ptr,  # [7, B] fp32
-    columns_ptr,  # [5, C] fp32
-    dz_ptr,  # [B, C] fp32
-    B,
-    C,
-    temperature,
-    centre,
-    row_scale,
-    column_scale,
-    stride_sm,
-    stride_sc,
-    stride_tm,
-    stride_tc,
-    BLOCK_M: tl.constexpr,
+def _sum_of_losses(rho_ptr, count, BLOCK: tl.constexpr):
+    """Of 1 - rho, in fp64."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    for i in range(0, count, BLOCK):
+        offs = i + tl.arange(0, BLOCK)
+        rho = tl.load(rho_ptr + offs, mask=offs < count, other=1.0)
+        total += (1.0 - rho).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _store_derivatives(
+    s_ptr, t_ptr, rows_ptr, columns_ptr, dz_ptr, B, C, temperature, centre, row_scale,
+    column_scale, stride_sm, stride_sc, stride_tm, stride_tc, BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
+):  # fmt: skip
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     inner = tl.zeros((BLOCK_M,), tl.float32)
     for c in range(0, C, BLOCK_C):
@@ -304,3 +305,39 @@ def _correlation_gradient_kernel(
             a * (dy - inner[:, None]),
             mask=(offs_m < B)[:, None] & (offs_c < C)[None, :],
         )
+
+
+@kernel
+def _correlation_gradient_kernel(
+    s_ptr,  # [B, C]
+    t_ptr,  # [B, C]
+    rows_ptr,  # [7, B] fp32
+    columns_ptr,  # [5, C] fp32
+    dz_ptr,  # [B, C] fp32, with DERIVATIVE
+    loss_ptr,  # [] fp32
+    B,
+    C,
+    temperature,
+    centre,
+    row_scale,  # of the derivative by a row's probabilities over temperature; the loss has one more
+    column_scale,
+    stride_sm,
+    stride_sc,
+    stride_tm,
+    stride_tc,
+    DERIVATIVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The loss, by the first program, and its derivatives by the student's logits."""
+    if tl.program_id(0) == 0:
+        by_row = _sum_of_losses(rows_ptr + RHO * B.to(tl.int64), B, BLOCK)
+        by_column = _sum_of_losses(columns_ptr + 2 * C, C, BLOCK)
+        loss = temperature * (row_scale * by_row + column_scale * by_column)
+        tl.store(loss_ptr, loss.to(tl.float32))
+    if DERIVATIVE:
+        _store_derivatives(
+            s_ptr, t_ptr, rows_ptr, columns_ptr, dz_ptr, B, C, temperature, centre, row_scale,
+            column_scale, stride_sm, stride_sc, stride_tm, stride_tc, BLOCK_M, BLOCK_C,
+        )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 from kdkernels._gpu import fp32_matmul, refuse_fp64
 from kdkernels.triton.common.launch import on_device
 from kdkernels.triton.gram_mse import factored, resident, streamed
-from kdkernels.triton.gram_mse.call import Call
+from kdkernels.triton.gram_mse.call import Call, call_of, curve
 
 _FORWARD = {
     "resident": resident.forward,
@@ -46,12 +46,14 @@ def gram_mse_fwd(
     order: int,
     algorithm: str,
 ) -> tuple[Tensor, ...]:
-    call = Call(student, teacher, normalize, kernel, gamma, order, algorithm)
+    call = call_of(student, teacher, normalize, kernel, order, algorithm)
     if student.numel() == teacher.numel() == 0:
-        return _empty(call)
+        return _empty(call, student.device)
     with on_device(student):
-        loss, coef, *grams = _FORWARD[algorithm](call)
-    return loss, coef, *(gram.to(call.kept) for gram in grams)
+        loss, coef, *factors = _FORWARD[algorithm](call, student, teacher, curve(kernel, gamma))
+    if call.kept != torch.float32:
+        factors = [factor.to(call.kept) for factor in factors]
+    return loss, coef, *factors
 
 
 def gram_mse_bwd(
@@ -70,52 +72,44 @@ def gram_mse_bwd(
     order: int,
     algorithm: str,
 ) -> tuple[Tensor, ...]:
-    call = Call(student, teacher, normalize, kernel, gamma, order, algorithm)
-    features = (student, teacher)
-    grads: list[Tensor | None] = [None, None]
+    features, grads = (student, teacher), [student, teacher]
     # an empty side has an empty gradient
     need = (need_student and student.numel() > 0, need_teacher and teacher.numel() > 0)
-    sides = [side for side in range(2) if need[side]]
-    if sides:
-        with on_device(student):
-            # residuals of another backend need not be dense
-            coef = coef.contiguous()
-            gram_student, gram_teacher, cross = (
-                r.float().contiguous() for r in (gram_student, gram_teacher, cross)
-            )
-            grams = (gram_student, gram_teacher)
-            if student.dtype != torch.float32:
-                # fp64 ones are for fp32 features: a rounded coefficient is common to a whole row
-                # of weights, and adds up; against 16 bits that is nothing
-                coef = coef.float()
-            if algorithm == "streamed":
-                grads = streamed.gradients(call, dout, coef, need)
-            elif algorithm == "resident":
-                scales = call.scales()
-                for side in sides:
-                    grads[side] = resident.gradient(
-                        call, side, dout, coef, grams[side], grams[1 - side], scales
-                    )
-            else:
-                scales = call.scales()
-                rows = factored.row_factors(call, coef, need) if call.rows_normalised else {}
-                for side in sides:
-                    row_factor, cross_row = rows.get(("ss", "tt")[side], coef), rows.get("ts", coef)
-                    grads[side] = factored.gradient(
-                        call, side, dout, coef, grams[side], cross, (row_factor, cross_row), scales
-                    )
-    return tuple(
-        features[side].new_empty(features[side].shape if needed else (0,)) if grad is None else grad
-        for side, (needed, grad) in enumerate(zip((need_student, need_teacher), grads, strict=True))
-    )
+    for side, needed in enumerate((need_student, need_teacher)):
+        if not need[side]:
+            grads[side] = features[side].new_empty(features[side].shape if needed else (0,))
+    if not any(need):
+        return tuple(grads)
+    call = call_of(student, teacher, normalize, kernel, order, algorithm)
+    curved = curve(kernel, gamma)
+    with on_device(student):
+        # fp64 coefficients are for fp32 features: a rounded one is common to a whole row of
+        # weights, and adds up; against 16 bits that is nothing
+        coef = _dense(coef, torch.float64 if student.dtype == torch.float32 else torch.float32)
+        if algorithm == "streamed":
+            found = streamed.gradients(call, features, dout, coef, need, curved)
+        elif algorithm == "resident":
+            grams = [_dense(gram, torch.float32) for gram in (gram_student, gram_teacher)]
+            found = resident.gradients(call, features, dout, coef, grams, need, curved)
+        else:
+            factors = [_dense(x, torch.float32) for x in (gram_student, gram_teacher, cross)]
+            found = factored.gradients(call, features, dout, coef, factors, need)
+    for side, grad in found.items():
+        grads[side] = grad
+    return tuple(grads)
 
 
-def _empty(call: Call) -> tuple[Tensor, ...]:
+def _dense(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Residuals of another backend may have other strides, and factors are kept in fp64."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+
+
+def _empty(call: Call, device: torch.device) -> tuple[Tensor, ...]:
     """No rows or no features on either side: every sum is zero."""
     G, B, D_s, D_t = call.sizes
     n_s, n_t = {"resident": (B, B), "streamed": (0, 0), "factored": (D_s, D_t)}[call.algorithm]
     m, n = (D_t, D_s) if call.algorithm == "factored" else (0, 0)
     shapes = ((G,), (G, 5, B), (G, n_s, n_s), (G, n_t, n_t), (G, m, n))
-    zeros = partial(torch.zeros, device=call.student.device)
+    zeros = partial(torch.zeros, device=device)
     dtypes = (torch.float32, torch.float64, call.kept, call.kept, call.kept)
     return tuple(zeros(shape, dtype=d) for shape, d in zip(shapes, dtypes, strict=True))

@@ -17,7 +17,7 @@ class GramMseConfig:
     splits: int  # of the contraction of a product
     pair: Tile  # a tile of both Grams, streamed; square
     pair_weights: Tile  # a tile of both Grams and of the weights of a gradient, streamed
-    weighted: Tile  # weights, made from Grams or loaded, times features
+    weighted: Tile  # weights, made from resident Grams or loaded, times features
     row: Tile  # features times a factor, reduced to row sums
     factored: Tile  # features times factors, added up to a gradient
     chunk: int  # rows of both Grams per launch, streamed; a multiple of pair.m
@@ -44,7 +44,7 @@ def pick_config(
     `fp32_matmul` is `kdkernels._gpu.fp32_matmul()`.
     """
     precision = pick_precision(dtype, arch, fp32_matmul)
-    product, pair, pair_weights, weighted, row, factored = _tiles(dtype, arch, precision)
+    product, pair, pair_weights, weighted, row, factored = _tiles(algorithm, dtype, arch, precision)
 
     def splits(tiles: int, contraction: int, step: int) -> int:
         return fill_device(arch, tiles, min(contraction // (4 * step), MOST_SPLITS))
@@ -72,7 +72,9 @@ def pick_config(
     )
 
 
-def _tiles(dtype: torch.dtype, arch: Arch, precision: Precision) -> tuple[Tile, ...]:
+def _tiles(
+    algorithm: str, dtype: torch.dtype, arch: Arch, precision: Precision
+) -> tuple[Tile, ...]:
     """(product, pair, pair_weights, weighted, row, factored)."""
     if (
         arch.vendor == "interpreter"
@@ -85,18 +87,23 @@ def _tiles(dtype: torch.dtype, arch: Arch, precision: Precision) -> tuple[Tile, 
         step = 16 if precision.features == "ieee" and arch.vendor == "cuda" else 32
         wide = 16 if precision.factors == "ieee" and arch.vendor == "cuda" else 32
         return (
-            Tile(64, 64, step, 8, stages),
+            Tile(64, 64, 32, 8, stages),
             Tile(64, 64, step, 8, stages),
             Tile(64, 64, step, 8, stages),
             Tile(64, 64, step, 8, stages),
             Tile(64, 64, wide, 8, stages),
             Tile(64, 64, wide, 8, stages),
         )
+    # a step of weighted rows in fp16 holds fp32 copies of both, one of made weights two fp32 Grams
+    product = 32 if algorithm == "factored" and dtype == torch.float16 else 64
+    weighted = 32 if algorithm == "resident" else 64
+    # on Blackwell fewer warps leave numbers on the stack
+    wide = arch.name.startswith("sm_10") and (algorithm == "resident" or dtype == torch.float16)
     return (
-        Tile(64, 64, 64, 4, stages),
-        Tile(128, 128, 64, 8, stages),
+        Tile(64, 64, product, 8 if wide else 4, stages),
+        Tile(128, 128, 32 if arch.narrow else 64, 8, stages),
         Tile(128, 64, 64, 8, stages),
-        Tile(64, 128, 64, 4, stages),
+        Tile(64, 128, weighted, 4, stages),
         Tile(64, 64, 32, 4, stages),
         Tile(64, 64, 32, 8, 2),
     )

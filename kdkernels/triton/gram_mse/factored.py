@@ -9,15 +9,21 @@ are fp32, and products with them keep more than 8 or 11 bits of theirs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot_split
-from kdkernels.triton.common.launch import cdiv
+from kdkernels.triton.common.jit import kernel
+from kdkernels.triton.common.launch import COLUMNS, cdiv
 from kdkernels.triton.common.norms import normalise_gradient
-from kdkernels.triton.gram_mse.call import Call, add_splits, coefficients, products, uniform_coef
+from kdkernels.triton.common.prepared import REMEMBERED, Launch
+from kdkernels.triton.gram_mse.call import Call, Curve, add_splits, new, products
+from kdkernels.triton.gram_mse.product import _gram_mse_coef_kernel
 
 
 @triton.jit
@@ -56,14 +62,15 @@ def _features_by_factor(
     return acc
 
 
-@triton.jit
+@kernel
 def _gram_mse_fwd_kernel_factored(
     s_ptr,  # [G, B, D_s]
     t_ptr,  # [G, B, D_t]
     c_ptr,  # [G, D_s, D_s] fp32: C
     k_ptr,  # [G, D_t, D_t] fp32: K
     m_ptr,  # [G, D_t, D_s] fp32: M
-    stats_ptr,  # [parts, G, 3, B] fp32, zeros: a part of r^2, q^2, x per block of features
+    # [parts, G, 3, B] fp32: a part of r^2, q^2, x per block of features
+    stats_ptr,
     G,
     B,
     D_s,
@@ -160,7 +167,7 @@ def _gram_mse_fwd_kernel_factored(
         tl.store(out + B, tl.sum(y * t, 1), mask=mask_m)
 
 
-@triton.jit
+@kernel
 def _gram_mse_bwd_kernel_factored(
     dout_ptr,  # [G], stride_dout apart
     x_ptr,  # [G, B, D_x] features of the side that is differentiated
@@ -267,68 +274,119 @@ def _gram_mse_bwd_kernel_factored(
     )
 
 
-def forward(call: Call) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class _Rows:
+    """One more sweep over the features, and what follows it."""
+
+    sweep: Launch
+    coefficients: Launch
+    parts: int
+
+
+@lru_cache(REMEMBERED)
+def _rows(call: Call) -> _Rows:
     G, B, D_s, D_t = call.sizes
-    tile, precision = call.config.row, call.config.precision.factors
-    weights = dict(zip(("ss", "tt", "ts"), call.scales()[2:], strict=True)) if call.scaled else None
-    parts = products(call, call.student.mT, call.teacher.mT, "ss tt ts", precision, weights)
+    tile = call.config.row
+    n_s, n_t = cdiv(D_s, tile.n), cdiv(D_t, tile.n)
+    sweep = Launch(
+        _gram_mse_fwd_kernel_factored, (G * cdiv(B, tile.m) * (n_s + n_t),), G=G, B=B, D_s=D_s,
+        D_t=D_t, **call.strides, PRECISION=call.config.precision.factors, **tile.launch(),
+    )  # fmt: skip
+    coefficients = Launch(
+        _gram_mse_coef_kernel, (G * cdiv(B, COLUMNS),), G=G, B=B, parts_s=n_s, parts_t=n_t,
+        ROWS=COLUMNS, num_warps=2,
+    )  # fmt: skip
+    return _Rows(sweep, coefficients, max(n_s, n_t))
+
+
+def forward(
+    call: Call,
+    student: Tensor,  # [G, B, D_s]
+    teacher: Tensor,  # [G, B, D_t]
+    _: Curve,
+) -> tuple[Tensor, ...]:
+    G, B = call.sizes[:2]
+    scales = call.scales(student, teacher)
+    weights = dict(zip(("ss", "tt", "ts"), scales[2:], strict=True)) if call.scaled else None
+    parts = products(call, student, teacher, "ss tt ts", factors=True, weights=weights)
     full = add_splits(call, parts)
     factors = full["ss"], full["tt"], full["ts"]
     if not call.rows_normalised:
         square_s, square_t, cross = (
             torch.linalg.vector_norm(f, dim=(1, 2), dtype=torch.float64).square() for f in factors
         )
-        return (square_s + square_t - 2 * cross).clamp_min(0).float(), uniform_coef(call), *factors
-    n_s, n_t = cdiv(D_s, tile.n), cdiv(D_t, tile.n)
-    stats = torch.zeros((max(n_s, n_t), G, 3, B), dtype=torch.float32, device=call.student.device)
-    _gram_mse_fwd_kernel_factored[(G * cdiv(B, tile.m) * (n_s + n_t),)](
-        s_ptr=call.student, t_ptr=call.teacher, c_ptr=factors[0], k_ptr=factors[1],
-        m_ptr=factors[2], stats_ptr=stats, G=G, B=B, D_s=D_s, D_t=D_t, **call.strides,
-        PRECISION=precision, **tile.launch(),
+        loss = (square_s + square_t - 2 * cross).clamp_min(0).float()
+        return loss, uniform_coef(student, G, B), *factors
+    rows = _rows(call)
+    stats = new(student, rows.parts, G, 3, B)
+    rows.sweep(
+        s_ptr=student, t_ptr=teacher, c_ptr=factors[0], k_ptr=factors[1], m_ptr=factors[2],
+        stats_ptr=stats,
     )  # fmt: skip
-    return *coefficients(call, stats), *factors
+    coef, loss = new(student, G, 5, B, dtype=torch.float64), new(student, G, B)
+    rows.coefficients(stats_ptr=stats, coef_ptr=coef, loss_ptr=loss)
+    return loss.sum(1), coef, *factors
 
 
-def gradient(
-    call: Call,
-    side: int,  # 0: student, 1: teacher
-    dout: Tensor,  # [G]
-    coef: Tensor,
-    gram: Tensor,  # [G, D_x, D_x]
-    cross: Tensor,  # [G, D_t, D_s]
-    row_factors: tuple[
-        Tensor, Tensor
-    ],  # X^T diag(b) X, T^T diag(a) S; anything if rows are not normalised
-    scales: Tensor,
-) -> Tensor:
-    x, y = (call.student, call.teacher) if side == 0 else (call.teacher, call.student)
-    G, B, D_x = x.shape
-    D_y, tile = y.shape[2], call.config.factored
-    dx = call.new(G, B, D_x, dtype=torch.float32 if call.scaled else x.dtype)
-    stride_k, stride_n = (
-        (cross.stride(1), cross.stride(2)) if side == 0 else (cross.stride(2), cross.stride(1))
-    )
-    _gram_mse_bwd_kernel_factored[(G * tile.count(B, D_x),)](
-        dout_ptr=dout, x_ptr=x, y_ptr=y, gram_ptr=gram, cross_ptr=cross,
-        row_factor_ptr=row_factors[0], cross_row_ptr=row_factors[1], a_ptr=coef,
-        b_ptr=coef[:, 1 + side], scale_x_ptr=scales[side] if call.scaled else coef,
-        scale_y_ptr=scales[1 - side] if call.scaled else coef, dx_ptr=dx, B=B, D_x=D_x, D_y=D_y,
-        stride_dout=dout.stride(0), stride_coef=coef.stride(0), stride_xg=x.stride(0),
-        stride_xb=x.stride(1), stride_xd=x.stride(2), stride_yg=y.stride(0), stride_yb=y.stride(1),
-        stride_yd=y.stride(2), stride_k=stride_k, stride_n=stride_n,
+def uniform_coef(student: Tensor, G: int, B: int) -> Tensor:
+    """a = -2, b = 2, c = 0: no row is normalised."""
+    coef = student.new_zeros((G, 5, B), dtype=torch.float64)
+    coef[:, 0].fill_(-2.0)
+    coef[:, 1:3].fill_(2.0)
+    return coef
+
+
+@lru_cache(REMEMBERED)
+def _gradient(call: Call, side: int, stride_dout: int) -> Launch:
+    G, B, D_s, D_t = call.sizes
+    D_x, D_y = (D_s, D_t) if side == 0 else (D_t, D_s)
+    x, y = call.student_strides, call.teacher_strides
+    if side == 1:
+        x, y = y, x
+    tile = call.config.factored
+    stride_k, stride_n = (D_s, 1) if side == 0 else (1, D_s)  # of T^T S and its transpose
+    return Launch(
+        _gram_mse_bwd_kernel_factored, (G * tile.count(B, D_x),), B=B, D_x=D_x, D_y=D_y,
+        stride_dout=stride_dout, stride_coef=5 * B, stride_xg=x[0], stride_xb=x[1], stride_xd=x[2],
+        stride_yg=y[0], stride_yb=y[1], stride_yd=y[2], stride_k=stride_k, stride_n=stride_n,
         UNIFORM=not call.rows_normalised, SCALED=call.scaled,
         PRECISION=call.config.precision.factors, **tile.launch(),
     )  # fmt: skip
-    return normalise_gradient(x, dx) if call.scaled else dx
 
 
-def row_factors(call: Call, coef: Tensor, need: tuple[bool, bool]) -> dict[str, Tensor]:
+def gradients(
+    call: Call,
+    features: tuple[Tensor, Tensor],  # [G, B, D_s], [G, B, D_t]
+    dout: Tensor,  # [G]
+    coef: Tensor,
+    factors: list[Tensor],  # [G, D_s, D_s], [G, D_t, D_t], [G, D_t, D_s], contiguous
+    need: tuple[bool, bool],
+) -> dict[int, Tensor]:  # of the sides that are needed: 0 for the student, 1 for the teacher
+    *grams, cross = factors
+    scales = call.scales(*features)
+    rows = _row_factors(call, features, coef, need) if call.rows_normalised else {}
+    grads = {}
+    for side in range(2):
+        if not need[side]:
+            continue
+        x, y = features[side], features[1 - side]
+        dx = new(x, *x.shape, dtype=torch.float32 if call.scaled else x.dtype)
+        _gradient(call, side, dout.stride(0))(
+            dout_ptr=dout, x_ptr=x, y_ptr=y, gram_ptr=grams[side], cross_ptr=cross,
+            row_factor_ptr=rows.get(("ss", "tt")[side], coef), cross_row_ptr=rows.get("ts", coef),
+            a_ptr=coef, b_ptr=coef[:, 1 + side], scale_x_ptr=scales[side] if call.scaled else coef,
+            scale_y_ptr=scales[1 - side] if call.scaled else coef, dx_ptr=dx,
+        )  # fmt: skip
+        grads[side] = normalise_gradient(x, dx) if call.scaled else dx
+    return grads
+
+
+def _row_factors(
+    call: Call, features: tuple[Tensor, Tensor], coef: Tensor, need: tuple[bool, bool]
+) -> dict[str, Tensor]:
     """S^T diag(b_s) S ("ss"), T^T diag(b_t) T ("tt"), T^T diag(a) S ("ts"): as `need` asks."""
     wanted = " ".join(
         name for name, needed in (("ss", need[0]), ("tt", need[1]), ("ts", True)) if needed
     )
     weights = {"ss": coef[:, 1], "tt": coef[:, 2], "ts": coef[:, 0]}
-    parts = products(
-        call, call.student.mT, call.teacher.mT, wanted, call.config.precision.factors, weights
-    )
-    return add_splits(call, parts)
+    return add_splits(call, products(call, *features, wanted, factors=True, weights=weights))

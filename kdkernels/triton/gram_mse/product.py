@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.dots import dot, dot_split
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.norms import EPS
 from kdkernels.triton.common.product import upper_tile
 
@@ -98,7 +99,7 @@ def _store_product(
     tl.store(out_ptr + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :], acc, mask=mask)
 
 
-@triton.jit
+@kernel(counts=("w_ss_ptr", "w_tt_ptr", "w_ts_ptr", "stride_wg"))
 def _gram_mse_product_kernel(
     s_ptr,  # [G, M_s, K_s]
     t_ptr,  # [G, M_t, K_t]
@@ -201,7 +202,7 @@ def _sum_splits(
     tl.store(out_ptr + offs, total, mask=mask)
 
 
-@triton.jit
+@kernel
 def _gram_mse_reduce_kernel(
     ss_parts_ptr,  # [splits, G, M_s, M_s] fp32, as _gram_mse_product_kernel leaves them
     tt_parts_ptr,  # [splits, G, M_t, M_t]
@@ -249,7 +250,7 @@ def _inverse_norms(
     return 1.0 / tl.where(norm < EPS, EPS, norm)  # the where keeps NaN
 
 
-@triton.jit
+@kernel
 def _gram_mse_norms_kernel(
     s_ptr,  # [G, B, D_s]
     t_ptr,  # [G, B, D_t]
@@ -331,18 +332,17 @@ def store_coefficients(
     tl.store(coef_ptr + 4 * B + rows, c_t, mask=mask)
 
 
-@triton.jit
+@kernel(counts=("parts_s", "parts_t"))
 def _gram_mse_coef_kernel(
-    stats_ptr,  # [parts, G, 5 or 3, B] fp32 or fp64: sums of A^2, K^2, A K and, for L1, |A|, |K|
+    stats_ptr,  # [parts, G, 3, B] fp32: parts of the sums of A^2, K^2, A K
     coef_ptr,  # [G, 5, B] fp64
     loss_ptr,  # [G, B] fp32
     G,
     B,
-    parts,
-    L1: tl.constexpr,
+    parts_s,  # of the first and the third; of the second there are parts_t
+    parts_t,
     ROWS: tl.constexpr,
 ):
-    STATS: tl.constexpr = 5 if L1 else 3
     blocks = tl.cdiv(B, ROWS)
     g = (tl.program_id(0) // blocks).to(tl.int64)
     rows = ((tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -350,14 +350,21 @@ def _gram_mse_coef_kernel(
     r2 = tl.zeros((ROWS,), tl.float64)
     q2 = tl.zeros((ROWS,), tl.float64)
     x = tl.zeros((ROWS,), tl.float64)
-    l1_s = tl.zeros((ROWS,), tl.float64)
-    l1_t = tl.zeros((ROWS,), tl.float64)
-    for part in range(parts):
-        ptrs = stats_ptr + (part * G + g) * STATS * B + rows
-        r2 += tl.load(ptrs, mask=mask, other=0.0).to(tl.float64)
-        q2 += tl.load(ptrs + B, mask=mask, other=0.0).to(tl.float64)
-        x += tl.load(ptrs + 2 * B, mask=mask, other=0.0).to(tl.float64)
-        if L1:
-            l1_s += tl.load(ptrs + 3 * B, mask=mask, other=0.0).to(tl.float64)
-            l1_t += tl.load(ptrs + 4 * B, mask=mask, other=0.0).to(tl.float64)
-    store_coefficients(coef_ptr + g * 5 * B, loss_ptr + g * B, rows, B, r2, q2, x, l1_s, l1_t, L1)
+    ptrs = stats_ptr + g * 3 * B + rows
+    step = tl.cast(G, tl.int64) * 3 * B
+    for part in range(tl.maximum(parts_s, parts_t)):
+        mask_s = mask & (part < parts_s)
+        mask_t = mask & (part < parts_t)
+        r2 += tl.load(ptrs, mask=mask_s, other=0.0).to(tl.float64)
+        q2 += tl.load(ptrs + B, mask=mask_t, other=0.0).to(tl.float64)
+        x += tl.load(ptrs + 2 * B, mask=mask_s, other=0.0).to(tl.float64)
+        ptrs += step
+    store_coefficients(coef_ptr + g * 5 * B, loss_ptr + g * B, rows, B, r2, q2, x, r2, q2, False)
+
+
+@triton.jit
+def store_uniform(coef_ptr, rows, B):
+    """a = -2, b = 2, c = 0: no row is normalised."""
+    for c in tl.static_range(5):
+        value = -2.0 if c == 0 else (2.0 if c < 3 else 0.0)
+        tl.store(coef_ptr + c * B + rows, tl.full(rows.shape, value, tl.float64), mask=rows < B)

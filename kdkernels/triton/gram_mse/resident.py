@@ -9,16 +9,21 @@ product with the features.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.dots import dot_weights
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.launch import COLUMNS, ROWS, cdiv
 from kdkernels.triton.common.norms import normalise_gradient
-from kdkernels.triton.gram_mse.call import Call, products
-from kdkernels.triton.gram_mse.product import mirrored, store_coefficients
+from kdkernels.triton.common.prepared import REMEMBERED, Launch
+from kdkernels.triton.gram_mse.call import Call, Curve, new, products
+from kdkernels.triton.gram_mse.product import mirrored, store_coefficients, store_uniform
 from kdkernels.triton.gram_mse.tile import ROW, gram_weights, squared_error
 
 
@@ -31,7 +36,7 @@ def _sum_parts(parts_ptr, source, G, B, splits, mask, ROWS: tl.constexpr, COLUMN
     return total
 
 
-@triton.jit
+@kernel(lengths=("B",))
 def _gram_mse_fwd_kernel_resident(
     ss_parts_ptr,  # [splits, G, B, B] fp32, tiles on or above the diagonal
     tt_parts_ptr,  # [splits, G, B, B]
@@ -46,7 +51,7 @@ def _gram_mse_fwd_kernel_resident(
     splits,
     two_gamma,
     two_gamma_low,
-    slope_factor,
+    loss_factor,
     FORM: tl.constexpr,
     L1: tl.constexpr,
     SCALED: tl.constexpr,
@@ -103,13 +108,11 @@ def _gram_mse_fwd_kernel_resident(
     if FORM == ROW:
         store_coefficients(coef_ptr, loss_ptr, rows, B, r2, q2, x, l1_s, l1_t, L1)
     else:
-        tl.store(loss_ptr + rows, r2.to(tl.float32), mask=rows < B)
-        for c in tl.static_range(5):
-            value = -2.0 if c == 0 else (2.0 if c < 3 else 0.0)
-            tl.store(coef_ptr + c * B + rows, tl.full((ROWS,), value, tl.float64), mask=rows < B)
+        tl.store(loss_ptr + rows, (r2 * loss_factor).to(tl.float32), mask=rows < B)
+        store_uniform(coef_ptr, rows, B)
 
 
-@triton.jit
+@kernel(lengths=("B",))
 def _gram_mse_bwd_kernel_resident(
     dout_ptr,  # [G], stride_dout apart
     x_ptr,  # [G, B, D] features of the side that is differentiated
@@ -189,40 +192,76 @@ def _gram_mse_bwd_kernel_resident(
     tl.store(dx_ptrs, acc.to(dx_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_d[None, :])
 
 
-def forward(call: Call) -> tuple[Tensor, ...]:
+@dataclass(frozen=True)
+class _Forward:
+    finish: Launch
+    split: bool  # whether the product leaves parts to be added
+
+
+@lru_cache(REMEMBERED)
+def _forward(call: Call) -> _Forward:
     G, B = call.sizes[:2]
-    config = call.config
-    parts = products(call, call.student, call.teacher, "ss tt", config.precision.features)
-    full = {
-        name: part[0] if config.splits == 1 else call.new(G, B, B) for name, part in parts.items()
-    }
-    coef, loss = call.new(G, 5, B, dtype=torch.float64), call.new(G, B)
-    _gram_mse_fwd_kernel_resident[(G * cdiv(B, ROWS),)](
-        ss_parts_ptr=parts["ss"], tt_parts_ptr=parts["tt"], scale_ptr=call.scales(),
-        gram_s_ptr=full["ss"], gram_t_ptr=full["tt"], coef_ptr=coef, loss_ptr=loss, G=G, B=B,
-        splits=config.splits, **call.epilogue, BLOCK=config.product.m, ROWS=ROWS,
-        COLUMNS=COLUMNS, num_warps=4,
+    splits = call.config.splits
+    finish = Launch(
+        _gram_mse_fwd_kernel_resident, (G * cdiv(B, ROWS),), G=G, B=B, splits=splits,
+        **call.epilogue, BLOCK=call.config.product.m, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    return call.scale_loss(loss.sum(1)), coef, full["ss"], full["tt"], call.new(G, 0, 0)
+    return _Forward(finish, splits > 1)
 
 
-def gradient(
+def forward(
     call: Call,
-    side: int,  # 0: student, 1: teacher
+    student: Tensor,  # [G, B, D_s]
+    teacher: Tensor,  # [G, B, D_t]
+    curve: Curve,
+) -> tuple[Tensor, ...]:
+    G, B = call.sizes[:2]
+    plan = _forward(call)
+    parts = products(call, student, teacher, "ss tt")
+    gram_s, gram_t = (
+        new(student, G, B, B) if plan.split else part[0] for part in (parts["ss"], parts["tt"])
+    )
+    coef, loss = new(student, G, 5, B, dtype=torch.float64), new(student, G, B)
+    plan.finish(
+        ss_parts_ptr=parts["ss"], tt_parts_ptr=parts["tt"],
+        scale_ptr=call.scales(student, teacher), gram_s_ptr=gram_s, gram_t_ptr=gram_t,
+        coef_ptr=coef, loss_ptr=loss, loss_factor=curve.loss_factor, **curve.exponent,
+    )  # fmt: skip
+    return loss.sum(1), coef, gram_s, gram_t, new(student, G, 0, 0)
+
+
+@lru_cache(REMEMBERED)
+def _gradient(call: Call, side: int, stride_dout: int) -> Launch:
+    G, B, D_s, D_t = call.sizes
+    tile, D = call.config.weighted, (D_s, D_t)[side]
+    stride_g, stride_b, stride_d = (call.student_strides, call.teacher_strides)[side]
+    return Launch(
+        _gram_mse_bwd_kernel_resident, (G * tile.count(B, D),), B=B, D=D, stride_dout=stride_dout,
+        stride_g=stride_g, stride_b=stride_b, stride_d=stride_d, SIDE=side, **call.epilogue,
+        PRECISION=call.config.precision.weights, **tile.launch(),
+    )  # fmt: skip
+
+
+def gradients(
+    call: Call,
+    features: tuple[Tensor, Tensor],  # [G, B, D_s], [G, B, D_t]
     dout: Tensor,  # [G]
     coef: Tensor,
-    gram: Tensor,  # [G, B, B]
-    other: Tensor,  # [G, B, B]
-    scales: Tensor,
-) -> Tensor:
-    x, tile = (call.student, call.teacher)[side], call.config.weighted
-    G, B, D = x.shape
-    dx = call.new(G, B, D, dtype=torch.float32 if call.scaled else x.dtype)
-    _gram_mse_bwd_kernel_resident[(G * tile.count(B, D),)](
-        dout_ptr=dout, x_ptr=x, gram_ptr=gram, other_ptr=other, coef_ptr=coef,
-        scale_ptr=scales[side] if call.scaled else x, dx_ptr=dx, B=B, D=D,
-        stride_dout=dout.stride(0), stride_g=x.stride(0), stride_b=x.stride(1),
-        stride_d=x.stride(2), SIDE=side, **call.epilogue, PRECISION=call.config.precision.weights,
-        **tile.launch(),
-    )  # fmt: skip
-    return normalise_gradient(x, dx) if call.scaled else dx
+    grams: list[Tensor],  # [G, B, B], [G, B, B]
+    need: tuple[bool, bool],
+    curve: Curve,
+) -> dict[int, Tensor]:  # of the sides that are needed: 0 for the student, 1 for the teacher
+    scales = call.scales(*features)
+    grads = {}
+    for side in range(2):
+        if not need[side]:
+            continue
+        x = features[side]
+        dx = new(x, *x.shape, dtype=torch.float32 if call.scaled else x.dtype)
+        _gradient(call, side, dout.stride(0))(
+            dout_ptr=dout, x_ptr=x, gram_ptr=grams[side], other_ptr=grams[1 - side], coef_ptr=coef,
+            scale_ptr=scales[side] if call.scaled else x, dx_ptr=dx,
+            slope_factor=curve.slope_factor, **curve.exponent,
+        )  # fmt: skip
+        grads[side] = normalise_gradient(x, dx) if call.scaled else dx
+    return grads

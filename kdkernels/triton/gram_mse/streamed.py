@@ -10,316 +10,185 @@ is written, then multiplied with the features both ways.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from kdkernels.triton.common.launch import cdiv
 from kdkernels.triton.common.norms import normalise_gradient
+from kdkernels.triton.common.prepared import REMEMBERED, Launch
 from kdkernels.triton.common.product import multiply_groups
-from kdkernels.triton.gram_mse.call import Call, coefficients, uniform_coef
-from kdkernels.triton.gram_mse.product import accumulate
-from kdkernels.triton.gram_mse.tile import ROW, gram_weights, squared_error
+from kdkernels.triton.gram_mse.call import Call, Curve, new
+from kdkernels.triton.gram_mse.streamed_kernels import (
+    _gram_mse_bwd_kernel_streamed,
+    _gram_mse_fwd_kernel_streamed,
+    _gram_mse_gather_kernel,
+)
+
+# Rows whose sums one program adds up, and tiles of which it adds those at once.
+GATHERED, PARTS = 16, 64
 
 
-@triton.jit
-def _pair_of_tiles(
-    s_ptr,
-    t_ptr,
-    scale_ptr,  # [2, stride_scale] fp32: 1 / |s_i|, 1 / |t_i|
-    offs_m,
-    offs_n,
-    B,
-    D_s,
-    D_t,
-    last_s,  # D_s, or 0 for a tile that is not wanted: it comes back as zeros
-    last_t,
-    stride_scale,
-    stride_sb,
-    stride_sd,
-    stride_tb,
-    stride_td,
-    SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    a = accumulate(
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), s_ptr, s_ptr, scale_ptr, offs_m, offs_n, B, B,
-        D_s, 0, last_s, stride_sb, stride_sd, stride_sb, stride_sd, False, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    k = accumulate(
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), t_ptr, t_ptr, scale_ptr, offs_m, offs_n, B, B,
-        D_t, 0, last_t, stride_tb, stride_td, stride_tb, stride_td, False, PRECISION, BLOCK_K,
-    )  # fmt: skip
-    if SCALED:
-        u_m = tl.load(scale_ptr + offs_m, mask=offs_m < B, other=0.0)
-        u_n = tl.load(scale_ptr + offs_n, mask=offs_n < B, other=0.0)
-        a *= u_m[:, None] * u_n[None, :]
-        v_m = tl.load(scale_ptr + stride_scale + offs_m, mask=offs_m < B, other=0.0)
-        v_n = tl.load(scale_ptr + stride_scale + offs_n, mask=offs_n < B, other=0.0)
-        k *= v_m[:, None] * v_n[None, :]
-    return a, k
+@dataclass(frozen=True)
+class _Chunk:
+    """Rows of the Grams that one launch computes, with all columns from the first of them on."""
+
+    first: int
+    m_blocks: int
+    n_blocks: int
+    sweep: Launch
+    gather: Launch | None
 
 
-@triton.jit
-def _gram_mse_fwd_kernel_streamed(
-    s_ptr,  # [G, B, D_s]
-    t_ptr,  # [G, B, D_t]
-    scale_ptr,  # [2 or more, G, B] fp32: 1 / |s_i|, 1 / |t_i|
-    # ROW: [G, n_blocks, STATS, m_blocks BLOCK] fp32 or fp64
-    # else: [G, n_blocks, m_blocks] fp32, the sum of the tile
-    row_sums_ptr,
-    column_sums_ptr,  # ROW: [G, m_blocks, STATS, n_blocks BLOCK] likewise
-    G,
-    B,
-    D_s,
-    D_t,
-    first_row,  # of the chunk; column blocks start there too
-    m_blocks,
-    n_blocks,
-    two_gamma,
-    two_gamma_low,
-    slope_factor,
-    stride_sg,
-    stride_sb,
-    stride_sd,
-    stride_tg,
-    stride_tb,
-    stride_td,
-    FORM: tl.constexpr,
-    L1: tl.constexpr,
-    SCALED: tl.constexpr,
-    ORDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    pid = tl.program_id(0)
-    i = pid % m_blocks
-    j = (pid // m_blocks) % n_blocks
-    g = (pid // m_blocks // n_blocks).to(tl.int64)
-    local_m = i * BLOCK + tl.arange(0, BLOCK)
-    local_n = j * BLOCK + tl.arange(0, BLOCK)
-    wanted = j >= i
-    a, k = _pair_of_tiles(
-        s_ptr + g * stride_sg, t_ptr + g * stride_tg, scale_ptr + g * B, first_row + local_m,
-        first_row + local_n, B, D_s, D_t, tl.where(wanted, D_s, 0), tl.where(wanted, D_t, 0),
-        tl.cast(G, tl.int64) * B, stride_sb, stride_sd, stride_tb, stride_td, SCALED, PRECISION,
-        BLOCK, BLOCK, BLOCK_K,
-    )  # fmt: skip
-    if FORM == ROW:
-        STATS: tl.constexpr = 5 if L1 else 3
-        # similar Grams cancel in r2 + q2 - 2 x, down to the rounding of these products, which
-        # only fp32 features notice
-        if s_ptr.dtype.element_ty == tl.float32:
-            a = a.to(tl.float64)
-            k = k.to(tl.float64)
-        row_ptrs = row_sums_ptr + (g * n_blocks + j) * STATS * m_blocks * BLOCK + local_m
-        column_ptrs = column_sums_ptr + (g * m_blocks + i) * STATS * n_blocks * BLOCK + local_n
-        for stat in tl.static_range(STATS):
-            if stat == 0:
-                term = a * a
-            elif stat == 1:
-                term = k * k
-            elif stat == 2:
-                term = a * k
-            elif stat == 3:
-                term = tl.abs(a)
-            else:
-                term = tl.abs(k)
-            tl.store(row_ptrs + stat * m_blocks * BLOCK, tl.sum(term, 1))
-            # the rows of a tile on the diagonal are its columns
-            tl.store(column_ptrs + stat * n_blocks * BLOCK, tl.where(j > i, tl.sum(term, 0), 0.0))
-    else:
-        total = tl.sum(tl.sum(squared_error(a, k, two_gamma, two_gamma_low, FORM, ORDER), 1), 0)
-        tl.store(
-            row_sums_ptr + (g * n_blocks + j) * m_blocks + i, tl.where(j > i, 2.0 * total, total)
-        )
+@dataclass(frozen=True)
+class _Forward:
+    chunks: list[_Chunk]
+    statistics: int  # per row
+    tiles: int
+    sums: torch.dtype
 
 
-@triton.jit
-def _gram_mse_bwd_kernel_streamed(
-    dout_ptr,  # [G], stride_dout apart
-    s_ptr,  # [G, B, D_s]
-    t_ptr,  # [G, B, D_t]
-    scale_ptr,  # [2 or more, G, B] fp32: 1 / |s_i|, 1 / |t_i|
-    coef_ptr,  # [G, 5, B] fp32 or fp64
-    # weights of the student's gradient: C rows from first_row on, columns from there to B
-    w_s_ptr,  # [G, C, N]
-    w_t_ptr,  # [G, C, N] likewise, the teacher's
-    G,
-    B,
-    D_s,
-    D_t,
-    C,
-    first_row,
-    two_gamma,
-    two_gamma_low,
-    slope_factor,
-    stride_dout,
-    stride_sg,
-    stride_sb,
-    stride_sd,
-    stride_tg,
-    stride_tb,
-    stride_td,
-    NEED_S: tl.constexpr,
-    NEED_T: tl.constexpr,
-    FORM: tl.constexpr,
-    L1: tl.constexpr,
-    SCALED: tl.constexpr,
-    ORDER: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    N = B - first_row
-    m_blocks = tl.cdiv(C, BLOCK_M)
-    n_blocks = tl.cdiv(N, BLOCK_N)
-    pid = tl.program_id(0)
-    g = (pid // m_blocks // n_blocks).to(tl.int64)
-    local_m = (pid % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    local_n = ((pid // m_blocks) % n_blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = first_row + local_m
-    offs_n = first_row + local_n
-    step = tl.cast(G, tl.int64) * B
-    scale_ptr += g * B
-    coef_ptr += g * 5 * B
-    a, k = _pair_of_tiles(
-        s_ptr + g * stride_sg, t_ptr + g * stride_tg, scale_ptr, offs_m, offs_n, B, D_s, D_t, D_s,
-        D_t, step, stride_sb, stride_sd, stride_tb, stride_td, SCALED, PRECISION, BLOCK_M, BLOCK_N,
-        BLOCK_K,
-    )  # fmt: skip
-    dout = tl.load(dout_ptr + g * stride_dout)
-    mask = (local_m < C)[:, None] & (local_n < N)[None, :]
-    offs = (g * C + local_m[:, None]) * N + local_n[None, :]
-    # Divided by both norms: the same weights then serve rows and columns, and give the gradient of
-    # x / |x|, divided by |x|.
-    if NEED_S:
-        w = (
-            gram_weights(
-                a,
-                k,
-                coef_ptr,
-                offs_m,
-                offs_n,
-                B,
-                two_gamma,
-                two_gamma_low,
-                slope_factor,
-                0,
-                FORM,
-                L1,
-                ORDER,
-            )
-            * dout
-        )
-        if SCALED:
-            w *= tl.load(scale_ptr + offs_m, mask=offs_m < B, other=0.0)[:, None]
-            w *= tl.load(scale_ptr + offs_n, mask=offs_n < B, other=0.0)[None, :]
-        tl.store(w_s_ptr + offs, w.to(w_s_ptr.dtype.element_ty), mask=mask)
-    if NEED_T:
-        w = (
-            gram_weights(
-                k,
-                a,
-                coef_ptr,
-                offs_m,
-                offs_n,
-                B,
-                two_gamma,
-                two_gamma_low,
-                slope_factor,
-                1,
-                FORM,
-                L1,
-                ORDER,
-            )
-            * dout
-        )
-        if SCALED:
-            w *= tl.load(scale_ptr + step + offs_m, mask=offs_m < B, other=0.0)[:, None]
-            w *= tl.load(scale_ptr + step + offs_n, mask=offs_n < B, other=0.0)[None, :]
-        tl.store(w_t_ptr + offs, w.to(w_t_ptr.dtype.element_ty), mask=mask)
-
-
-def forward(call: Call) -> tuple[Tensor, ...]:
+@lru_cache(REMEMBERED)
+def _forward(call: Call) -> _Forward:
     G, B, D_s, D_t = call.sizes
-    tile, chunk, scales = call.config.pair, call.config.chunk, call.scales()
-    stats_per_row = 5 if call.normalize == "row_l1" else 3
-    # added up chunk by chunk, in fp64: A^2, K^2, A K, |A|, |K| per row, or the loss
-    shape = (G, stats_per_row, B) if call.rows_normalised else (G,)
-    sum_dtype = (
-        torch.float64 if call.student.dtype == torch.float32 else torch.float32
-    )  # as the kernel forms the terms
-    sums = torch.zeros(shape, dtype=torch.float64, device=call.student.device)
-    for first in range(0, B, chunk):
-        m_blocks, n_blocks = cdiv(min(chunk, B - first), tile.m), cdiv(B - first, tile.m)
-        if call.rows_normalised:
-            row_sums = call.new(G, n_blocks, stats_per_row, m_blocks * tile.m, dtype=sum_dtype)
-            column_sums = call.new(G, m_blocks, stats_per_row, n_blocks * tile.m, dtype=sum_dtype)
-        else:
-            row_sums = column_sums = call.new(G, n_blocks * m_blocks)
-        _gram_mse_fwd_kernel_streamed[(G * m_blocks * n_blocks,)](
-            s_ptr=call.student, t_ptr=call.teacher, scale_ptr=scales, row_sums_ptr=row_sums,
-            column_sums_ptr=column_sums, G=G, B=B, D_s=D_s, D_t=D_t, first_row=first,
-            m_blocks=m_blocks, n_blocks=n_blocks, **call.strides, **call.epilogue,
+    tile, length = call.config.pair, call.config.chunk
+    blocks = [
+        (first, min(length, B - first), cdiv(min(length, B - first), tile.m),
+         cdiv(B - first, tile.m))
+        for first in range(0, B, length)
+    ]  # fmt: skip
+    tiles = sum(m_blocks * n_blocks for *_, m_blocks, n_blocks in blocks)
+    chunks: list[_Chunk] = []
+    first_tile = 0
+    for first, count, m_blocks, n_blocks in blocks:
+        sweep = Launch(
+            _gram_mse_fwd_kernel_streamed, (G * m_blocks * n_blocks,), G=G, B=B, D_s=D_s, D_t=D_t,
+            first_row=first, m_blocks=m_blocks, n_blocks=n_blocks, first_tile=first_tile,
+            tiles=tiles, **call.strides, **call.epilogue,
             PRECISION=call.config.precision.features, **tile.launch_square(),
         )  # fmt: skip
+        gather = None
         if call.rows_normalised:
-            last = min(first + chunk, B)
-            sums[:, :, first:last] += row_sums.sum(1, dtype=torch.float64)[:, :, : last - first]
-            sums[:, :, first:] += column_sums.sum(1, dtype=torch.float64)[:, :, : B - first]
-        else:
-            sums += row_sums.sum(1, dtype=torch.float64)
+            gather = Launch(
+                _gram_mse_gather_kernel, (G * cdiv(B - first, GATHERED),), B=B, first_row=first,
+                count=count, m_blocks=m_blocks, n_blocks=n_blocks, L1=call.normalize == "row_l1",
+                BLOCK=tile.m, ROWS=GATHERED, PARTS=PARTS, num_warps=4,
+            )  # fmt: skip
+        chunks.append(_Chunk(first, m_blocks, n_blocks, sweep, gather))
+        first_tile += m_blocks * n_blocks
+    # as the sweep forms the terms
+    sums = torch.float64 if call.dtype == torch.float32 else torch.float32
+    return _Forward(chunks, 5 if call.normalize == "row_l1" else 3, tiles, sums)
+
+
+def forward(
+    call: Call,
+    student: Tensor,  # [G, B, D_s]
+    teacher: Tensor,  # [G, B, D_t]
+    curve: Curve,
+) -> tuple[Tensor, ...]:
+    G, B = call.sizes[:2]
+    plan, scales = _forward(call), call.scales(student, teacher)
+    coef = new(student, G, 5, B, dtype=torch.float64)
+    inputs = {"s_ptr": student, "t_ptr": teacher, "scale_ptr": scales, "coef_ptr": coef}
     if call.rows_normalised:
-        loss, coef = coefficients(call, sums[None])
+        losses, block = new(student, G, B), call.config.pair.m
+        several = len(plan.chunks) > 1
+        sums = new(student, G, plan.statistics, B, dtype=torch.float64) if several else coef
+        for chunk in plan.chunks:
+            m, n = chunk.m_blocks, chunk.n_blocks
+            row_sums = new(student, G, n, plan.statistics, m * block, dtype=plan.sums)
+            column_sums = new(student, G, m, plan.statistics, n * block, dtype=plan.sums)
+            left = {"row_sums_ptr": row_sums, "column_sums_ptr": column_sums}
+            chunk.sweep(**inputs, **left, **curve.exponent)
+            chunk.gather(**left, sums_ptr=sums, coef_ptr=coef, loss_ptr=losses)
+        loss = losses.sum(1)
     else:
-        loss, coef = call.scale_loss(sums).float(), uniform_coef(call)
-    nothing = call.new(G, 0, 0)
-    return loss, coef, nothing, torch.empty_like(nothing), torch.empty_like(nothing)
+        sums = new(student, G, plan.tiles)
+        for chunk in plan.chunks:
+            chunk.sweep(**inputs, row_sums_ptr=sums, column_sums_ptr=sums, **curve.exponent)
+        loss = sums.sum(1, dtype=torch.float64)
+        if curve.loss_factor != 1.0:
+            loss = loss.mul_(curve.loss_factor)
+        loss = loss.float()
+    return loss, coef, *(new(student, G, 0, 0) for _ in range(3))
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Rows of both Grams of which one launch makes weights."""
+
+    first: int
+    shape: tuple[int, int, int]  # G, rows, columns
+    launch: Launch
+
+
+@lru_cache(REMEMBERED)
+def _weights(call: Call, need: tuple[bool, bool], stride_dout: int) -> list[_Weights]:
+    G, B, D_s, D_t = call.sizes
+    tile, chunk = call.config.pair_weights, call.config.chunk
+    found = []
+    for first in range(0, B, chunk):
+        C, N = min(chunk, B - first), B - first
+        launch = Launch(
+            _gram_mse_bwd_kernel_streamed, (G * tile.count(C, N),), G=G, B=B, D_s=D_s, D_t=D_t,
+            C=C, first_row=first, stride_dout=stride_dout, **call.strides, NEED_S=need[0],
+            NEED_T=need[1], **call.epilogue, PRECISION=call.config.precision.features,
+            **tile.launch(),
+        )  # fmt: skip
+        found.append(_Weights(first, (G, C, N), launch))
+    return found
 
 
 def gradients(
     call: Call,
+    features: tuple[Tensor, Tensor],  # [G, B, D_s], [G, B, D_t]
     dout: Tensor,  # [G]
     coef: Tensor,
-    need: tuple[bool, bool],  # student, teacher
-) -> list[Tensor | None]:
-    G, B, D_s, D_t = call.sizes
-    tile, chunk, scales = call.config.pair_weights, call.config.chunk, call.scales()
-    sides = [side for side in range(2) if need[side]]
-    features = (call.student, call.teacher)
-    sums = {
-        side: torch.zeros(features[side].shape, dtype=torch.float32, device=coef.device)
-        for side in sides
-    }
-    weight_dtype = torch.bfloat16 if call.student.dtype == torch.bfloat16 else torch.float32
-    product = call.config.weighted, call.config.precision.weights
-    for first in range(0, B, chunk):
-        C, N = min(chunk, B - first), B - first
-        weights = {side: call.new(G, C, N, dtype=weight_dtype) for side in sides}
-        some = weights[sides[0]]
-        _gram_mse_bwd_kernel_streamed[(G * tile.count(C, N),)](
-            dout_ptr=dout, s_ptr=call.student, t_ptr=call.teacher, scale_ptr=scales, coef_ptr=coef,
-            w_s_ptr=weights.get(0, some), w_t_ptr=weights.get(1, some), G=G, B=B, D_s=D_s, D_t=D_t,
-            C=C, first_row=first, stride_dout=dout.stride(0), **call.strides, NEED_S=need[0],
-            NEED_T=need[1], **call.epilogue, PRECISION=call.config.precision.features,
-            **tile.launch(),
+    need: tuple[bool, bool],
+    curve: Curve,
+) -> dict[int, Tensor]:  # of the sides that are needed: 0 for the student, 1 for the teacher
+    student, teacher = features
+    scales = call.scales(student, teacher)
+    sums = {side: new(x, *x.shape) for side, x in enumerate(features) if need[side]}
+    dtype = torch.bfloat16 if call.dtype == torch.bfloat16 else torch.float32
+    for chunk in _weights(call, need, dout.stride(0)):
+        weights = {side: new(student, *chunk.shape, dtype=dtype) for side in sums}
+        some = next(iter(weights.values()))
+        chunk.launch(
+            dout_ptr=dout, s_ptr=student, t_ptr=teacher, scale_ptr=scales, coef_ptr=coef,
+            w_s_ptr=weights.get(0, some), w_t_ptr=weights.get(1, some),
+            slope_factor=curve.slope_factor, **curve.exponent,
         )  # fmt: skip
-        for side in sides:
-            w, x, out = weights[side], features[side][:, first:], sums[side][:, first:]
-            parts = call.new(call.config.weighted_splits, G, C, x.shape[2])
-            multiply_groups(*product, w, x, parts, add=False)
-            out[:, :C] += parts.sum(0)
-            if N > C:
-                multiply_groups(*product, w[:, :, C:].mT, x[:, :C], out[None, :, C:], add=True)
-    grads: list[Tensor | None] = [None, None]
-    for side in sides:
-        x = features[side]
-        grads[side] = normalise_gradient(x, sums[side]) if call.scaled else sums[side].to(x.dtype)
-    return grads
+        for side, out in sums.items():
+            _add_weighted(call, weights[side], features[side], out, chunk.first)
+    return {
+        side: normalise_gradient(features[side], dx) if call.scaled else dx.to(call.dtype)
+        for side, dx in sums.items()
+    }
+
+
+def _add_weighted(
+    call: Call,
+    w: Tensor,  # [G, C, N], weights of rows from `first` on
+    x: Tensor,  # [G, B, D]
+    out: Tensor,  # [G, B, D]
+    first: int,
+) -> None:
+    """Adds w x to the rows of a chunk, and w^T x to the rows after it; the first chunk finds
+    nothing there."""
+    product = call.config.weighted, call.config.precision.weights
+    _, C, N = w.shape
+    splits, add = call.config.weighted_splits, first > 0
+    own = out[:, first : first + C]
+    if splits == 1:
+        multiply_groups(*product, w, x[:, first:], own[None], add=add)
+    else:
+        parts = new(x, splits, len(x), C, x.shape[2])
+        multiply_groups(*product, w, x[:, first:], parts, add=False)
+        own.add_(parts.sum(0)) if add else torch.sum(parts, 0, out=own)
+    if N > C:
+        rest = out[None, :, first + C :]
+        multiply_groups(*product, w[:, :, C:].mT, x[:, first : first + C], rest, add=add)

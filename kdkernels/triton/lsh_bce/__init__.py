@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """lsh_bce on Triton: the operators and their launches.
 
-Configurations and kernels are in the modules `_lsh_bce_*` beside this one. Features are fp16, bf16
+Configurations and kernels are in the modules beside this one. Features are fp16, bf16
 or fp32; products accumulate in fp32. Nothing waits for the device.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
 from kdkernels.triton.common.launch import arch_of, cdiv, given, on_device, supports
-from kdkernels.triton.common.product import multiply
+from kdkernels.triton.common.prepared import REMEMBERED, Launch
+from kdkernels.triton.common.product import multiply, multiply_parts
 from kdkernels.triton.lsh_bce import kernels
-from kdkernels.triton.lsh_bce.config import ELEMENTS, LshBceConfig, pick_config
+from kdkernels.triton.lsh_bce.config import ELEMENTS, LOSSES, PARTS, LshBceConfig, pick_config
 
 __all__ = ["lsh_bce_bwd", "lsh_bce_encode", "lsh_bce_fwd", "supports"]
 
@@ -29,16 +32,11 @@ def lsh_bce_encode(
     if codes.numel() == 0:
         return codes
     config = _config(features)
-    tile = config.project
+    launch = _encoding(
+        config, (B, N, D), (*features.stride(), *weight.stride()), _stride(bias)
+    )  # fmt: skip
     with on_device(features):
-        kernels._lsh_bce_encode_kernel[(tile.count(B, N),)](
-            x_ptr=features, w_ptr=weight, b_ptr=given(bias, features),
-            codes_ptr=codes, B=B, N=N, D=D,
-            stride_xm=features.stride(0), stride_xd=features.stride(1),
-            stride_wn=weight.stride(0), stride_wd=weight.stride(1),
-            stride_b=0 if bias is None else bias.stride(0),
-            HAS_BIAS=bias is not None, PRECISION=config.precision, **tile.launch(),
-        )  # fmt: skip
+        launch(x_ptr=features, w_ptr=weight, b_ptr=given(bias, features), codes_ptr=codes)
     return codes
 
 
@@ -55,7 +53,9 @@ def lsh_bce_fwd(
     if B == 0 or N == 0:
         return torch.zeros(B, **fp32), torch.zeros((B, D) if need_student else (0,), **fp32)
     config = _config(student)
-    partial = torch.empty((cdiv(N, config.project.n), B), **fp32)
+    tiles = cdiv(N, config.project.n)
+    partial = torch.empty((tiles, B), **fp32)
+    loss = torch.empty(B, **fp32) if tiles > 1 else partial[0]
     dloss = torch.empty((B, D) if need_student else (0,), **fp32)
     row_bytes = N * student.itemsize if need_student else 0
     step = config.chunk(B, row_bytes, config.project.m)
@@ -63,16 +63,21 @@ def lsh_bce_fwd(
         mask = _loadable(sample_mask)
         dz = student.new_empty((step, N)) if need_student else None
         for first in range(0, B, step):
-            rows = slice(first, min(first + step, B))
-            keep = None if mask is None else mask[rows]
-            derivatives = None if dz is None else dz[: rows.stop - first]
+            rows = None if step >= B else slice(first, min(first + step, B))
+            derivatives = dz if dz is None or rows is None else dz[: rows.stop - first]
+            sums = partial if rows is None else partial[:, rows]
             _project(
-                config, student[rows], codes[rows], weight, bias, keep,
-                loss=partial[:, rows], dz=derivatives,
+                config, _part(student, rows), _part(codes, rows), weight, bias, _part(mask, rows),
+                loss=sums, dz=derivatives,
             )  # fmt: skip
-            if derivatives is not None:
-                _multiply(config, derivatives, weight, None, dloss[rows])
-    return partial.sum(0) if len(partial) > 1 else partial[0], dloss
+            ds = _part(dloss, rows) if need_student else None
+            parts = None
+            if derivatives is not None and D > 0:
+                parts = multiply_parts(
+                    config.product, config.arch, config.weights, derivatives, weight, ds
+                )
+            _finish(sums, _part(loss, rows), parts, ds)
+    return loss, dloss
 
 
 def lsh_bce_bwd(
@@ -92,7 +97,8 @@ def lsh_bce_bwd(
     db = weight.new_empty(weight.shape[:1] if need_bias else (0,))
     with on_device(student):
         if ds.numel() > 0:
-            _scale(dout, dloss, ds)
+            launch = _scaling(ds.numel(), ds.shape[1], dout.stride(0))
+            launch(dout_ptr=dout, dloss_ptr=dloss.contiguous(), ds_ptr=ds)
         if student.shape[0] == 0:
             dw.zero_()
             db.zero_()
@@ -132,7 +138,10 @@ def _weight_gradients(
             factor=dout, dz=derivatives, db=sums if dbias.numel() > 0 else None,
         )  # fmt: skip
         if derivatives is not None:
-            _multiply(config, derivatives.T, student, mask, dweight[part])
+            multiply(
+                config.product, config.arch, config.weights, derivatives.T, student, dweight[part],
+                keep=mask,
+            )  # fmt: skip
         if dbias.numel() > 0:
             dbias[part] = sums.sum(0)
 
@@ -151,6 +160,15 @@ def _loadable(sample_mask: Tensor | None) -> Tensor | None:
     return None if sample_mask is None else sample_mask.to(torch.int32)
 
 
+def _part(x: Tensor | None, rows: slice | None) -> Tensor | None:
+    """Some rows, or all of them."""
+    return x if x is None or rows is None else x[rows]
+
+
+def _stride(x: Tensor | None) -> int | None:
+    return None if x is None else x.stride(0)
+
+
 def _project(
     config: LshBceConfig,
     student: Tensor,  # [B, D]
@@ -164,44 +182,88 @@ def _project(
     dz: Tensor | None = None,  # [B, N]
     db: Tensor | None = None,  # [tiles of B, N]
 ) -> None:
-    (B, D), N = student.shape, weight.shape[0]
-    tile = config.project
-
-    def stride(x: Tensor | None) -> int:
-        return 0 if x is None else x.stride(0)
-
-    kernels._lsh_bce_project_kernel[(tile.count(B, N),)](
+    launch = _projection(
+        config, (len(student), *weight.shape),
+        (*student.stride(), *codes.stride(), *weight.stride()),
+        (_stride(bias), _stride(keep), _stride(factor), _stride(loss)),
+        dz is not None, db is not None,
+    )  # fmt: skip
+    launch(
         s_ptr=student, codes_ptr=codes, w_ptr=weight, b_ptr=given(bias, codes),
-        keep_ptr=given(keep, codes), factor_ptr=given(factor, codes),
-        loss_ptr=given(loss, codes), dz_ptr=given(dz, codes), db_ptr=given(db, codes),
-        B=B, N=N, D=D,
-        stride_sm=student.stride(0), stride_sd=student.stride(1),
-        stride_cm=codes.stride(0), stride_cn=codes.stride(1),
-        stride_wn=weight.stride(0), stride_wd=weight.stride(1),
-        stride_b=stride(bias), stride_keep=stride(keep), stride_factor=stride(factor),
-        stride_loss=stride(loss),
-        HAS_BIAS=bias is not None, HAS_MASK=keep is not None, HAS_FACTOR=factor is not None,
-        LOSS=loss is not None, DZ=dz is not None, DB=db is not None,
+        keep_ptr=given(keep, codes), factor_ptr=given(factor, codes), loss_ptr=given(loss, codes),
+        dz_ptr=given(dz, codes), db_ptr=given(db, codes),
+    )  # fmt: skip
+
+
+def _finish(
+    partial: Tensor,  # [tiles, B], unit stride along B
+    loss: Tensor,  # [B]; one tile is the loss
+    parts: Tensor | None,  # [splits, B, D]
+    dloss: Tensor | None,  # [B, D], which the parts add up to
+) -> None:
+    """Adds what tiles of directions left, in one launch; none if there is nothing to add."""
+    tiles, B = partial.shape
+    splits, count = (1, 0) if parts is None else (len(parts), parts[0].numel())
+    if tiles > 1 or splits > 1:
+        _finishing(tiles, B, partial.stride(0), splits, count)(
+            partial_ptr=partial, loss_ptr=loss, parts_ptr=given(parts, partial),
+            dloss_ptr=given(dloss, partial) if splits > 1 else partial,
+        )  # fmt: skip
+
+
+@lru_cache(REMEMBERED)
+def _encoding(
+    config: LshBceConfig,
+    sizes: tuple[int, int, int],  # B, N, D
+    strides: tuple[int, ...],  # of features and weight
+    stride_bias: int | None,
+) -> Launch:
+    B, N, D = sizes
+    tile = config.project
+    return Launch(
+        kernels._lsh_bce_encode_kernel, (tile.count(B, N),), B=B, N=N, D=D, stride_xm=strides[0],
+        stride_xd=strides[1], stride_wn=strides[2], stride_wd=strides[3],
+        stride_b=stride_bias or 0, HAS_BIAS=stride_bias is not None, PRECISION=config.precision,
+        **tile.launch(),
+    )  # fmt: skip
+
+
+@lru_cache(REMEMBERED)
+def _projection(
+    config: LshBceConfig,
+    sizes: tuple[int, int, int],  # B, N, D
+    strides: tuple[int, ...],  # of student, codes and weight
+    optional: tuple[int | None, ...],  # strides of bias, keep, factor and loss
+    has_dz: bool,
+    has_db: bool,
+) -> Launch:
+    B, N, D = sizes
+    tile = config.project
+    bias, keep, factor, loss = optional
+    return Launch(
+        kernels._lsh_bce_project_kernel, (tile.count(B, N),), B=B, N=N, D=D, stride_sm=strides[0],
+        stride_sd=strides[1], stride_cm=strides[2], stride_cn=strides[3], stride_wn=strides[4],
+        stride_wd=strides[5], stride_b=bias or 0, stride_keep=keep or 0, stride_factor=factor or 0,
+        stride_loss=loss or 0, HAS_BIAS=bias is not None, HAS_MASK=keep is not None,
+        HAS_FACTOR=factor is not None, LOSS=loss is not None, DZ=has_dz, DB=has_db,
         PRECISION=config.precision, **tile.launch(),
     )  # fmt: skip
 
 
-def _multiply(
-    config: LshBceConfig,
-    a: Tensor,  # [M, K]
-    x: Tensor,  # [K, N]
-    keep: Tensor | None,  # [K], which rows of x are read
-    out: Tensor,  # [M, N], contiguous
-) -> None:
-    multiply(config.product, config.arch, config.weights, a, x, out, keep=keep)
+@lru_cache(REMEMBERED)
+def _finishing(tiles: int, B: int, stride: int, splits: int, count: int) -> Launch:
+    sums = cdiv(B, LOSSES) if tiles > 1 else 0
+    elements = cdiv(count, ELEMENTS) if splits > 1 else 0
+    return Launch(
+        kernels._lsh_bce_finish_kernel, (sums + elements,), B=B, tiles=tiles, stride_partial=stride,
+        splits=splits, count=count, loss_programs=sums, ROWS=LOSSES, PARTS=PARTS, BLOCK=ELEMENTS,
+        num_warps=4,
+    )  # fmt: skip
 
 
-def _scale(
-    dout: Tensor,  # [B]
-    dloss: Tensor,  # [B, D]
-    ds: Tensor,  # [B, D]
-) -> None:
-    kernels._lsh_bce_bwd_kernel_scale[(cdiv(ds.numel(), ELEMENTS),)](
-        dout_ptr=dout, dloss_ptr=dloss.contiguous(), ds_ptr=ds, D=ds.shape[1], count=ds.numel(),
-        stride_dout=dout.stride(0), BLOCK=ELEMENTS,
+@lru_cache(REMEMBERED)
+def _scaling(count: int, D: int, stride_dout: int) -> Launch:
+    return Launch(
+        kernels._lsh_bce_bwd_kernel_scale, (cdiv(count, ELEMENTS),), D=D, count=count,
+        stride_dout=stride_dout, BLOCK=ELEMENTS,
     )  # fmt: skip

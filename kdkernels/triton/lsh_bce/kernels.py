@@ -12,6 +12,7 @@ import triton.language as tl
 
 from kdkernels.triton.common.dots import dot
 from kdkernels.triton.common.exp_math import two_atanh
+from kdkernels.triton.common.jit import kernel
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def _project(
     return acc
 
 
-@triton.jit
+@kernel
 def _lsh_bce_encode_kernel(
     x_ptr,  # [B, D]
     w_ptr,  # [N, D]
@@ -102,7 +103,7 @@ def _lsh_bce_encode_kernel(
     )
 
 
-@triton.jit
+@kernel
 def _lsh_bce_project_kernel(
     s_ptr,  # [B, D]
     codes_ptr,  # [B, ceil(N / 8)] uint8
@@ -182,7 +183,46 @@ def _lsh_bce_project_kernel(
             tl.store(db_ptr + i.to(tl.int64) * N + offs_n, tl.sum(dz, 0), mask=offs_n < N)
 
 
-@triton.jit
+@kernel(counts=("loss_programs", "stride_partial"))
+def _lsh_bce_finish_kernel(
+    partial_ptr,  # [tiles, B] fp32, stride_partial apart: losses
+    loss_ptr,  # [B] fp32
+    parts_ptr,  # [splits, count] fp32: of the derivative by the student
+    dloss_ptr,  # [count] fp32
+    B,
+    tiles,
+    stride_partial,
+    splits,
+    count,
+    loss_programs,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first programs add up losses, the others derivatives."""
+    pid = tl.program_id(0)
+    if pid < loss_programs:
+        rows = pid * ROWS + tl.arange(0, ROWS)
+        loss = tl.zeros((ROWS,), tl.float32)
+        for first in range(0, tiles, PARTS):
+            part = first + tl.arange(0, PARTS)
+            losses = tl.load(
+                partial_ptr + part.to(tl.int64)[:, None] * stride_partial + rows[None, :],
+                mask=(part < tiles)[:, None] & (rows < B)[None, :],
+                other=0.0,
+            )
+            loss += tl.sum(losses, 0)
+        tl.store(loss_ptr + rows, loss, mask=rows < B)
+    else:
+        offs = (pid - loss_programs).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        dloss = tl.zeros((BLOCK,), tl.float32)
+        for split in range(splits):
+            source = parts_ptr + tl.cast(split, tl.int64) * count
+            dloss += tl.load(source + offs, mask=offs < count, other=0.0)
+        tl.store(dloss_ptr + offs, dloss, mask=offs < count)
+
+
+@kernel
 def _lsh_bce_bwd_kernel_scale(
     dout_ptr,  # [B]
     dloss_ptr,  # [B, D]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from kdkernels._gpu import fp32_matmul
+from kdkernels.triton.common.centre import Rows, centred
 from kdkernels.triton.common.distances import DISTANCES
 from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
-from kdkernels.triton.common.norms import EPS, normalise_gradient, squared_norms
+from kdkernels.triton.common.norms import EPS, normalise_gradient
 from kdkernels.triton.pairwise import kernels
 from kdkernels.triton.pairwise.config import PairwiseConfig, pick_config
 
@@ -38,12 +39,12 @@ def pairwise_fwd(
             tile = config.values
             n_m, n_n = cdiv(N, tile.m), cdiv(M, tile.n)
             tiles = n_m * (n_m + 1) // 2 if others is None else n_m * n_n
-            norms = _norms(rows, metric)
+            a, b = _sides(rows, others, metric)
             kernels._pairwise_fwd_kernel[(G * tiles,)](
-                x_ptr=rows, y_ptr=rows if others is None else others, x_norm_ptr=norms,
-                y_norm_ptr=norms if others is None else _norms(others, metric), out_ptr=out,
-                N=N, M=M, D=D, gamma=gamma, IN_BATCH=others is None, METRIC=_METRICS[metric],
-                PRODUCT=metric in _PRODUCTS, PRECISION=config.value_precision, **tile.launch(),
+                x_ptr=a.x, y_ptr=b.x, given_x_ptr=a.given, given_y_ptr=b.given, x_norm_ptr=a.norm,
+                y_norm_ptr=b.norm, out_ptr=out, N=N, M=M, D=D, gamma=gamma,
+                IN_BATCH=others is None, METRIC=_METRICS[metric], PRODUCT=metric in _PRODUCTS,
+                PRECISION=config.value_precision, **tile.launch(),
             )  # fmt: skip
     return out
 
@@ -58,45 +59,43 @@ def pairwise_bwd(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = _groups(x)
-    others = rows if y is None else _groups(y)
+    rows, others = _groups(x), None if y is None else _groups(y)
     d = dout[None] if dout.dim() == 2 else dout
     values = d if out is None else _groups(out)  # of products a pointer that no kernel follows
     dx, dy = x.new_empty(0), x.new_empty(0)
     with on_device(x):
-        config, norms = _config(x, metric), _norms(rows, metric)
-        other_norms = norms if y is None else _norms(others, metric)
-        options = config, metric, gamma, y is None
+        options = _config(x, metric), metric, gamma, y is None
+        a, b = _sides(rows, others, metric)
         if need_x:
-            sides = (rows, norms), (others, other_norms)
-            dx = _gradient(d, values, *sides, *options).reshape(x.shape)
+            dx = _gradient(d, values, a, b, *options).reshape(x.shape)
         if need_y:
-            sides = (others, other_norms), (rows, norms)
-            dy = _gradient(d.mT, values.mT, *sides, *options).reshape(y.shape)
+            dy = _gradient(d.mT, values.mT, b, a, *options).reshape(y.shape)
     return dx, dy
 
 
 def _gradient(
     dout: Tensor,  # [G, N, M], any strides
     values: Tensor,  # [G, N, M], any strides but that of the groups
-    side: tuple[Tensor, Tensor],  # [G, N, D] and its norms
-    other: tuple[Tensor, Tensor],  # [G, M, D] and its norms
+    side: Rows,  # [G, N, D]
+    other: Rows,  # [G, M, D]
     config: PairwiseConfig,
     metric: str,
     gamma: float,
     in_batch: bool,
 ) -> Tensor:  # [G, N, D]
-    (x, x_norm), (y, y_norm) = side, other
-    (G, N, D), M, tile = x.shape, y.shape[1], config.gradient
+    x = side.given
+    (G, N, D), M, tile = x.shape, other.x.shape[1], config.gradient
     if x.numel() == 0 or M == 0:
         return torch.zeros_like(x)
     tiles = G * tile.count(N, D)
     length, splits = tile.split(M, tiles, config.arch)
     parts = x.new_empty((splits, G, N, D), dtype=torch.float32)
     kernels._pairwise_bwd_kernel[(tiles, splits)](
-        dout_ptr=dout, out_ptr=values, x_ptr=x, y_ptr=y, x_norm_ptr=x_norm, y_norm_ptr=y_norm,
-        dx_ptr=parts, G=G, N=N, M=M, D=D, gamma=gamma, split_length=length,
-        stride_dg=dout.stride(0), stride_dn=dout.stride(1), stride_dm=dout.stride(2),
+        dout_ptr=dout, out_ptr=values, x_ptr=side.x, y_ptr=other.x, given_x_ptr=x,
+        given_y_ptr=other.given, x_norm_ptr=side.norm, y_norm_ptr=other.norm, dx_ptr=parts, G=G,
+        N=N, M=M, D=D, gamma=gamma, split_length=length,
+        stride_dg=dout.stride(0) if G > 1 else 0, stride_dn=dout.stride(1),
+        stride_dm=dout.stride(2),
         stride_on=values.stride(1), stride_om=values.stride(2), IN_BATCH=in_batch,
         METRIC=_METRICS[metric], PRODUCT=metric in _PRODUCTS,
         PRECISION=config.gradient_precision, **tile.launch(),
@@ -110,14 +109,20 @@ def _groups(x: Tensor) -> Tensor:
     return (x[None] if x.dim() == 2 else x).contiguous()
 
 
-def _norms(x: Tensor, metric: str) -> Tensor:  # [G, N] fp32
-    """Squared norms for distances, 1 / max(norm, eps) for cosines, each rounded once."""
+def _sides(x: Tensor, y: Tensor | None, metric: str) -> tuple[Rows, Rows]:
+    """Rows and numbers of both sides: squared norms for distances, 1 / max(norm, eps) for cosines,
+    each rounded once."""
+    if metric not in _PRODUCTS:
+        return centred(x, y)
+    sides = [_unmoved(side, metric) for side in ((x,) if y is None else (x, y))]
+    return sides[0], sides[-1]
+
+
+def _unmoved(x: Tensor, metric: str) -> Rows:
     if metric == "dot":
-        return x  # a pointer that no kernel follows
-    if metric != "cosine":
-        return squared_norms(x)
+        return Rows(x, x, x)  # for the norms a pointer that no kernel follows
     norm = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
-    return (1 / norm.clamp_min(EPS.value)).float()
+    return Rows(x, x, (1 / norm.clamp_min(EPS.value)).float())
 
 
 def _config(x: Tensor, metric: str) -> PairwiseConfig:

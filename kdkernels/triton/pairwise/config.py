@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from kdkernels.triton.common.dots import Precision, pick_precision
 from kdkernels.triton.common.launch import Arch, Tile
+from kdkernels.triton.common.prepared import REMEMBERED
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class PairwiseConfig:
     arch: Arch
 
 
+@lru_cache(REMEMBERED)
 def pick_config(
     D: int, *, metric_is_distance: bool, dtype: torch.dtype, arch: Arch, fp32_matmul: str
 ) -> PairwiseConfig:
@@ -51,4 +54,7 @@ def _tiles(D: int, dtype: torch.dtype, arch: Arch, precisions: Precision) -> tup
         # without tensor cores every operand of a step is held in registers: a short step
         step = 16 if precisions.factors == "ieee" and arch.vendor == "cuda" else 32
         return Tile(64, 64, step, 8, stages), Tile(64, columns, step, 8, 2)
-    return Tile(64, 64, 64, 8, stages), Tile(64, columns, 32, 8, 2)
+    if arch.narrow and columns == 32:
+        return Tile(64, 64, 32, 8, stages), Tile(32, 32, 32, 4, 2)
+    step = 16 if arch.name == "sm_80" else 32  # where the assembler keeps more numbers of a step
+    return Tile(64, 64, 64, 8, stages), Tile(64, columns, step, 8, 2)

@@ -10,18 +10,28 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import CLOSE, COSINE, EUCLIDEAN, SQEUCLIDEAN, distance_tile
+from kdkernels.triton.common.distances import (
+    COSINE,
+    EUCLIDEAN,
+    SQEUCLIDEAN,
+    close_share,
+    distance_tile,
+    unmoved,
+)
 from kdkernels.triton.common.dots import dot_split
+from kdkernels.triton.common.jit import kernel
 from kdkernels.triton.common.product import product_tile, upper_tile
 
 DOT = tl.constexpr(3)
 RBF = tl.constexpr(4)
 
 
-@triton.jit
+@kernel
 def _pairwise_fwd_kernel(
-    x_ptr,  # [G, N, D]
+    x_ptr,  # [G, N, D], of distances as `centre.centred` has them
     y_ptr,  # [G, M, D]
+    given_x_ptr,  # likewise, not moved
+    given_y_ptr,
     x_norm_ptr,  # [G, N] fp32: squared norms (distances), 1 / norms (COSINE)
     y_norm_ptr,  # [G, M] fp32
     out_ptr,  # [G, N, M]
@@ -49,6 +59,8 @@ def _pairwise_fwd_kernel(
     g = (tl.program_id(0) // tiles).to(tl.int64)
     x_ptr += g * N * D
     y_ptr += g * M * D
+    given_x_ptr = unmoved(x_ptr, given_x_ptr + g * N * D)
+    given_y_ptr = unmoved(y_ptr, given_y_ptr + g * M * D)
     x_norm_ptr += g * N
     y_norm_ptr += g * M
     out_ptr += g * N * M
@@ -65,9 +77,9 @@ def _pairwise_fwd_kernel(
             value *= tl.load(y_norm_ptr + at_n)[None, :]
     else:
         value, _ = distance_tile(
-            x_ptr, y_ptr, x_norm_ptr, y_norm_ptr, at_m, at_n, D, IN_BATCH,
-            EUCLIDEAN if METRIC == EUCLIDEAN else SQEUCLIDEAN, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
-            METRIC == RBF, gamma,
+            x_ptr, y_ptr, given_x_ptr, given_y_ptr, x_norm_ptr, y_norm_ptr, at_m, at_n, D,
+            IN_BATCH, EUCLIDEAN if METRIC == EUCLIDEAN else SQEUCLIDEAN, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_K, METRIC == RBF, gamma,
         )  # fmt: skip
         if IN_BATCH:  # itself; NaN stays
             itself = (offs_m[:, None] == offs_n[None, :]) & (value >= 0.0)
@@ -95,6 +107,7 @@ def _weights(
     N,
     last,
     gamma,
+    share,  # see close_share
     stride_dn,
     stride_dm,
     stride_on,
@@ -121,7 +134,7 @@ def _weights(
             w = tl.where(offs_m == offs_k, 0.0, w)
         value = tl.load(out_ptr + offs_m * stride_on + offs_k * stride_om, mask=mask, other=0.0)
         value = value.to(tl.float32)
-        size = (x_norm + y_norm) * CLOSE
+        size = (x_norm + y_norm) * share
         if METRIC == EUCLIDEAN:
             slope = tl.where(value == 0.0, 0.0, 1.0 / tl.where(value == 0.0, 1.0, value))
             near = value * value <= size
@@ -136,13 +149,15 @@ def _weights(
     return w, near
 
 
-@triton.jit
+@kernel
 def _pairwise_bwd_kernel(
     dout_ptr,  # [G, N, M]
     out_ptr,  # [G, N, M], distances only
-    x_ptr,  # [G, N, D]
+    x_ptr,  # [G, N, D]: all of them as in the forward
     y_ptr,  # [G, M, D]
-    x_norm_ptr,  # [G, N] fp32: as in the forward
+    given_x_ptr,
+    given_y_ptr,
+    x_norm_ptr,  # [G, N] fp32
     y_norm_ptr,  # [G, M] fp32
     dx_ptr,  # [splits, G, N, D] fp32
     G,
@@ -177,6 +192,8 @@ def _pairwise_bwd_kernel(
     out_ptr += g * N * M
     x_ptr += g * N * D
     y_ptr += g * M * D
+    given_x_ptr = unmoved(x_ptr, given_x_ptr + g * N * D)
+    given_y_ptr = unmoved(y_ptr, given_y_ptr + g * M * D)
     x_norm_ptr += g * N
     y_norm_ptr += g * M
     offs_m = ((tile % m_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
@@ -188,13 +205,14 @@ def _pairwise_bwd_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     any_near = 0
+    share = close_share(x_ptr, D)
     first = split * split_length
     last = tl.minimum(first + split_length, M)
     for k in range(first, last, BLOCK_K):
         offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
         w, near = _weights(
             dout_ptr, out_ptr, x_norm, y_norm_ptr, offs_m, offs_k[None, :], N, last, gamma,
-            stride_dn, stride_dm, stride_on, stride_om, IN_BATCH, METRIC, PRODUCT,
+            share, stride_dn, stride_dm, stride_on, stride_om, IN_BATCH, METRIC, PRODUCT,
         )  # fmt: skip
         if not PRODUCT:
             any_near = tl.maximum(any_near, tl.max(near.to(tl.int32)))
@@ -209,19 +227,24 @@ def _pairwise_bwd_kernel(
         x = tl.load(x_ptr + offs_m * D + offs_d, mask=mask, other=0.0).to(tl.float32)
         acc = total[:, None] * x - acc
         if any_near > 0:  # column by column, from differences
+            x = tl.load(given_x_ptr + offs_m * D + offs_d, mask=mask, other=0.0).to(tl.float32)
             for k in range(first, last, BLOCK_K):
                 offs_k = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
                 _, near = _weights(
                     dout_ptr, out_ptr, x_norm, y_norm_ptr, offs_m, offs_k[None, :], N, last, gamma,
-                    stride_dn, stride_dm, stride_on, stride_om, IN_BATCH, METRIC, PRODUCT,
+                    share, stride_dn, stride_dm, stride_on, stride_om, IN_BATCH, METRIC,
+                    PRODUCT,
                 )  # fmt: skip
                 if tl.max(near.to(tl.int32)) > 0:
                     for at in range(k, tl.minimum(k + BLOCK_K, last)):
                         column = (at + tl.arange(0, 1)).to(tl.int64)[None, :]
                         weight, close = _weights(
                             dout_ptr, out_ptr, x_norm, y_norm_ptr, offs_m, column, N, last, gamma,
-                            stride_dn, stride_dm, stride_on, stride_om, IN_BATCH, METRIC, PRODUCT,
+                            share, stride_dn, stride_dm, stride_on, stride_om, IN_BATCH,
+                            METRIC, PRODUCT,
                         )  # fmt: skip
-                        y_at = tl.load(y_ptr + column * D + offs_d, mask=offs_d < D, other=0.0)
+                        y_at = tl.load(
+                            given_y_ptr + column * D + offs_d, mask=offs_d < D, other=0.0
+                        )
                         acc += tl.where(close, weight, 0.0) * (x - y_at.to(tl.float32))
     tl.store(dx_ptr + (split * G + g) * N * D + offs_m * D + offs_d, acc, mask=mask)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -18,7 +19,11 @@ from kdkernels.triton.common.launch import (
     split_length,
 )
 
-ELEMENTS = 512  # of a row at a time, in the kernel that ends the gradient
+# A kernel of single rows takes so many, of which it reads so many columns at a time; one that sums
+# over rows takes so many of them at a time; and one that adds up numbers per row, so many.
+ROWS, COLUMNS = 8, 128
+COLUMN_ROWS = 32
+BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,19 @@ class PktConfig:
         splits = fill_device(self.arch, cdiv(rows, self.tiles.m), cdiv(B, self.tiles.n))
         return split_length(B, splits, self.tiles.n)
 
+    def split_rows(self, B: int, programs: int) -> tuple[int, int]:
+        """(length of a part, number of parts) of a sum over rows."""
+        splits = fill_device(self.arch, programs, min(cdiv(B, 2 * COLUMN_ROWS), MOST_SPLITS // 2))
+        length = split_length(B, splits, COLUMN_ROWS)
+        return length, cdiv(B, length)
+
     def gradient_splits(self, rows: int, columns: int, contraction: int) -> int:
         """Of the contraction of a gradient of student_t, each of two steps or more."""
         most = min(contraction // (2 * self.gradient.k), MOST_SPLITS)
         return fill_device(self.arch, self.gradient.count(rows, columns), most)
 
 
+@cache
 def pick_config(*, dtype: torch.dtype, arch: Arch, fp32_matmul: str, cosine: bool) -> PktConfig:
     """`fp32_matmul` is `kdkernels._gpu.fp32_matmul()`."""
     precision = pick_precision(dtype, arch, fp32_matmul)
@@ -66,7 +78,9 @@ def _tiles(dtype: torch.dtype, arch: Arch, precision: str, cosine: bool) -> tupl
         # without tensor cores every operand of a step is held in registers: a short step
         step = 16 if precision == "ieee" and arch.vendor == "cuda" else 32
         product = Tile(64, 64, step, 8, stages)
-        return Tile(64, 32, step, 8, stages), product, product
+        return Tile(64, 32, step, 8, 1 if arch.vendor == "hip" else stages), product, product
     # of student_t a program holds the distances too
     tiles = Tile(64, 64 if cosine else 32, 32, 8, stages)
-    return tiles, Tile(128, 64, 32, 8, stages), Tile(64, 64, 32, 4, stages)
+    if arch.vendor == "hip":  # loads ahead of their use take registers
+        tiles = Tile(64, 32, 32, 8, 1)
+    return tiles, Tile(128, 64, 32, 8, stages), Tile(64, 64, 32, 4, 2 if arch.narrow else stages)

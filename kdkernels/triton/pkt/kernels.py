@@ -7,12 +7,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import CLOSE
+from kdkernels.triton.common.distances import close_share
 from kdkernels.triton.common.dots import dot
 from kdkernels.triton.common.exp_math import two_atanh
+from kdkernels.triton.common.jit import kernel
 
-# Rows of the table of numbers per feature row, fp32 [7, B], of student and teacher.
-SCALE, SELF, INVERSE, LOST = (tl.constexpr(index) for index in (0, 2, 4, 6))
+# Rows of the table of numbers per feature row, fp32 [8, B]: of student and teacher 1 / (|x| + e),
+# 1 - |u| or squared norms, 1 / Z; of the student r, and of cosine |x|.
+SCALE, SELF, INVERSE, LOST, NORM = (tl.constexpr(index) for index in (0, 2, 4, 6, 7))
 
 
 @triton.jit
@@ -75,7 +77,7 @@ def _distances(
     d2 = size - 2.0 * product
     # by arithmetic: a mask per element takes more scalar registers than AMD GPUs have
     apart = _apart(offs_m, offs_n)
-    close = (tl.min((d2 - CLOSE * size) * apart) < 0.0).to(tl.int32)
+    close = (tl.min((d2 - close_share(given_ptr, D) * size) * apart) < 0.0).to(tl.int32)
     if close != 0:
         rows = given_ptr + offs_m.to(tl.int64) * stride_m
         cols = given_ptr + offs_n.to(tl.int64) * stride_m
@@ -115,14 +117,13 @@ def _slope(p, q, KL: tl.constexpr):
         return (p - q) / p - _log_ratio(q, p)
 
 
-@triton.jit
+@kernel
 def _pkt_tiles_kernel(
     s_ptr,  # [B, D_s], of student_t centred
     t_ptr,  # [B, D_t]
     given_s_ptr,  # of the strides of s and t, not centred
     given_t_ptr,
-    # [7, B] fp32: scales, self terms and inverse sums of both sides, what the slopes of a row lose
-    rows_ptr,
+    rows_ptr,  # [8, B] fp32
     sums_ptr,  # [2, splits, B] fp32: sums of K of both sides, or losses and r
     w_ptr,  # [rows, B], or unused: weights of a chunk of rows
     close_ptr,  # [tiles of rows, tiles of B] int32, student_t: which of the student are close
@@ -179,8 +180,8 @@ def _pkt_tiles_kernel(
             k_s = _cosines(product, scale_s, scale_j, self_s, self_j)
         else:
             d_s, close = _distances(
-                product, given_s_ptr, self_s, self_j, at_m, at_n, D_s, stride_sm, stride_sd,
-                BLOCK_M, BLOCK_N,
+                product, given_s_ptr, self_s, self_j, at_m, at_n, D_s,
+                stride_sm, stride_sd, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             k_s = 1.0 / (1.0 + d_s)
         other_scale_j = tl.load(of_col + (SCALE + 1) * width)
@@ -193,8 +194,8 @@ def _pkt_tiles_kernel(
             k_t = _cosines(product, scale_t, other_scale_j, self_t, other_self_j)
         else:
             d_t, _ = _distances(
-                product, given_t_ptr, self_t, other_self_j, at_m, at_n, D_t, stride_tm,
-                stride_td, BLOCK_M, BLOCK_N,
+                product, given_t_ptr, self_t, other_self_j, at_m, at_n, D_t,
+                stride_tm, stride_td, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             k_t = 1.0 / (1.0 + d_t)
         if SUMS:
@@ -229,43 +230,3 @@ def _pkt_tiles_kernel(
     if SUMS or LOSS:
         tl.store(at, first_sum, mask=mask_m)
         tl.store(at + splits * width, second_sum, mask=mask_m)
-
-
-@triton.jit
-def _pkt_cosine_bwd_kernel(
-    x_ptr,  # [B, D]
-    norm_ptr,  # [B] fp32
-    ratio_ptr,  # [B] fp32: r / Z
-    total_ptr,  # [D] fp32: sum of u
-    weighted_ptr,  # [D] fp32: sum of u times the ratios
-    dx_ptr,  # [B, D] fp32: products W u, which become the gradient
-    D,
-    stride_m,
-    stride_d,
-    EPS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    i = tl.program_id(0).to(tl.int64)
-    norm = tl.load(norm_ptr + i)
-    ratio = tl.load(ratio_ptr + i)
-    inner = tl.zeros((BLOCK,), tl.float64)
-    for d in range(0, D, BLOCK):
-        offs = d + tl.arange(0, BLOCK)
-        mask = offs < D
-        x = tl.load(x_ptr + i * stride_m + offs.to(tl.int64) * stride_d, mask=mask, other=0.0)
-        lost = ratio * tl.load(total_ptr + offs, mask=mask, other=0.0)
-        lost += tl.load(weighted_ptr + offs, mask=mask, other=0.0)
-        du = 0.5 * (tl.load(dx_ptr + i * D + offs, mask=mask, other=0.0) - lost)
-        # in fp64: the radial part that is taken away can be much larger than what remains
-        inner += du.to(tl.float64) * x.to(tl.float64)
-    wide = norm.to(tl.float64)
-    radial = tl.where(norm == 0.0, 0.0, tl.sum(inner, 0) / (wide * (wide + EPS)))
-    for d in range(0, D, BLOCK):
-        offs = d + tl.arange(0, BLOCK)
-        mask = offs < D
-        x = tl.load(x_ptr + i * stride_m + offs.to(tl.int64) * stride_d, mask=mask, other=0.0)
-        lost = ratio * tl.load(total_ptr + offs, mask=mask, other=0.0)
-        lost += tl.load(weighted_ptr + offs, mask=mask, other=0.0)
-        du = 0.5 * (tl.load(dx_ptr + i * D + offs, mask=mask, other=0.0) - lost)
-        dx = (du.to(tl.float64) - radial * x.to(tl.float64)) / (wide + EPS)
-        tl.store(dx_ptr + i * D + offs, dx.to(tl.float32), mask=mask)

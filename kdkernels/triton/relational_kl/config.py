@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from kdkernels.triton.common.dots import pick_precision
 from kdkernels.triton.common.launch import Arch, Tile, rows_in_l2
-
-MERGED = 64  # rows of a program that merges the tiles of a row
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,8 @@ class RelationalKLConfig:
     logits: Tile  # rows times keys on both sides, with weights or derivatives in the epilogue
     product: Tile  # weights or derivatives times keys or rows; logits.n is a multiple of product.k
     arch: Arch
-    of_logits: str  # precision of fp32 rows times keys
+    merge: tuple[int, int]  # rows and tiles of a row that a program merges at a time
+    of_logits: str  # precision of rows times keys
     of_weights: str  # precision of weights or derivatives times keys or rows
     weight_dtype: torch.dtype  # of weights, which are at most 1
     derivative_dtype: torch.dtype
@@ -28,21 +28,20 @@ class RelationalKLConfig:
         return min(count, rows_in_l2(self.arch, row_bytes, tile))
 
 
+@cache
 def pick_config(B: int, *, dtype: torch.dtype, arch: Arch, fp32_matmul: str) -> RelationalKLConfig:
     """The configuration of a call on B rows, for keys of a dtype.
 
     `fp32_matmul` is `kdkernels._gpu.fp32_matmul()`.
     """
     precision = pick_precision(dtype, arch, fp32_matmul)
-    narrow = dtype != torch.float32
     logits, product = _tiles(B, dtype, arch, precision.features)
     return RelationalKLConfig(
         logits=logits,
         product=product,
+        merge=(8, 4) if arch.vendor == "interpreter" else (8, 128),
         arch=arch,
-        # a logit of 1 / temperature is rounded relative to its size: fp32 rows are not cut to tf32
-        # for the sake of narrow keys
-        of_logits=precision.factors if narrow else precision.features,
+        of_logits=precision.features,
         of_weights=precision.weights,
         weight_dtype=dtype,
         # fp16 could not hold what dout makes of a derivative
@@ -56,9 +55,10 @@ def _tiles(B: int, dtype: torch.dtype, arch: Arch, precision: str) -> tuple[Tile
     stages = 2
     if dtype == torch.float32:
         if precision == "ieee" and arch.vendor == "cuda":
-            # without tensor cores every operand of a step is held in registers: a short step
-            return Tile(64, 64, 16, 4, stages), Tile(64, 64, 16, 8, stages)
+            # without tensor cores every operand of a step is held in registers: a short step,
+            # and on GPUs for graphics no second stage, so that two programs share a processor
+            logits = Tile(64, 64, 16, 8, 1 if arch.narrow else stages)
+            return logits, Tile(64, 64, 16, 8, stages)
         return Tile(64, 64, 32, 8, stages), Tile(64, 64, 32, 8, stages)
     rows, warps = (64, 4) if B <= 64 else (128, 8)
-    # fp32 rows, of which a step holds two bf16 pieces beside the keys
     return Tile(rows, 64, 32, warps, stages), Tile(rows, 64, 32, warps, stages)

@@ -11,15 +11,36 @@ device.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdkernels.triton.common.launch import arch_of, cdiv, on_device, supports
+from kdkernels.triton.common.launch import (
+    COLUMNS,
+    MOST_SPLITS,
+    ROWS,
+    arch_of,
+    cdiv,
+    on_device,
+    split_length,
+    supports,
+)
 from kdkernels.triton.common.pairs import Pairs
-from kdkernels.triton.rkd.angle_kernels import _rkd_angles_kernel, _rkd_squares_kernel
-from kdkernels.triton.rkd.config import AngleConfig, pick_config
-from kdkernels.triton.rkd.distance_kernels import _rkd_pairs_kernel, _rkd_sum_kernel
+from kdkernels.triton.rkd.angle_kernels import (
+    _rkd_angles_kernel,
+    _rkd_largest_kernel,
+    _rkd_pieces_kernel,
+    _rkd_squares_kernel,
+    _rkd_weights_kernel,
+)
+from kdkernels.triton.rkd.config import BLOCK, AngleConfig, pick_config
+from kdkernels.triton.rkd.distance_kernels import (
+    _rkd_loss_kernel,
+    _rkd_means_kernel,
+    _rkd_pairs_kernel,
+    _rkd_sum_kernel,
+)
 
 __all__ = ["rkd_fwd", "supports"]
 
@@ -43,46 +64,39 @@ def rkd_fwd(
 def _distance(student: Tensor, teacher: Tensor, need: bool) -> tuple[Tensor, Tensor]:
     """The loss and its derivative by the student."""
     B = len(student)
-    gradient = student.new_zeros(student.shape if need else (0,), dtype=torch.float32)
     if B < 2:
+        gradient = student.new_zeros(student.shape if need else (0,), dtype=torch.float32)
         return gradient.new_zeros(()), gradient
     s, t = (Pairs(x, None, "euclidean", sides=2) for x in (student, teacher))
-    pairs = B * (B - 1) / 2
-    inverse_s, inverse_t = _inverse_mean(s, pairs), _inverse_mean(t, pairs)
-
-    def sweep(first: int, rows: int, w: Tensor, shared: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum of the losses, sum of g h, which tiles are close), or with weights `w` the last."""
-        tile = s.config.distances
-        weights, counts = w.numel() > 0, s.tiles(rows)
-        loss, product = s.new(2, 0 if weights else math.prod(counts), dtype=torch.float64)
-        close = s.new(*(counts if weights else (0, 0)), dtype=torch.int32)
-        _rkd_pairs_kernel[(math.prod(counts),)](
-            s_ptr=s.x, t_ptr=t.x, s_norm_ptr=s.x_norm, t_norm_ptr=t.x_norm,
-            inverse_s_ptr=inverse_s, inverse_t_ptr=inverse_t, shared_ptr=shared, loss_ptr=loss,
-            product_ptr=product, w_ptr=w, close_ptr=close, first=first, rows=rows, B=B, D_s=s.D,
-            D_t=t.D, WEIGHTS=weights, PRECISION=s.config.distance_precision, **tile.launch(),
-        )  # fmt: skip
-        return loss.sum(), product.sum(), close
-
-    loss, product, _ = sweep(0, B, s.new(0), inverse_s)
-    scale = 2 / B**2  # each pair stands for two
-    if need:
-        shared = (product / pairs).float()
-        chunks = list(s.chunks())
-        w = s.new(chunks[0][1], B)
-        for first, rows in chunks:
-            *_, close = sweep(first, rows, w[:rows], shared)
-            gradient[first : first + rows] = s.gradient_of(w[:rows], first, close)
-        gradient *= inverse_s * scale
-    return (loss * scale).float(), gradient
-
-
-def _inverse_mean(side: Pairs, pairs: float) -> Tensor:  # [] fp32
-    """Of the distances of different rows; 0 where it would be infinite."""
-    sums = side.new(math.prod(side.tiles(side.B)), dtype=torch.float64)
-    _rkd_sum_kernel[(len(sums),)](sum_ptr=sums, **side.distance_arguments())
-    total = sums.sum()
-    return torch.where(total == 0, 0.0, pairs / total).float()
+    (_, side_s), (_, side_t) = s.sides, t.sides
+    sides: dict[str, Any] = {
+        "s_ptr": side_s.x, "t_ptr": side_t.x, "given_s_ptr": side_s.given,
+        "given_t_ptr": side_t.given, "s_norm_ptr": side_s.norm, "t_norm_ptr": side_t.norm, "B": B,
+        "D_s": s.D, "D_t": t.D, "PRECISION": s.config.distance_precision,
+        **s.config.distances.launch(),
+    }  # fmt: skip
+    tiles = math.prod(s.tiles(B))
+    sums, loss = s.new(2, tiles, dtype=torch.float64), s.new()
+    inverse, factors = s.new(2), s.new(2)
+    _rkd_sum_kernel[(tiles, 2)](**sides, sum_ptr=sums)
+    of_tiles: dict[str, Any] = {"sum_ptr": sums, "inverse_ptr": inverse, "B": B, "tiles": tiles}
+    _rkd_means_kernel[(2,)](**of_tiles, BLOCK=BLOCK)
+    pairs = {**sides, "inverse_ptr": inverse, "sum_ptr": sums, "factors_ptr": factors}
+    _rkd_pairs_kernel[(tiles,)](**pairs, w_ptr=sums, close_ptr=sums, first=0, rows=B, WEIGHTS=False)
+    _rkd_loss_kernel[(1,)](**of_tiles, loss_ptr=loss, factors_ptr=factors, BLOCK=BLOCK)
+    if not need:
+        return loss, s.new(0)
+    chunks = list(s.chunks())
+    w, gradients = s.new(chunks[0][1], B), []
+    for first, rows in chunks:
+        close = s.new(*s.tiles(rows), dtype=torch.int32)
+        _rkd_pairs_kernel[(close.numel(),)](
+            **pairs, w_ptr=w, close_ptr=close, first=first, rows=rows, WEIGHTS=True
+        )
+        gradients.append(s.gradient_of(w[:rows], first, close))
+    gradient = gradients[0] if len(chunks) == 1 else torch.cat(gradients)
+    # here, since the kernel of the weights has no register left for the factor
+    return loss, gradient.mul_(factors[1])
 
 
 def _angle(student: Tensor, teacher: Tensor, need: bool) -> tuple[Tensor, Tensor]:
@@ -92,56 +106,63 @@ def _angle(student: Tensor, teacher: Tensor, need: bool) -> tuple[Tensor, Tensor
         gradient = student.new_zeros(student.shape if need else (0,), dtype=torch.float32)
         return gradient.new_zeros(()), gradient
     config = pick_config(arch_of(student))
-    (q_s, scale), (q_t, _) = (_squares(x, config) for x in (student, teacher))
-    loss, weight = _angles(q_s, q_t, config, vertex_in_tile=False, derivative=need)
-    # where a row is at the place of another on one side only, the angle between the two and itself
-    # is 0 there and 1 on the other side
-    one_sided = ((q_s[0] == 0) != (q_t[0] == 0)).sum() / 2
-    loss = ((2 * loss.sum() + one_sided) / B**3).float()
+    q, largest, apart = _squares(student, teacher, config)
+    parts, losses = _angles(q, config, vertex_in_tile=False, derivative=need)
+    loss = q.new_empty(())
+    weights = q.new_empty((B, B) if need else 0, dtype=torch.float64)
+    at_vertices = parts
+    if need:
+        at_vertices, _ = _angles(q, config, vertex_in_tile=True, derivative=True)
+    _rkd_weights_kernel[(cdiv(B, ROWS) if need else 1,)](
+        pairs_ptr=parts, vertices_ptr=at_vertices, largest_ptr=largest, losses_ptr=losses,
+        apart_ptr=apart, weights_ptr=weights, loss_ptr=loss, B=B, splits=len(parts),
+        parts=largest.shape[1], sums=losses.numel(), counts=apart.numel(),
+        DERIVATIVE=need, PARTS=MOST_SPLITS, ROWS=ROWS, COLUMNS=COLUMNS, BLOCK=BLOCK,
+    )  # fmt: skip
     if not need:
         return loss, student.new_empty(0, dtype=torch.float32)
-    weight = weight.triu(1)  # no program writes below
-    weight = weight + _angles(q_s, q_t, config, vertex_in_tile=True, derivative=True)[1]
-    # in fp64, since the gradient is a difference of products
-    weight = (weight + weight.mT).double() * (4 / B**3 / scale)
-    x = student.double().contiguous()
-    x = x - x.mean(0)
-    return loss, (weight.sum(1, keepdim=True) * x - weight @ x).float()
+    return loss, (weights @ student.double()).float()
 
 
-def _squares(x: Tensor, config: AngleConfig) -> tuple[Tensor, Tensor]:
-    """([3, B, B] as `_rkd_angles_kernel` takes them, with the largest 1; what they were divided
-    by)."""
-    B, D = x.shape
-    length = config.split_length(B, D)
-    q = x.new_empty(cdiv(D, max(length, 1)), B, B, dtype=torch.float64)
-    if D > 0:
-        _rkd_squares_kernel[(cdiv(B, config.m) * cdiv(B, config.n), len(q))](
-            x_ptr=x.mT.contiguous(), out_ptr=q, B=B, D=D, split_length=length, BLOCK_M=config.m,
-            BLOCK_N=config.n, num_warps=config.num_warps,
-        )  # fmt: skip
-    q = q.sum(0)
-    largest = q.amax()
-    scale = torch.where(largest == 0, 1.0, largest)  # NaN stays
-    q = q / scale
-    high = q.float()
-    return torch.stack(
-        (high, (q - high).float(), torch.where(q == 0, 0.0, q.rsqrt()).float())
-    ), scale
+def _squares(
+    student: Tensor, teacher: Tensor, config: AngleConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """([2, 3, B, B] squared distances as `_rkd_angles_kernel` takes them, with the largest of a
+    side 1; [2, parts] fp64, the largest of each part; [blocks] int32: how many pairs are at one
+    place on one side only)."""
+    B = len(student)
+    s, t = (x.mT.contiguous() for x in (student, teacher))
+    length, splits = config.split(B, max(len(s), len(t)), sides=2)
+    parts = s.new_empty((2, splits, B, B), dtype=torch.float64)
+    _rkd_squares_kernel[(config.tiles(B), splits, 2)](
+        s_ptr=s, t_ptr=t, out_ptr=parts, B=B, D_s=len(s), D_t=len(t), split_length=length,
+        BLOCK_M=config.m, BLOCK_N=config.n, num_warps=config.num_warps,
+    )  # fmt: skip
+    span = split_length(B * B, MOST_SPLITS, BLOCK)
+    largest = parts.new_empty((2, cdiv(B * B, span)))
+    _rkd_largest_kernel[(largest.shape[1], 2)](
+        q_ptr=parts, largest_ptr=largest, B=B, splits=splits, split_span=span, BLOCK=BLOCK
+    )
+    q = parts.new_empty((2, 3, B, B), dtype=torch.float32)
+    apart = parts.new_empty(cdiv(B * B, BLOCK), dtype=torch.int32)
+    _rkd_pieces_kernel[(len(apart),)](
+        q_ptr=parts, largest_ptr=largest, out_ptr=q, apart_ptr=apart, B=B, splits=splits,
+        parts=largest.shape[1], PARTS=MOST_SPLITS, BLOCK=BLOCK,
+    )  # fmt: skip
+    return q, largest, apart
 
 
 def _angles(
-    q_s: Tensor, q_t: Tensor, config: AngleConfig, *, vertex_in_tile: bool, derivative: bool
+    q: Tensor, config: AngleConfig, *, vertex_in_tile: bool, derivative: bool
 ) -> tuple[Tensor, Tensor]:
-    """(sums of the losses, sum of the derivatives by q_s)"""
-    B = q_s.shape[1]
-    length = config.split_length(B, B)
-    tiles, splits = cdiv(B, config.m) * cdiv(B, config.n), cdiv(B, length)
-    out = q_s.new_empty((splits, B, B) if derivative else (0, 0, 0))
-    loss = q_s.new_empty(0 if vertex_in_tile else splits * tiles, dtype=torch.float64)
-    _rkd_angles_kernel[(tiles, splits)](
-        s_ptr=q_s, t_ptr=q_t, out_ptr=out, loss_ptr=loss, B=B, split_length=length,
+    """([splits, B, B] parts of the derivatives by the student's q, [splits, tiles] losses)"""
+    B = q.shape[-1]
+    length, splits = config.split(B, B)
+    out = q.new_empty((splits, B, B) if derivative else (1, 0, 0))
+    loss = q.new_empty(0 if vertex_in_tile else splits * config.tiles(B), dtype=torch.float64)
+    _rkd_angles_kernel[(config.tiles(B), splits)](
+        s_ptr=q[0], t_ptr=q[1], out_ptr=out, loss_ptr=loss, B=B, split_length=length,
         VERTEX_IN_TILE=vertex_in_tile, DERIVATIVE=derivative, BLOCK_M=config.m, BLOCK_N=config.n,
         num_warps=config.num_warps,
     )  # fmt: skip
-    return loss, out.sum(0)
+    return out, loss

@@ -6,11 +6,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from kdkernels.triton.common.dots import pick_precision
 from kdkernels.triton.common.launch import MOST_SPLITS, Arch, Tile, cdiv, fill_device, split_length
 
-ENTRIES = 16  # contributions to one row that are loaded together
+SUMMED = 4096  # losses that are added at a time
+SORTED = 1024  # entries that a program makes
+
+
+def row_columns(D: int) -> tuple[int, int]:
+    """(columns of one row that a program makes at a time, contributions to it that are loaded
+    together)"""
+    columns = min(max(triton.next_power_of_2(D), 16), 512)
+    return columns, min(2048 // columns, 16)
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,8 @@ def _tile(dtype: torch.dtype, arch: Arch, precision: str) -> Tile:
         if precision == "ieee" and arch.vendor == "cuda":
             # without tensor cores every operand of a step is held in registers: a short step
             return Tile(64, 64, 16, 8, stages)
-        return Tile(128 if arch.vendor == "hip" else 64, 64, 32, 8, stages)
-    # Blackwell's tensor cores leave a thread a part of a row: of half as many columns it holds all
-    return Tile(128, 32 if arch.name == "sm_100" else 64, 64, 8, stages)
+        step = 16 if arch.narrow else 32
+        return Tile(128 if arch.vendor == "hip" else 64, 64, step, 8, stages)
+    # Small tiles: the loop over differences holds the scales of both sides beside its distances,
+    # and AMD devices have few scalar registers.
+    return Tile(64, 64, 32, 8, stages) if arch.vendor == "hip" else Tile(128, 32, 64, 8, stages)

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels of triplet.
+"""Kernels of triplet, forward.
+
+Rows are contiguous, in the dtype that they were given in. What they are multiplied by, 1 or the
+inverse of their norm, is applied to products and to elements, so 16-bit rows meet tensor cores.
 
 A search keeps, per anchor, the smallest (key, row). The key of a candidate is its squared distance
 to look for the nearest and minus that for the farthest; -inf where that distance is NaN, because
 the candidate or the anchor is not finite; +inf means none. Splits of the references leave partial
-winners that are merged in a fixed order. Sums over chosen rows are in a fixed order too.
+winners that are merged in a fixed order.
 """
 
 from __future__ import annotations
@@ -12,36 +15,87 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import CLOSE, EUCLIDEAN, FINITE, LARGEST, SQEUCLIDEAN
-from kdkernels.triton.common.dots import dot
+from kdkernels.triton.common.distances import (
+    EUCLIDEAN,
+    FINITE,
+    LARGEST,
+    SQEUCLIDEAN,
+    close_share,
+    margin_loss,
+    unmoved,
+)
+from kdkernels.triton.common.jit import kernel
+from kdkernels.triton.common.norms import row_statistics
+from kdkernels.triton.common.product import product_tile
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
-def _triplet_norms_kernel(
-    x_ptr,  # [N, D]
-    norm_ptr,  # [N] fp32, squared norms
-    N,
+@kernel(counts=("M",))
+def _triplet_prepare_kernel(
+    x_ptr,  # [B, D]
+    r_ptr,  # [M, D]; not read with IN_BATCH
+    scale_ptr,  # [B + M] fp32: what rows of x and then, unless IN_BATCH, of r are multiplied by
+    norm_ptr,  # [B + M] fp32: their squared norms then
+    unit_ptr,  # [B + M, D] fp32: the rows then, with UNIT
+    key_ptr,  # [2, splits, B] fp32, with PAIRED: the positives are set
+    row_ptr,  # [2, splits, B] int32, likewise
+    B,
+    M,
     D,
-    stride_n,
-    stride_d,
+    splits,
+    IN_BATCH: tl.constexpr,
+    PAIRED: tl.constexpr,  # row i of r is the positive of row i of x
+    NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    mask = rows < N
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_n
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    block = tl.program_id(0)
+    blocks = tl.cdiv(B, ROWS)
+    if IN_BATCH or block < blocks:
+        rows = block * ROWS + tl.arange(0, ROWS)
+        scale, norm = row_statistics(x_ptr, rows, B, D, NORMALIZE, ROWS, COLUMNS)
+        tl.store(scale_ptr + rows, scale, mask=rows < B)
+        tl.store(norm_ptr + rows, norm, mask=rows < B)
+        if UNIT:
+            _store_unit(x_ptr, unit_ptr, rows, scale, B, D, ROWS, COLUMNS)
+        if PAIRED:
+            r_scale, r_norm = row_statistics(r_ptr, rows, B, D, NORMALIZE, ROWS, COLUMNS)
+            acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+            for column in range(0, D, COLUMNS):
+                cols = column + tl.arange(0, COLUMNS)
+                offs = rows.to(tl.int64)[:, None] * D + cols[None, :]
+                mask = (rows < B)[:, None] & (cols < D)[None, :]
+                x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                r = tl.load(r_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+                difference = x * scale[:, None] - r * r_scale[:, None]
+                acc += difference * difference
+            # a pair at a distance of NaN is a pair all the same
+            finite = (norm < FINITE) & (r_norm < FINITE)
+            key = tl.where(finite, -tl.sum(acc, 1), -float("inf"))
+            for split in range(0, splits):
+                at = tl.cast(split, tl.int64) * B + rows
+                tl.store(key_ptr + at, tl.where(split == 0, key, float("inf")), mask=rows < B)
+                tl.store(row_ptr + at, tl.where(split == 0, rows, -1), mask=rows < B)
+    else:
+        rows = (block - blocks) * ROWS + tl.arange(0, ROWS)
+        scale, norm = row_statistics(r_ptr, rows, M, D, NORMALIZE, ROWS, COLUMNS)
+        tl.store(scale_ptr + B + rows, scale, mask=rows < M)
+        tl.store(norm_ptr + B + rows, norm, mask=rows < M)
+        if UNIT:
+            out_ptr = unit_ptr + tl.cast(B, tl.int64) * D
+            _store_unit(r_ptr, out_ptr, rows, scale, M, D, ROWS, COLUMNS)
+
+
+@triton.jit
+def _store_unit(x_ptr, out_ptr, rows, scale, N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     for column in range(0, D, COLUMNS):
         cols = column + tl.arange(0, COLUMNS)
-        x = tl.load(
-            x_ptrs + cols.to(tl.int64)[None, :] * stride_d,
-            mask=mask[:, None] & (cols < D)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        acc += x * x
-    tl.store(norm_ptr + rows, tl.sum(acc, 1), mask=mask)
+        offs = rows.to(tl.int64)[:, None] * D + cols[None, :]
+        mask = (rows < N)[:, None] & (cols < D)[None, :]
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offs, x * scale[:, None], mask=mask)
 
 
 @triton.jit
@@ -96,32 +150,31 @@ def _improve(
     return tl.where(less, least, best), tl.where(less, row, best_row)
 
 
-@triton.jit
+@kernel(counts=("M", "split_length"))
 def _triplet_mine_kernel(
-    x_ptr,  # [B, D]
+    x_ptr,  # [B, D], rows of fp32 as `centre.centred` has them
     r_ptr,  # [M, D]
-    x_norm_ptr,  # [B] fp32, squared
-    r_norm_ptr,  # [M] fp32, squared
+    given_x_ptr,  # likewise, not moved
+    given_r_ptr,
+    x_norm_ptr,  # [B] fp32, squared norms
+    r_norm_ptr,  # [M] fp32
+    scale_ptr,  # [B + M] fp32, or [B] with IN_BATCH: of both sides; with SCALED
     x_label_ptr,  # [B] int64
     r_label_ptr,  # [M] int64
     key_ptr,  # [2, splits, B] fp32: partial winners among positives and among negatives
     row_ptr,  # [2, splits, B] int32
-    floor_key_ptr,  # [splits, B] fp32, [splits, B] int32: winners of the search that bounds this
-    floor_row_ptr,
     exclude_ptr,  # [B] int64; with EXCLUDES
     B,
     M,
     D,
     splits,
     split_length,
-    stride_xb,
-    stride_xd,
-    stride_rm,
-    stride_rd,
     IN_BATCH: tl.constexpr,
     EXCLUDES: tl.constexpr,
+    SCALED: tl.constexpr,
     POSITIVE: tl.constexpr,  # 1 looks for the nearest, -1 for the farthest, 0 not at all
     NEGATIVE: tl.constexpr,
+    BOUND: tl.constexpr,  # side whose winners bound this search, if FLOOR is not 0
     FLOOR: tl.constexpr,  # 0 without bound; else the sign that turns its keys into keys of this
     DIFFERENCES: tl.constexpr,  # of close rows, in place of products
     PRECISION: tl.constexpr,
@@ -134,14 +187,19 @@ def _triplet_mine_kernel(
     # changes nothing. So no mask of rows is kept, of which AMD devices hold few.
     offs = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_m = tl.minimum(offs, B - 1)
+    r_scale_ptr = scale_ptr
+    if not IN_BATCH:
+        r_scale_ptr += B
     x_norm = tl.load(x_norm_ptr + offs_m)
     x_label = tl.load(x_label_ptr + offs_m)
-    x_forced = _forced(x_norm)
     if EXCLUDES:
         left_out = tl.load(exclude_ptr + offs_m).to(tl.int32)
+    side = tl.cast(splits, tl.int64) * B
     floor = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     if FLOOR != 0:
-        bound, _ = _winner(floor_key_ptr, floor_row_ptr, offs_m, B, splits, BLOCK_M)
+        bound, _ = _winner(
+            key_ptr + BOUND * side, row_ptr + BOUND * side, offs_m, B, splits, BLOCK_M
+        )
         # without a bound nothing counts; beside NaN everything does
         floor = tl.where(bound == float("inf"), bound, FLOOR * bound)
         floor = tl.where(bound == -float("inf"), bound, floor)
@@ -149,43 +207,39 @@ def _triplet_mine_kernel(
     best_n = best_p
     row_p = tl.full((BLOCK_M,), -1, tl.int32)
     row_n = row_p
-    # int64: a row number times a row stride passes 2**31 on large inputs
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[:, None] * stride_xb
+    # int64: a row number times D passes 2**31 on large inputs
+    x_rows = x_ptr + offs_m.to(tl.int64) * D
     first = split * split_length
     for n in range(first, tl.minimum(first + split_length, M), BLOCK_N):
         offs_n = tl.minimum(n + tl.arange(0, BLOCK_N), M - 1)
-        r_ptrs = r_ptr + offs_n.to(tl.int64)[None, :] * stride_rm
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, D, BLOCK_K):
-            ks = k + tl.arange(0, BLOCK_K)
-            x = tl.load(
-                x_ptrs + ks.to(tl.int64)[None, :] * stride_xd, mask=(ks < D)[None, :], other=0.0
-            )
-            r = tl.load(
-                r_ptrs + ks.to(tl.int64)[:, None] * stride_rd, mask=(ks < D)[:, None], other=0.0
-            )
-            acc = dot(x, r, acc, PRECISION)
+        r_rows = r_ptr + offs_n.to(tl.int64) * D
+        acc = product_tile(x_rows, r_rows, D, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        if SCALED:  # one after the other: the product of two scales may leave the range
+            acc = acc * tl.load(scale_ptr + offs_m)[:, None]
+            acc = acc * tl.load(r_scale_ptr + offs_n)[None, :]
         r_norm = tl.load(r_norm_ptr + offs_n)
         d2 = x_norm[:, None] + r_norm[None, :] - 2.0 * acc
         if DIFFERENCES:
             # Below 0 for close rows. In numbers, relative to the tile: masks, and what masks are
             # made of below, would stay in registers meanwhile.
-            near = d2 - CLOSE * (x_norm[:, None] + r_norm[None, :])
+            near = d2 - close_share(x_ptr, D) * (x_norm[:, None] + r_norm[None, :])
             if IN_BATCH:
                 apart = (offs_m - n).to(tl.float32)[:, None] - (offs_n - n).to(tl.float32)[None, :]
                 near *= tl.minimum(tl.abs(apart), 1.0)
             if tl.min(near) < 0.0:  # products rank close rows by their rounding
                 d2 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-                x_rows = x_ptr + offs_m.to(tl.int64) * stride_xb
-                r_rows = r_ptr + offs_n.to(tl.int64) * stride_rm
+                given_x = unmoved(x_ptr, given_x_ptr) + offs_m.to(tl.int64) * D
+                given_r = unmoved(r_ptr, given_r_ptr) + offs_n.to(tl.int64) * D
                 for column in range(0, D):
-                    step = tl.cast(column, tl.int64)
-                    x_column = tl.load(x_rows + step * stride_xd).to(tl.float32)
-                    r_column = tl.load(r_rows + step * stride_rd).to(tl.float32)
+                    x_column = tl.load(given_x + column).to(tl.float32)
+                    r_column = tl.load(given_r + column).to(tl.float32)
+                    if SCALED:
+                        x_column *= tl.load(scale_ptr + offs_m)
+                        r_column *= tl.load(r_scale_ptr + offs_n)
                     difference = x_column[:, None] - r_column[None, :]
                     d2 += difference * difference
         d2 = tl.minimum(tl.where(d2 > 0.0, d2, 0.0), LARGEST)  # no NaN: what is forced says it
-        forced = x_forced[:, None] + _forced(r_norm)[None, :]
+        forced = _forced(x_norm)[:, None] + _forced(r_norm)[None, :]
         if EXCLUDES:  # a key of +inf is no candidate's; no mask is kept for it
             forced = tl.where(left_out[:, None] == offs_n[None, :], float("inf"), forced)
         same = x_label[:, None] == tl.load(r_label_ptr + offs_n)[None, :]
@@ -206,7 +260,7 @@ def _triplet_mine_kernel(
         tl.store(key_ptr + at, best_p, mask=inside)
         tl.store(row_ptr + at, row_p, mask=inside)
     if NEGATIVE != 0:
-        at += tl.cast(splits, tl.int64) * B
+        at += side
         tl.store(key_ptr + at, best_n, mask=inside)
         tl.store(row_ptr + at, row_n, mask=inside)
 
@@ -222,28 +276,30 @@ def _distance(d2, nan, DISTANCE: tl.constexpr):
         return 0.5 * d2
 
 
-@triton.jit
+@kernel
 def _triplet_distances_kernel(
     x_ptr,  # [B, D]
     r_ptr,  # [M, D]
+    scale_ptr,  # [B + M] fp32, as above
     key_ptr,  # [2, splits, B] fp32: partial winners
     row_ptr,  # [2, splits, B] int32
     positive_ptr,  # [B] int64
     negative_ptr,  # [B] int64
     d_ap_ptr,  # [B] fp32
     d_an_ptr,  # [B] fp32
+    loss_ptr,  # [B] fp32
+    margin,
     B,
     D,
     splits,
-    stride_xb,
-    stride_xd,
-    stride_rm,
-    stride_rd,
+    IN_BATCH: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     DISTANCE: tl.constexpr,
+    SOFT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Merges partial winners; distances from differences of rows."""
+    """Merges partial winners; distances from differences of rows, and what they cost."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     mask = rows < B
     side = tl.cast(splits, tl.int64) * B
@@ -252,90 +308,57 @@ def _triplet_distances_kernel(
     valid = (row_p >= 0) & (row_n >= 0)
     nan_p = valid & (key_p == -float("inf"))
     nan_n = valid & (key_n == -float("inf"))
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * stride_xb
-    p_ptrs = r_ptr + row_p.to(tl.int64)[:, None] * stride_rm
-    n_ptrs = r_ptr + row_n.to(tl.int64)[:, None] * stride_rm
+    r_scale_ptr = scale_ptr
+    if not IN_BATCH:
+        r_scale_ptr += B
+    if NORMALIZE:
+        x_scale = tl.load(scale_ptr + rows, mask=valid, other=0.0)
+        p_scale = tl.load(r_scale_ptr + row_p, mask=valid, other=0.0)
+        n_scale = tl.load(r_scale_ptr + row_n, mask=valid, other=0.0)
     acc_p = tl.zeros((ROWS, COLUMNS), tl.float32)
     acc_n = tl.zeros((ROWS, COLUMNS), tl.float32)
     for column in range(0, D, COLUMNS):
         cols = (column + tl.arange(0, COLUMNS)).to(tl.int64)[None, :]
         inside = valid[:, None] & (cols < D)
-        x = tl.load(x_ptrs + cols * stride_xd, mask=inside, other=0.0).to(tl.float32)
-        p = tl.load(p_ptrs + cols * stride_rd, mask=inside, other=0.0).to(tl.float32)
-        n = tl.load(n_ptrs + cols * stride_rd, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * D + cols, mask=inside, other=0.0)
+        p = tl.load(r_ptr + row_p.to(tl.int64)[:, None] * D + cols, mask=inside, other=0.0)
+        n = tl.load(r_ptr + row_n.to(tl.int64)[:, None] * D + cols, mask=inside, other=0.0)
+        x, p, n = x.to(tl.float32), p.to(tl.float32), n.to(tl.float32)
+        if NORMALIZE:
+            x, p, n = x * x_scale[:, None], p * p_scale[:, None], n * n_scale[:, None]
         acc_p += (x - p) * (x - p)
         acc_n += (x - n) * (x - n)
+    d_ap = _distance(tl.sum(acc_p, 1), nan_p, DISTANCE)
+    d_an = _distance(tl.sum(acc_n, 1), nan_n, DISTANCE)
+    loss, _ = margin_loss(d_ap - d_an + margin, SOFT)
     tl.store(positive_ptr + rows, tl.where(valid, row_p, -1).to(tl.int64), mask=mask)
     tl.store(negative_ptr + rows, tl.where(valid, row_n, -1).to(tl.int64), mask=mask)
-    tl.store(d_ap_ptr + rows, _distance(tl.sum(acc_p, 1), nan_p, DISTANCE), mask=mask)
-    tl.store(d_an_ptr + rows, _distance(tl.sum(acc_n, 1), nan_n, DISTANCE), mask=mask)
+    tl.store(d_ap_ptr + rows, d_ap, mask=mask)
+    tl.store(d_an_ptr + rows, d_an, mask=mask)
+    tl.store(loss_ptr + rows, tl.where(valid, loss, 0.0), mask=mask)
 
 
-@triton.jit
-def _slope(d, DISTANCE: tl.constexpr):
-    """The factor w of d(distance)/dx = w (x - y); 0 at coincident points."""
-    if DISTANCE == EUCLIDEAN:
-        return tl.where(d == 0.0, 0.0, 1.0 / tl.where(d == 0.0, 1.0, d))
-    elif DISTANCE == SQEUCLIDEAN:
-        return tl.full(d.shape, 2.0, tl.float32)
-    else:
-        return tl.full(d.shape, 1.0, tl.float32)
-
-
-@triton.jit
-def _triplet_bwd_kernel(
-    x_ptr,  # [B, D]
-    r_ptr,  # [M, D]
-    dout_ptr,  # [N, D]: gradient of x, or of r
-    chosen_ptr,  # [2, B] int64, rows of r, or -1
-    d_ptr,  # [2, B] fp32
-    dd_ptr,  # [2, B] fp32
-    order_ptr,  # [2 B] int64: entries of `chosen` in the order of the rows chosen
-    begin_ptr,  # [M + 1] int64: where the entries of each row begin in `order`
+@kernel
+def _triplet_sums_kernel(
+    loss_ptr,  # [B] fp32
+    positive_ptr,  # [B] int64
+    total_ptr,  # [] fp32
+    nonzero_ptr,  # [] int64
+    valid_ptr,  # [] int64
     B,
-    D,
-    stride_xb,
-    stride_xd,
-    stride_rm,
-    stride_rd,
-    DISTANCE: tl.constexpr,
-    ANCHOR: tl.constexpr,  # whether row i of dout is anchor i
-    CHOSEN: tl.constexpr,  # whether it is row i of r
-    ENTRIES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    i = tl.program_id(0).to(tl.int64)
-    cols = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
-    mask = cols < D
-    total = tl.zeros((COLUMNS,), tl.float32)
-    if ANCHOR:
-        x = tl.load(x_ptr + i * stride_xb + cols * stride_xd, mask=mask, other=0.0).to(tl.float32)
-        # entries i and B + i: its positive and its negative
-        sides = i + tl.arange(0, 2) * tl.cast(B, tl.int64)
-        at = tl.load(chosen_ptr + sides)
-        factor = tl.load(dd_ptr + sides) * _slope(tl.load(d_ptr + sides), DISTANCE)
-        inside = (at >= 0)[:, None] & mask[None, :]
-        r = tl.load(
-            r_ptr + at[:, None] * stride_rm + cols[None, :] * stride_rd, mask=inside, other=0.0
-        ).to(tl.float32)
-        total += tl.sum(tl.where(inside, factor[:, None] * (x[None, :] - r), 0.0), 0)
-    if CHOSEN:
-        r_i = tl.load(r_ptr + i * stride_rm + cols * stride_rd, mask=mask, other=0.0).to(tl.float32)
-        acc = tl.zeros((ENTRIES, COLUMNS), tl.float32)
-        last = tl.load(begin_ptr + i + 1)
-        for k in range(tl.load(begin_ptr + i), last, ENTRIES):
-            ks = k + tl.arange(0, ENTRIES)
-            some = ks < last
-            entry = tl.load(order_ptr + ks, mask=some, other=0)
-            d = tl.load(d_ptr + entry, mask=some, other=0.0)
-            weight = tl.load(dd_ptr + entry, mask=some, other=0.0) * _slope(d, DISTANCE)
-            anchor = tl.where(entry < B, entry, entry - B)
-            contributes = some[:, None] & mask[None, :]
-            y = tl.load(
-                x_ptr + anchor[:, None] * stride_xb + cols[None, :] * stride_xd,
-                mask=contributes,
-                other=0.0,
-            ).to(tl.float32)
-            acc += tl.where(contributes, weight[:, None] * (r_i[None, :] - y), 0.0)
-        total += tl.sum(acc, 0)
-    tl.store(dout_ptr + i * D + cols, total.to(dout_ptr.dtype.element_ty), mask=mask)
+    """One program, so the order of the sum depends on B alone."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    nonzero = tl.zeros((BLOCK,), tl.int32)
+    valid = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, B, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        loss = tl.load(loss_ptr + offs, mask=offs < B, other=0.0)
+        positive = tl.load(positive_ptr + offs, mask=offs < B, other=-1)
+        total += loss.to(tl.float64)
+        nonzero += (loss > 0.0).to(tl.int32)
+        valid += (positive >= 0).to(tl.int32)
+    tl.store(total_ptr, tl.sum(total, 0).to(tl.float32))
+    tl.store(nonzero_ptr, tl.sum(nonzero, 0).to(tl.int64))
+    tl.store(valid_ptr, tl.sum(valid, 0).to(tl.int64))

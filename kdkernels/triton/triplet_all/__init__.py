@@ -3,7 +3,7 @@
 
 Anchors are taken in chunks: their distances, then losses and weights from each row of distances,
 then the gradient that the weights give the rows. Kernels are in `kernels.py`, what this shares with
-contrastive in the modules `_labelled_*`. Features are fp16, bf16 or fp32; everything accumulates in
+contrastive in `common/pairs.py`. Features are fp16, bf16 or fp32; everything accumulates in
 fp32. Nothing waits for the device.
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kdkernels.triton.common.launch import cdiv, on_device, supports
-from kdkernels.triton.common.pairs import Call, in_order
+from kdkernels.triton.common.pairs import Call, added, joined
 from kdkernels.triton.triplet_all import kernels
 
 __all__ = ["supports", "triplet_all_fwd"]
@@ -26,6 +26,7 @@ def triplet_all_fwd(
     reference_labels: Tensor,  # [M] int64
     in_batch: bool,
     exclude: Tensor | None,  # [B] int64
+    normalize: bool,
     negatives: str,
     margin: float,
     soft: bool,
@@ -35,23 +36,26 @@ def triplet_all_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     B, M = len(embeddings), len(references)
     need_references = need_references and not in_batch
-    dx = embeddings.new_zeros(embeddings.shape if need_embeddings else (0,), dtype=torch.float32)
-    dr = references.new_zeros(references.shape if need_references else (0,), dtype=torch.float32)
+    nothing = embeddings.new_empty(0, dtype=torch.float32)
     if B == 0 or M == 0:
-        return dx.new_zeros(()), labels.new_zeros(()), labels.new_zeros(()), dx, dr
+        dx = torch.zeros_like(embeddings, dtype=torch.float32) if need_embeddings else nothing
+        dr = torch.zeros_like(references, dtype=torch.float32) if need_references else nothing
+        return dx.new_zeros(()), labels.new_zeros(()), labels.new_zeros(()), dx, dr.clone()
     weights, semihard = need_embeddings or need_references, negatives == "semihard"
     with on_device(embeddings):
-        call = Call(embeddings, labels, references, reference_labels, in_batch, exclude, distance)
+        call = Call(
+            embeddings, labels, references, reference_labels, in_batch, exclude, normalize,
+            distance, stretches=True,
+        )  # fmt: skip
         losses = call.new(B, dtype=torch.float64)
-        nonzero = call.new(B, dtype=torch.int64)
+        nonzero, valid = (call.new(B, dtype=torch.int64) for _ in range(2))
         chunks = list(call.chunks())
         largest = chunks[0][1]
         d = call.new(largest, M)
         w = call.new(largest if weights else 0, M)
         chosen = call.new(largest if weights and semihard else 0, M, dtype=torch.int32)
-        place = call.reference_order
-        if semihard:
-            place = in_order(torch.arange(M, device=place.device), place)
+        anchors: list[Tensor] = []
+        others: Tensor | None = None
         for first, rows in chunks:
             close = call.distances(first, rows, d)
             arguments = {
@@ -63,34 +67,20 @@ def triplet_all_fwd(
                 "num_warps": 8,
             }  # fmt: skip
             kernels._triplet_all_positives_kernel[(rows,)](
-                order_ptr=call.reference_order, place_ptr=place, loss_ptr=losses,
-                nonzero_ptr=nonzero, WEIGHTS=weights, **arguments,
+                order_ptr=call.reference_order, place_ptr=call.place, loss_ptr=losses,
+                nonzero_ptr=nonzero, valid_ptr=valid, WEIGHTS=weights, **arguments,
             )  # fmt: skip
             if not weights:
                 continue
             grid = (rows, cdiv(M, call.config.negatives))
             kernels._triplet_all_negatives_kernel[grid](**arguments)
             if need_embeddings:
-                dx[first : first + rows] += call.gradient_of(w[:rows], first, close)
+                anchors.append(call.gradient_of(w[:rows], first, close))
             if need_references or (in_batch and need_embeddings):
-                gradient = dx if in_batch else dr
-                gradient += call.gradient_of(w[:rows], first, close, references=True)
-        return (
-            losses.sum().float(),
-            nonzero.sum(),
-            _valid(call, semihard),
-            in_order(dx, call.order) if need_embeddings else dx,
-            in_order(dr, call.reference_order) if need_references else dr,
-        )
-
-
-def _valid(call: Call, semihard: bool) -> Tensor:
-    """Number of triplets."""
-    same = call.end - call.begin
-    others = call.M - same
-    if call.in_batch:
-        same = same - 1
-    elif call.leaves_out:
-        positive = (call.exclude >= call.begin) & (call.exclude < call.end)
-        same, others = same - positive.long(), others - ((call.exclude >= 0) & ~positive).long()
-    return (same * (others.clamp_max(1) if semihard else others)).sum()
+                others = added(others, call.gradient_of(w[:rows], first, close, references=True))
+        dx, dr = nothing, torch.empty_like(nothing)
+        if need_embeddings:
+            dx = call.given_gradient(joined(anchors), others if in_batch else None)
+        if need_references:
+            dr = call.given_gradient(others, references=True)
+        return *call.sums(losses, nonzero, valid), dx, dr

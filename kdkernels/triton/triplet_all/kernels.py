@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kdkernels.triton.common.distances import gradient_weight
+from kdkernels.triton.common.distances import gradient_weight, margin_loss
+from kdkernels.triton.common.jit import kernel
 
 _NO_ROW = tl.constexpr(2**31 - 1)
 
@@ -22,7 +23,7 @@ _NO_ROW = tl.constexpr(2**31 - 1)
 def _stretch(
     begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH: tl.constexpr, EXCLUDES: tl.constexpr
 ):
-    """(begin, end, the reference left out or -1, whether the anchor has triplets)."""
+    """(begin, end, the reference left out or -1, number of positives, of negatives)."""
     begin = tl.load(begin_ptr + anchor).to(tl.int32)
     end = tl.load(end_ptr + anchor).to(tl.int32)
     positives = end - begin
@@ -35,7 +36,7 @@ def _stretch(
         is_positive = (out >= begin) & (out < end)
         positives -= is_positive.to(tl.int32)
         negatives -= ((out >= 0) & ~is_positive).to(tl.int32)
-    return begin, end, out, (positives > 0) & (negatives > 0)
+    return begin, end, out, positives, negatives
 
 
 @triton.jit
@@ -56,20 +57,7 @@ def _negatives(row_ptr, offs, begin, end, out, kept, M, EXCLUDES: tl.constexpr):
     return tl.load(row_ptr + offs, mask=some, other=float("inf")), some
 
 
-@triton.jit
-def _loss(u, SOFT: tl.constexpr):
-    """(loss, its derivative) at u; the loss is NaN where u is."""
-    if SOFT:
-        e = tl.exp(-tl.abs(u))
-        # log(1 + e) with all digits: the rounding of 1 + e is made up for
-        z = 1.0 + e
-        log1p = tl.where(z == 1.0, e, tl.log(z) * e / tl.where(z == 1.0, 1.0, z - 1.0))
-        return tl.where(u <= 0.0, 0.0, u) + log1p, tl.where(u > 0.0, 1.0, e) / z
-    else:
-        return tl.where(u <= 0.0, 0.0, u), tl.where(u > 0.0, 1.0, 0.0)
-
-
-@triton.jit
+@kernel
 def _triplet_all_positives_kernel(
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
     w_ptr,  # [rows, M] fp32 weights; written for positives and the anchor itself
@@ -81,6 +69,7 @@ def _triplet_all_positives_kernel(
     place_ptr,  # [M] int64: reference of each original row
     loss_ptr,  # [B] fp64
     nonzero_ptr,  # [B] int64
+    valid_ptr,  # [B] int64
     margin,
     first,
     M,
@@ -95,7 +84,10 @@ def _triplet_all_positives_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * M
     anchor = first + tl.program_id(0)
-    begin, end, out, kept = _stretch(begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES)
+    begin, end, out, positives, negatives = _stretch(
+        begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES
+    )
+    kept = (positives > 0) & (negatives > 0)
     if SEMIHARD:  # the farthest negative; equal ones go to the lowest original row
         far = tl.full((NEGATIVES,), -float("inf"), tl.float32)
         far_row = tl.full((NEGATIVES,), _NO_ROW, tl.int32)
@@ -130,7 +122,7 @@ def _triplet_all_positives_kernel(
             nearest_row = tl.min(tl.where(near == nearest[:, None], near_row, _NO_ROW), 1)
             d_n = tl.where(nearest < float("inf"), nearest, farthest)
             d_n = tl.where(d_n == -float("inf"), float("nan"), d_n)
-            loss, slope = _loss(tl.where(some_p, d_p - d_n + margin, -float("inf")), SOFT)
+            loss, slope = margin_loss(tl.where(some_p, d_p - d_n + margin, -float("inf")), SOFT)
             count = (loss > 0.0).to(tl.int32)
             if WEIGHTS:
                 row_n = tl.where(nearest < float("inf"), nearest_row, farthest_row)
@@ -143,7 +135,7 @@ def _triplet_all_positives_kernel(
             for n in range(0, M, NEGATIVES):
                 offs_n = n + tl.arange(0, NEGATIVES)
                 d_n, _ = _negatives(d_ptr + row, offs_n, begin, end, out, kept, M, EXCLUDES)
-                loss, slope = _loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
+                loss, slope = margin_loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
                 loss_pn += loss
                 slope_pn += slope
                 count_pn += (loss > 0.0).to(tl.int32)
@@ -156,9 +148,11 @@ def _triplet_all_positives_kernel(
             tl.store(w_ptr + row + offs_p, w, mask=offs_p < end)
     tl.store(loss_ptr + anchor, losses)
     tl.store(nonzero_ptr + anchor, nonzero)
+    compared = tl.minimum(negatives, 1) if SEMIHARD else negatives
+    tl.store(valid_ptr + anchor, positives.to(tl.int64) * compared.to(tl.int64))
 
 
-@triton.jit
+@kernel
 def _triplet_all_negatives_kernel(
     d_ptr,  # [rows, M] fp32: distances of the anchors from row `first` on
     w_ptr,  # [rows, M] fp32 weights; written for negatives
@@ -179,14 +173,17 @@ def _triplet_all_negatives_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) * M
     anchor = first + tl.program_id(0)
-    begin, end, out, kept = _stretch(begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES)
+    begin, end, out, positives, negatives = _stretch(
+        begin_ptr, end_ptr, exclude_ptr, anchor, M, IN_BATCH, EXCLUDES
+    )
+    kept = (positives > 0) & (negatives > 0)
     offs_n = tl.program_id(1) * NEGATIVES + tl.arange(0, NEGATIVES)
     d_n, some_n = _negatives(d_ptr + row, offs_n, begin, end, out, kept, M, EXCLUDES)
     slope_pn = tl.zeros((POSITIVES, NEGATIVES), tl.float32)
     for p in range(begin, end, POSITIVES):
         offs_p = p + tl.arange(0, POSITIVES)
         d_p, some_p = _positives(d_ptr + row, offs_p, end, out, kept, IN_BATCH or EXCLUDES)
-        _, slope = _loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
+        _, slope = margin_loss(d_p[:, None] - d_n[None, :] + margin, SOFT)
         if SEMIHARD:
             chosen = tl.load(chosen_ptr + row + offs_p, mask=some_p, other=-1)
             slope = tl.where(chosen[:, None] == offs_n[None, :], slope, 0.0)

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU and CUDA kernels share this arithmetic of one triplet.
+// The CPU and CUDA kernels of triplets share this arithmetic of one of them.
 #pragma once
 
 #include <cmath>
 
-#include "../common/host_device.h"
+#include "../common/quotient.h"
 
-namespace kdk::triplet_all {
+namespace kdk::pairs {
 
 template <typename T>
 struct Term {
@@ -23,7 +23,7 @@ KDK_HOST_DEVICE Term<T> hinge(T u) {
 template <typename T>
 KDK_HOST_DEVICE Term<T> softplus(T u) {
   const T z = std::exp(-std::abs(u));
-  return {(u <= 0 ? T(0) : u) + std::log1p(z), (u < 0 ? z : T(1)) / (1 + z)};
+  return {(u <= 0 ? T(0) : u) + std::log1p(z), quotient<T>(u < 0 ? z : T(1), 1 + z)};
 }
 
-}  // namespace kdk::triplet_all
+}  // namespace kdk::pairs
