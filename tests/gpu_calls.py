@@ -21,13 +21,12 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from kdkernels import _dispatch
 from kdkernels.testing.aot.recorder import TARGETS, recorded
-from kdkernels.testing.launches import run
+from kdkernels.testing.launches import Operations, run
 from kdkernels.testing.no_launches import Driver, cpu_tensors_for
 from kdkernels.testing.opinfo import OpInfo, Sample, opinfos
 from kdkernels.testing.steps import Step, steps
@@ -88,22 +87,14 @@ def versions(step: Step) -> Iterator[Step]:
                step.eager)  # fmt: skip
 
 
-class Watched(TorchDispatchMode):
-    """Looks at torch's operations, also those inside the package's operators."""
+class Watched(Operations):
+    """Refuses operations on tensors of the host."""
 
-    def __torch_dispatch__(
-        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        namespace, name = function._schema.name.split("::")
-        if namespace == "kdkernels":
-            *inputs, backend = args
-            launchers = _dispatch.select(name.rpartition("_")[0], backend, tuple(inputs))
-            with self:  # torch has turned it off for the time of this function
-                return getattr(launchers, name)(*inputs)
+    def run(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         devices = {x.device.type for x in args if isinstance(x, Tensor) and x.dim() > 0}
         if "cpu" in devices:
             raise RuntimeError(f"{name} takes a tensor from the host")
-        return function(*args, **(kwargs or {}))
+        return function(*args, **kwargs)
 
 
 def on_meta(x: Any) -> Any:

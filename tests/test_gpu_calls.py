@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,12 @@ import pytest
 
 pytest.importorskip("triton")
 
+from kdkernels.testing import no_interpreter
+
 
 @pytest.fixture(scope="session")
 def seen() -> dict[str, Any]:
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("gpu_calls.py"))],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(no_interpreter.printed(Path(__file__).with_name("gpu_calls.py")))
 
 
 def test_remembered_launches_are_of_the_kernels_that_triton_would_choose(

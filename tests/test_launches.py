@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
+from kdkernels.testing import no_interpreter
 from kdkernels.testing.steps import steps
 
 # Kernels of Triton and torch in a forward and backward. Lower a bound when a step needs fewer.
@@ -66,13 +64,8 @@ MORE_THAN_EAGER = {
 @pytest.fixture(scope="session")
 def counted() -> dict[str, dict[str, Any]]:
     """By the name of the step: what it starts on Triton, and as eager torch."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kdkernels.testing.launches"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return {entry["step"]: entry for entry in json.loads(done.stdout)}
+    text = no_interpreter.printed("-m", "kdkernels.testing.launches")
+    return {entry["step"]: entry for entry in json.loads(text)}
 
 
 def test_every_step_has_a_bound() -> None:

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from kdkernels.testing import warm
+from kdkernels.testing import no_interpreter, warm
 
 # The op with the fewest kernels. In one process: the cache is filled, then every sample is launched
 # through the JIT by a driver that launches nothing, and Triton says of each kernel whether the
@@ -21,7 +18,7 @@ from kdkernels.testing import warm
 _WARM_AND_LAUNCH = """
 import json, sys
 from triton import knobs
-from kdkernels.testing import warm
+from kdkernels.testing import no_interpreter, warm
 
 op, dtype = "rkd_angle", "bfloat16"
 status = warm.main(["--target", "sm_90", "--op", op, "--dtype", dtype, "--processes", "2"])
@@ -57,28 +54,14 @@ json.dump(orders, sys.stdout)
 """
 
 
-def _run(script: str, **variables: str) -> str:
-    """What a script prints in a process of its own, where kernels are compiled."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**environment, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
 def test_the_key_of_a_kernel_does_not_depend_on_what_was_launched_before() -> None:
-    first, last = json.loads(_run(_KEYS))
+    first, last = json.loads(no_interpreter.printed("-c", _KEYS))
     assert len(first) > 50
     assert first == last
 
 
 def test_the_jit_finds_every_kernel_in_the_cache(tmp_path: Path) -> None:
-    printed = _run(_WARM_AND_LAUNCH, TRITON_CACHE_DIR=str(tmp_path))
+    printed = no_interpreter.printed("-c", _WARM_AND_LAUNCH, TRITON_CACHE_DIR=str(tmp_path))
     words, _, last = printed.rstrip().rpartition("\n")
     report = json.loads(last)
     assert report["status"] == 0, words

@@ -65,23 +65,32 @@ class Counts:
         }
 
 
-class _Operations(TorchDispatchMode):
-    """Counts torch's operations, also those inside the package's operators."""
-
-    def __init__(self, counts: Counts) -> None:
-        super().__init__()
-        self.counts = counts
+class Operations(TorchDispatchMode):
+    """Takes torch's operations, also those inside the package's operators, to `run`."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         namespace, name = function._schema.name.split("::")
-        if namespace == "kdkernels":
-            *inputs, backend = args
-            launchers = _dispatch.select(name.rpartition("_")[0], backend, tuple(inputs))
-            with self:  # torch has turned it off for the time of this function
-                return getattr(launchers, name)(*inputs)
-        results = function(*args, **(kwargs or {}))
+        if namespace != "kdkernels":
+            return self.run(name, function, args, kwargs or {})
+        *inputs, backend = args
+        launchers = _dispatch.select(name.rpartition("_")[0], backend, tuple(inputs))
+        with self:  # torch has turned it off for the time of this function
+            return getattr(launchers, name)(*inputs)
+
+    def run(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The results of an operation."""
+        raise NotImplementedError
+
+
+class _Counted(Operations):
+    def __init__(self, counts: Counts) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def run(self, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        results = function(*args, **kwargs)
         given = {x.untyped_storage().data_ptr() for x in args if isinstance(x, Tensor)}
         found = (x for x in tree_leaves(results) if isinstance(x, Tensor))
         stored = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in found}
@@ -124,7 +133,7 @@ def count(step: Step, backend: str) -> Counts:
     with _for_a_gpu(), every_launch_through_triton(), watched:
         run(step, function)  # what is computed once and kept is no part of a step
         counts.kernels.clear()
-        with _Operations(counts):
+        with _Counted(counts):
             run(step, function)
     return counts
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 from kdkernels import _dispatch
+from kdkernels.testing import no_interpreter
 from kdkernels.testing.opinfo import opinfos
 
 ARCH = "sm_90"
@@ -51,17 +50,7 @@ def see() -> Seen:
     Raises:
         RuntimeError: a call fails before the front end, with its traceback.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "kdkernels.testing.triton_frontend"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"recording failed:\n{done.stderr[-4000:]}")
-    return Seen(**json.loads(done.stdout))
+    return Seen(**json.loads(no_interpreter.printed("-m", __spec__.name)))
 
 
 def _call(info: Any, sample: Any) -> bool:

@@ -15,7 +15,6 @@ import argparse
 import importlib
 import json
 import multiprocessing
-import os
 import pkgutil
 import re
 import subprocess
@@ -26,6 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from kdkernels.testing import no_interpreter
 
 PROCESSES = 2  # that compile
 # Instructions of the tensor cores, by the assembly they appear in: PTX, or that of the AMD GPU.
@@ -81,19 +82,9 @@ def compile_all(cache_dir: str | Path) -> dict[str, dict[str, list[Compiled]]]:
     Raises:
         RuntimeError: a kernel does not compile, with the compiler's words.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(cache_dir)
-    done = subprocess.run(
-        [sys.executable, "-m", "kdkernels.testing.triton_targets"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"compiling failed:\n{done.stderr[-4000:]}")
+    text = no_interpreter.printed("-m", __spec__.name, TRITON_CACHE_DIR=str(cache_dir))
     found: dict[str, dict[str, list[Compiled]]] = {target: {} for target in TESTED}
-    for target, op, entries in json.loads(done.stdout):
+    for target, op, entries in json.loads(text):
         found[target][op] = [Compiled(**entry) for entry in entries]
     return found
 

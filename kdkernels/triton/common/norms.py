@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The gradient through rows that were divided by their norms."""
+"""Norms of rows, and the gradient through rows that were divided by them."""
 
 from __future__ import annotations
 
@@ -33,6 +33,14 @@ def normalise_gradient(x: Tensor, v: Tensor) -> Tensor:
 
 
 @triton.jit
+def inverse_norm(squared):
+    """1 / norm in fp64, the norm clamped at EPS; NaN where its square overflows in fp32."""
+    norm = tl.sqrt(squared)
+    inverse = 1.0 / tl.where(norm < EPS, EPS, norm)
+    return tl.where(squared.to(tl.float32) < float("inf"), inverse, float("nan"))
+
+
+@triton.jit
 def row_statistics(
     x_ptr,  # [N, D], contiguous
     rows,
@@ -57,10 +65,7 @@ def row_statistics(
     norm = squared.to(tl.float32)
     scale = tl.full((ROWS,), 1.0, tl.float32)
     if NORMALIZE:
-        length = tl.sqrt(squared)
-        inverse = 1.0 / tl.where(length < EPS, EPS, length)
-        inverse = tl.where(norm < float("inf"), inverse, float("nan"))
-        scale = inverse.to(tl.float32)
+        scale = inverse_norm(squared).to(tl.float32)
         wide = scale.to(tl.float64)
         norm = (squared * wide * wide).to(tl.float32)
     return scale, norm

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from kdkernels.triton.common.jit import kernel
-from kdkernels.triton.common.norms import EPS
+from kdkernels.triton.common.norms import EPS, inverse_norm
 
 
 @kernel(counts=("M",))
@@ -81,14 +81,6 @@ def _take(
         if NORMALIZE:
             x = (x.to(tl.float64) * scale[:, None]).to(tl.float32)
         tl.store(out_ptr + rows.to(tl.int64)[:, None] * D + cols[None, :], x, mask=mask)
-
-
-@triton.jit
-def inverse_norm(squared):
-    """1 / norm in fp64, the norm clamped at EPS; NaN where its square overflows in fp32."""
-    norm = tl.sqrt(squared)
-    inverse = 1.0 / tl.where(norm < EPS, EPS, norm)
-    return tl.where(squared.to(tl.float32) < float("inf"), inverse, float("nan"))
 
 
 @triton.jit
